@@ -1,0 +1,87 @@
+"""The command line, ``vllm-quantspec``."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from vllm_quantspec import __version__
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vllm-quantspec", description="QuantSpec for vLLM.")
+    parser.add_argument("--version", action="version", version=f"vllm-quantspec {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    demo = commands.add_parser(
+        "demo",
+        help="continue a long passage with and without QuantSpec, and compare",
+        description="Continue a long passage with QuantSpec, with its cache alone and with plain vLLM, one engine "
+        "after the other, and compare text, speed, acceptance and the size of the KV cache.",
+    )
+    demo.add_argument("--model", metavar="PATH_OR_HUB_ID", help="default: the small model that ships with the package")
+    demo.add_argument(
+        "--prompt-file", type=Path, metavar="FILE", help="text to continue; default: a passage from Dracula"
+    )
+    demo.add_argument("--max-tokens", type=positive, default=128, metavar="N", help="tokens to write; default: 128")
+    demo.add_argument(
+        "--num-speculative-tokens", type=positive, default=4, metavar="N", help="tokens drafted per step; default: 4"
+    )
+    demo.add_argument("-v", "--verbose", action="store_true", help="show vLLM's own log")
+    return parser
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def resolve_model(model: str | None) -> str:
+    """The directory of the shipped model, a model directory that exists, or a hub id as it is.
+
+    Raises ValueError, in one sentence, for a path at which there is no model."""
+    if model is None:
+        return str(ASSETS / "books-4m")
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"--model {model}: the directory has no config.json, so it is not a Hugging Face model.")
+        return str(path)
+    if path.exists() or model.startswith(("/", ".", "~")) or model.count("/") > 1:
+        raise ValueError(f"--model {model}: no such directory; give a model directory or a hub id such as owner/name.")
+    return model
+
+
+def read_prompt(path: Path | None) -> str:
+    """The text of ``path``, or the shipped passage. Raises ValueError, in one sentence, if there is no text."""
+    try:
+        text = (path or ASSETS / "passage.txt").read_text(encoding="utf-8").rstrip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ValueError(f"--prompt-file {path}: cannot be read ({reason}).") from error
+    if not text:
+        raise ValueError(f"--prompt-file {path}: the file is empty.")
+    return text
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns its status: 0 done, 1 an engine failed, 2 wrong arguments, 130 interrupted."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        model, prompt = resolve_model(arguments.model), read_prompt(arguments.prompt_file)
+    except ValueError as error:
+        print(f"vllm-quantspec: {error}", file=sys.stderr)
+        return 2
+    from vllm_quantspec import demo  # rich is not needed for --help
+
+    job = demo.Job(model, prompt, arguments.max_tokens, arguments.num_speculative_tokens)
+    try:
+        return demo.run(job, verbose=arguments.verbose)
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
