@@ -1,0 +1,126 @@
+"""QuantSpec's options and the ways of asking for it: names, defaults, one sentence per mistake."""
+
+import json
+import pickle
+
+import pytest
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from vllm_quantspec import register
+from vllm_quantspec.config import QuantSpecOptions, is_quantspec, parse_options
+from vllm_quantspec.integration.backend_name import quantspec_backend
+from vllm_quantspec.integration.engine_args import extension_path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    register()
+    register()  # a second time changes nothing
+
+
+def test_defaults():
+    options, vllm_options = parse_options("quantspec")
+    assert options == QuantSpecOptions(4, 128, "int4", "int4", 128, False)
+    assert vllm_options == {}
+
+
+def test_dashes_and_vllm_options_are_taken():
+    options, vllm_options = parse_options(
+        {"method": "quantspec", "num-speculative-tokens": 7, "group_size": 64, "draft_sample_method": "greedy"}
+    )
+    assert (options.num_speculative_tokens, options.group_size) == (7, 64)
+    assert vllm_options == {"draft_sample_method": "greedy"}
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"num_speculative_token": 4}, "did you mean 'num_speculative_tokens'"),
+        ({"draft_weight": "int4"}, "did you mean 'draft_weights'"),
+        ({"gruop_size": 64}, "did you mean 'group_size'"),
+        ({"zzzz": 1}, "the options are num_speculative_tokens"),
+        ({"num_speculative_tokens": 0}, "from 1 to 32"),
+        ({"num_speculative_tokens": 2.5}, "must be an integer"),
+        ({"num_speculative_tokens": True}, "must be an integer"),
+        ({"group_size": 100}, "must be 64 or 128"),
+        ({"draft_weights": "int3"}, "must be 'int4' or 'target'"),
+        ({"draft_kv": "fp8"}, "must be 'int4' or 'int8'"),
+        ({"weight_group_size": 48}, "must be 32 or 64 or 128"),
+        ({"quantize_lm_head": "yes"}, "must be False or True"),
+        ({"quantize_lm_head": 1}, "must be False or True"),
+    ],
+)
+def test_mistakes_get_one_sentence(config, says):
+    with pytest.raises(ValueError, match=says) as error:
+        parse_options({"method": "quantspec", **config})
+    assert "\n" not in str(error.value)
+
+
+def test_other_methods_are_not_ours():
+    assert is_quantspec("quantspec") and is_quantspec({"method": "quantspec"})
+    assert not is_quantspec({"method": "ngram"}) and not is_quantspec(None) and not is_quantspec("ngram")
+
+
+@pytest.mark.parametrize("text", ["quantspec", '{"method": "quantspec", "num_speculative_tokens": 3}'])
+def test_command_line_takes_a_word_or_json(text):
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    args = parser.parse_args(["--speculative-config", text])
+    assert is_quantspec(args.speculative_config)
+    args = parser.parse_args(["--speculative-config", json.dumps({"method": "ngram", "num_speculative_tokens": 2})])
+    assert args.speculative_config == {"method": "ngram", "num_speculative_tokens": 2}
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--speculative-config", "quantspek"])
+
+
+def test_command_line_takes_the_backend_and_the_short_forms():
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    assert parser.parse_args(["--attention-backend", "QUANTSPEC"]).attention_backend == "QUANTSPEC"
+    args = parser.parse_args(["--spec-method", "quantspec", "--spec-tokens", "6"])
+    assert (args.spec_method, args.spec_tokens) == ("quantspec", 6)
+
+
+def make(books_4m: str, **kwargs):
+    return EngineArgs(model=books_4m, max_model_len=2048, **kwargs).create_engine_config()
+
+
+def test_engine_config_of_each_way_to_ask(books_4m):
+    for kwargs in (
+        {"speculative_config": "quantspec"},
+        {"speculative_config": {"method": "quantspec", "num_speculative_tokens": 4}},
+        {"spec_method": "quantspec", "spec_tokens": 4},
+    ):
+        config = make(books_4m, **kwargs)
+        assert config.num_speculative_tokens == 4
+        assert config.cache_config.block_size == 128
+        assert config.attention_config.backend is quantspec_backend()
+        assert "quantspec" in repr(config.speculative_config)
+    config = make(books_4m, speculative_config={"method": "quantspec", "group_size": 64})
+    assert config.cache_config.block_size == 64
+    config = make(books_4m, attention_backend="QUANTSPEC", block_size=64)
+    assert config.speculative_config is None and config.cache_config.block_size == 64
+
+
+def test_an_engine_without_quantspec_is_left_alone(books_4m):
+    config = make(books_4m)
+    assert config.attention_config.backend is None
+    assert config.parallel_config.worker_extension_cls == ""
+    assert config.speculative_config is None
+
+
+def test_configuration_survives_pickling(books_4m):
+    config = make(books_4m, speculative_config="quantspec")
+    copy = pickle.loads(pickle.dumps(config))
+    assert copy.attention_config.backend is quantspec_backend()
+    assert type(copy.speculative_config) is type(config.speculative_config)
+
+
+def test_a_users_worker_extension_is_kept():
+    from vllm_quantspec.integration import worker
+
+    path = extension_path("collections.OrderedDict")
+    module, name = path.rsplit(".", 1)
+    assert module == worker.__name__ and getattr(worker, name).__name__ == "OrderedDict"
+    assert extension_path(path) == path
+    with pytest.raises(AttributeError):
+        _ = worker.WorkerExtension_of_

@@ -1,0 +1,186 @@
+"""What cannot work says so when the engine's configuration is made, before a weight is read: one sentence each."""
+
+import json
+from pathlib import Path
+
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+
+from vllm_quantspec import register
+from vllm_quantspec.integration import checks, version
+from vllm_quantspec.integration.backend import refuse_layer
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 512,
+    "max_position_embeddings": 4096,
+    "torch_dtype": "bfloat16",
+}
+MODELS = {
+    "latent attention": {
+        **LLAMA,
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "model_type": "deepseek_v2",
+        "kv_lora_rank": 64,
+        "q_lora_rank": None,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 32,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+    },
+    "an encoder and a decoder": {
+        "architectures": ["WhisperForConditionalGeneration"],
+        "model_type": "whisper",
+        "d_model": 128,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "vocab_size": 512,
+        "torch_dtype": "bfloat16",
+    },
+    "Mamba": {
+        **LLAMA,
+        "architectures": ["JambaForCausalLM"],
+        "model_type": "jamba",
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+    },
+    "ALiBi": {
+        "architectures": ["BloomForCausalLM"],
+        "model_type": "bloom",
+        "hidden_size": 256,
+        "n_layer": 2,
+        "n_head": 4,
+        "vocab_size": 512,
+        "torch_dtype": "bfloat16",
+    },
+    "attention sinks": {
+        **LLAMA,
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        "num_local_experts": 4,
+        "layer_types": ["full_attention", "full_attention"],
+        "sliding_window": None,
+    },
+    "soft-cap": {
+        **LLAMA,
+        "architectures": ["Gemma2ForCausalLM"],
+        "model_type": "gemma2",
+        "attn_logit_softcapping": 50.0,
+        "layer_types": ["full_attention", "full_attention"],
+        "sliding_window": None,
+    },
+    "sliding-window": {
+        **LLAMA,
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "sliding_window": 1024,
+    },
+    "heads of size 80": {**LLAMA, "head_dim": 80},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    register()
+
+
+def model_folder(tmp_path: Path, config: dict) -> str:
+    """A model that has a configuration and no weights: reading them would fail."""
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return str(tmp_path)
+
+
+def refusal(model: str, **kwargs) -> str:
+    kwargs.setdefault("speculative_config", "quantspec")
+    kwargs.setdefault("max_model_len", 1024)
+    with pytest.raises((ValueError, RuntimeError), match="quantspec: ") as error:
+        EngineArgs(model=model, skip_tokenizer_init=True, **kwargs).create_engine_config()
+    sentence = str(error.value)
+    assert "\n" not in sentence
+    return sentence
+
+
+@pytest.mark.parametrize("what", MODELS)
+@pytest.mark.parametrize("how", [{"speculative_config": "quantspec"}, {"attention_backend": "QUANTSPEC"}])
+def test_models(what, how, tmp_path):
+    how = {"speculative_config": None, **how}
+    if what == "an encoder and a decoder":
+        how["max_model_len"] = 128
+    sentence = refusal(model_folder(tmp_path, MODELS[what]), **how)
+    assert what in sentence and "run it without quantspec" in sentence
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "what", "remedy"),
+    [
+        ({"block_size": 32}, "--block-size must equal group_size 128", "drop --block-size"),
+        ({"block_size": 64}, "--block-size must equal group_size 128", "drop --block-size"),
+        (
+            {"speculative_config": None, "attention_backend": "QUANTSPEC", "block_size": 16},
+            "pages of 64 or 128 tokens, not 16",
+            "set --block-size to 64 or 128",
+        ),
+        ({"decode_context_parallel_size": 2, "tensor_parallel_size": 2}, "decode-context parallelism", "drop --decode"),
+        ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8", "drop --kv-cache-dtype"),
+        ({"attention_backend": "CPU_ATTN"}, "CPU_ATTN was selected", "drop --attention-backend"),
+        ({"pipeline_parallel_size": 2}, "pipeline parallelism", "drop --pipeline-parallel-size"),
+        ({"enable_lora": True}, "LoRA", "drop --enable-lora"),
+        ({"disable_hybrid_kv_cache_manager": True}, "two KV cache groups", "drop --disable-hybrid"),
+    ],
+)
+def test_flags(kwargs, what, remedy, books_4m):
+    sentence = refusal(books_4m, **kwargs)
+    assert what in sentence and remedy in sentence
+
+
+def test_kv_connector(books_4m):
+    from vllm.config import KVTransferConfig
+
+    connector = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
+    assert "KV connectors" in refusal(books_4m, kv_transfer_config=connector)
+
+
+def test_a_machine_whose_kernels_are_missing(books_4m, monkeypatch):
+    from vllm.platforms import current_platform
+
+    config = EngineArgs(model=books_4m, max_model_len=1024, attention_backend="QUANTSPEC").create_engine_config()
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    with pytest.raises(ValueError, match="runs on vLLM's CPU engine only"):
+        checks.check_config(config)
+
+
+def test_another_vllm_version(books_4m, monkeypatch):
+    monkeypatch.setattr(version, "installed_vllm", lambda: "0.99.0")
+    sentence = refusal(books_4m)
+    assert "works with vLLM 0.32.0" in sentence and "vLLM 0.99.0 is installed" in sentence
+
+
+@pytest.mark.parametrize(
+    ("layer", "what"),
+    [
+        ({"alibi_slopes": [0.5]}, "ALiBi"),
+        ({"sliding_window": 512}, "sliding-window"),
+        ({"logits_soft_cap": 30.0}, "logit soft-cap"),
+        ({"sinks": object()}, "attention sinks"),
+        ({"attn_type": "encoder_only"}, "encoder_only attention"),
+        ({"head_size": 72}, "head size 72"),
+        ({"unsupported": {"chunk_lookback": 4}}, "chunk_lookback"),
+    ],
+)
+def test_layers_that_the_configuration_does_not_show(layer, what):
+    known = {"head_size": 64, "alibi_slopes": None, "sliding_window": None, "logits_soft_cap": None}
+    known |= {"attn_type": "decoder", "sinks": None, "unsupported": {}}
+    refuse_layer(**known)
+    with pytest.raises(ValueError, match=what):
+        refuse_layer(**{**known, **layer})

@@ -1,0 +1,87 @@
+"""QuantSpec's own options: names, defaults, and one clear sentence for each mistake. No vLLM import."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, fields
+from typing import Any
+
+METHOD = "quantspec"
+GROUP_SIZES = (64, 128)
+HEAD_SIZES = (64, 96, 128, 256)
+MAX_SPECULATIVE_TOKENS = 32
+
+# Options of vLLM's own SpeculativeConfig that mean the same here.
+VLLM_OPTIONS = (
+    "draft_sample_method",
+    "rejection_sample_method",
+    "synthetic_acceptance_rates",
+    "synthetic_acceptance_length",
+    "num_speculative_tokens_per_batch_size",
+    "use_local_argmax_reduction",
+    "enforce_eager",
+)
+
+
+@dataclass(frozen=True)
+class QuantSpecOptions:
+    """What ``--speculative-config '{"method": "quantspec", ...}'`` may say about QuantSpec itself."""
+
+    num_speculative_tokens: int = 4
+    """Tokens drafted per verification."""
+    group_size: int = 128
+    """Tokens of a key group, and of a page of the quantized KV cache."""
+    draft_weights: str = "int4"
+    """``int4``: the draft's linears are quantized when the engine starts. ``target``: the draft uses the target's."""
+    draft_kv: str = "int4"
+    """``int4``: the draft reads the upper 4 bits of older keys and values. ``int8``: all 8, as verification does."""
+    weight_group_size: int = 128
+    """Input channels that share one scale of an INT4 weight."""
+    quantize_lm_head: bool = False
+    """Whether the draft's output layer is INT4 as well."""
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("num_speculative_tokens", 1, MAX_SPECULATIVE_TOKENS),):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+                raise ValueError(f"quantspec: {name} must be an integer from {low} to {high}, not {value!r}.")
+        for name, allowed in (
+            ("group_size", GROUP_SIZES),
+            ("draft_weights", ("int4", "target")),
+            ("draft_kv", ("int4", "int8")),
+            ("weight_group_size", (32, 64, 128)),
+            ("quantize_lm_head", (False, True)),
+        ):
+            value = getattr(self, name)
+            if value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
+                choices = " or ".join(repr(a) for a in allowed)
+                raise ValueError(f"quantspec: {name} must be {choices}, not {value!r}.")
+
+
+OPTION_NAMES = tuple(f.name for f in fields(QuantSpecOptions))
+
+
+def is_quantspec(speculative_config: Any) -> bool:
+    """Whether a user's ``speculative_config`` (a name or a dict) asks for QuantSpec."""
+    if isinstance(speculative_config, str):
+        return speculative_config == METHOD
+    return isinstance(speculative_config, dict) and speculative_config.get("method") == METHOD
+
+
+def parse_options(speculative_config: str | dict[str, Any]) -> tuple[QuantSpecOptions, dict[str, Any]]:
+    """Split a user's ``speculative_config`` into QuantSpec's options and vLLM's own.
+
+    Raises:
+        ValueError: an unknown key (the nearest known one is named) or a value out of range.
+    """
+    given = {} if isinstance(speculative_config, str) else dict(speculative_config)
+    given = {key.replace("-", "_"): value for key, value in given.items()}
+    given.pop("method", None)
+    known = OPTION_NAMES + VLLM_OPTIONS
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"the options are {', '.join(OPTION_NAMES)}."
+            raise ValueError(f"quantspec: unknown option {key!r} in the speculative config; {hint}")
+    options = QuantSpecOptions(**{k: v for k, v in given.items() if k in OPTION_NAMES})
+    return options, {k: v for k, v in given.items() if k in VLLM_OPTIONS}

@@ -1,0 +1,123 @@
+"""What cannot work is refused here, in one sentence, before weights are read (design rule 8)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm_quantspec.config import GROUP_SIZES, HEAD_SIZES
+from vllm_quantspec.integration.version import check_version
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+
+def check_backend(args: EngineArgs, is_ours: bool) -> None:
+    """Speculation reads the hierarchical cache, so another attention backend contradicts it."""
+    backend = args.attention_backend if args.attention_backend is not None else args.attention_config.backend
+    if backend is not None and not is_ours:
+        name = getattr(backend, "name", backend)
+        raise ValueError(
+            f"quantspec: speculation reads the hierarchical KV cache of the attention backend QUANTSPEC, but {name} was "
+            "selected; drop --attention-backend."
+        )
+
+
+def check_block_size(block_size: int | None, group_size: int) -> None:
+    if block_size is not None and block_size != group_size:
+        raise ValueError(
+            f"quantspec: a page of the KV cache is one quantization group, so --block-size must equal group_size "
+            f"{group_size}, but it is {block_size}; drop --block-size, or set group_size to it (64 or 128)."
+        )
+
+
+def check_args(args: EngineArgs) -> None:
+    """Checks that need the flags alone.
+
+    Raises:
+        RuntimeError: an unsupported vLLM version. ValueError: anything else.
+    """
+    check_version()
+    if args.block_size not in GROUP_SIZES:
+        raise ValueError(
+            f"quantspec: the attention backend QUANTSPEC has pages of 64 or 128 tokens, not {args.block_size}; set "
+            "--block-size to 64 or 128."
+        )
+    if args.kv_cache_dtype not in ("auto", "bfloat16", "float16"):
+        raise ValueError(
+            f"quantspec: the hierarchical KV cache has a format of its own, so --kv-cache-dtype {args.kv_cache_dtype} "
+            "cannot be combined with it; drop --kv-cache-dtype."
+        )
+    for flag, value, unset, what in (
+        ("--decode-context-parallel-size", args.decode_context_parallel_size, 1, "decode-context parallelism"),
+        ("--prefill-context-parallel-size", args.prefill_context_parallel_size, 1, "prefill-context parallelism"),
+        ("--kv-transfer-config", args.kv_transfer_config, None, "KV connectors"),
+        ("--kv-offloading-size", args.kv_offloading_size, None, "KV offloading"),
+    ):
+        if value != unset:
+            raise ValueError(f"quantspec: {what} is not supported by the hierarchical KV cache; drop {flag}.")
+
+
+def check_config(config: VllmConfig) -> None:
+    """Checks that need the model's configuration.
+
+    Raises:
+        ValueError: one sentence that says what, why and what to do.
+    """
+    from vllm.platforms import current_platform
+
+    model = config.model_config
+    text_config = model.hf_text_config
+    layer_types = getattr(text_config, "layer_types", None) or ()
+    for present, what in (
+        (model.use_mla, "multi-head latent attention (MLA)"),
+        (model.is_encoder_decoder, "an encoder and a decoder"),
+        (model.is_hybrid or model.is_attention_free, "Mamba or linear-attention layers"),
+        (model.uses_alibi, "ALiBi position biases"),
+        (has_attention_sinks(model), "attention sinks"),
+        (getattr(text_config, "attn_logit_softcapping", None), "a logit soft-cap"),
+        (model.get_sliding_window() or "sliding_attention" in layer_types, "sliding-window attention"),
+        ("chunked_attention" in layer_types, "chunked local attention"),
+        (model.runner_type != "generate", "a pooling runner"),
+    ):
+        if present:
+            raise ValueError(
+                f"quantspec: {model.model} has {what}, which the hierarchical KV cache does not implement; run it "
+                "without quantspec."
+            )
+    if model.get_head_size() not in HEAD_SIZES:
+        raise ValueError(
+            f"quantspec: {model.model} has heads of size {model.get_head_size()}, but the hierarchical KV cache has "
+            f"{', '.join(map(str, HEAD_SIZES))}; run it without quantspec."
+        )
+    if config.scheduler_config.disable_hybrid_kv_cache_manager:
+        raise ValueError(
+            "quantspec: pages and recent windows are two KV cache groups, which need vLLM's hybrid KV cache manager; "
+            "drop --disable-hybrid-kv-cache-manager."
+        )
+    if not current_platform.is_cpu():
+        raise ValueError(
+            "quantspec: this version runs on vLLM's CPU engine only, its GPU kernels are not part of the engine yet; "
+            "run without quantspec on this machine."
+        )
+    if config.speculative_config is not None:
+        check_speculation(config)
+
+
+def check_speculation(config: VllmConfig) -> None:
+    """What the draft adds to the cache's own limits."""
+    for present, what, remedy in (
+        (config.parallel_config.pipeline_parallel_size > 1, "pipeline parallelism", "drop --pipeline-parallel-size"),
+        (config.lora_config is not None, "LoRA", "drop --enable-lora"),
+        (config.model_config.is_multimodal_model, "multimodal models", "use --attention-backend QUANTSPEC alone"),
+        (config.model_config.uses_mrope, "M-RoPE positions", "use --attention-backend QUANTSPEC alone"),
+    ):
+        if present:
+            raise ValueError(f"quantspec: speculation does not support {what} yet; {remedy}.")
+
+
+def has_attention_sinks(model_config) -> bool:
+    """Whether the architecture's attention carries learned sinks (they are weights, no configuration key says so)."""
+    return any(name.startswith(("GptOss", "MiMoV2")) for name in model_config.architectures) or bool(
+        getattr(model_config.hf_text_config, "attention_sink", False)
+    )

@@ -1,0 +1,109 @@
+"""Hooks into ``EngineArgs``: the word ``quantspec``, and everything that can be refused before anything is loaded.
+
+Three methods are wrapped: ``add_cli_args`` (a bare word beside JSON), ``create_speculative_config`` (our configuration
+class), ``create_engine_config`` (block size and attention backend follow from QuantSpec; checks before and after).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+
+from vllm_quantspec.config import METHOD, is_quantspec, parse_options
+from vllm_quantspec.integration import checks
+from vllm_quantspec.integration.backend_name import NAME, quantspec_backend
+
+
+def extension_path(users_extension: str) -> str:
+    """Path for ``worker_extension_cls``; the user's own extension, if any, is named in hexadecimal."""
+    path = "vllm_quantspec.integration.worker.WorkerExtension"
+    if not users_extension or users_extension.startswith(path):
+        return users_extension or path
+    return f"{path}_of_{users_extension.encode().hex()}"
+
+
+def wants_quantspec_cache(args: EngineArgs) -> bool:
+    backend = args.attention_backend if args.attention_backend is not None else args.attention_config.backend
+    return backend is not None and getattr(backend, "name", str(backend)).upper() == NAME
+
+
+def prepare_args(args: EngineArgs) -> bool:
+    """Make the flags that QuantSpec implies explicit, in place; whether this engine uses QuantSpec at all.
+
+    Raises:
+        ValueError: one sentence, for options or flags that contradict QuantSpec.
+    """
+    if args.spec_method == METHOD:  # --spec-method, --spec-tokens: vLLM's short forms
+        given = args.speculative_config if isinstance(args.speculative_config, dict) else {}
+        args.speculative_config = {**given, "method": METHOD}
+        if args.spec_tokens is not None:
+            args.speculative_config["num_speculative_tokens"] = args.spec_tokens
+        args.spec_method = args.spec_tokens = None
+    speculates = is_quantspec(args.speculative_config)
+    if not speculates and not wants_quantspec_cache(args):
+        return False
+    if speculates:
+        options, _ = parse_options(args.speculative_config)
+        checks.check_backend(args, wants_quantspec_cache(args))
+        checks.check_block_size(args.block_size, options.group_size)
+        args.block_size = options.group_size
+        if not wants_quantspec_cache(args):
+            args.attention_backend = quantspec_backend()
+    elif args.block_size is None:
+        args.block_size = 128
+    checks.check_args(args)
+    args.worker_extension_cls = extension_path(args.worker_extension_cls)
+    return True
+
+
+def word_or_json(text: str) -> Any:
+    """Type of ``--speculative-config``: the bare word, or JSON as before."""
+    if text == METHOD:
+        return {"method": METHOD}
+    if text == "None":
+        return None
+    return json.loads(text)
+
+
+def install() -> None:
+    """Wrap the three methods, once per process."""
+    if getattr(EngineArgs, "_quantspec_installed", False):
+        return
+    EngineArgs._quantspec_installed = True
+    add_cli_args = EngineArgs.add_cli_args
+    create_speculative_config = EngineArgs.create_speculative_config
+    create_engine_config = EngineArgs.create_engine_config
+
+    @functools.wraps(add_cli_args)
+    def add_cli_args_with_word(parser):
+        parser = add_cli_args(parser)
+        for action in parser._actions:
+            if "--speculative-config" in action.option_strings:
+                action.type = word_or_json
+            elif "--spec-method" in action.option_strings and action.choices:
+                action.choices = [*action.choices, METHOD]
+        return parser
+
+    @functools.wraps(create_speculative_config)
+    def create_quantspec_config(self, target_model_config, target_parallel_config):
+        if not is_quantspec(self.speculative_config):
+            return create_speculative_config(self, target_model_config, target_parallel_config)
+        from vllm_quantspec.integration.speculative_config import make_config
+
+        return make_config(self.speculative_config, target_model_config, target_parallel_config)
+
+    @functools.wraps(create_engine_config)
+    def create_checked_engine_config(self, *args, **kwargs) -> VllmConfig:
+        uses_quantspec = prepare_args(self)
+        config = create_engine_config(self, *args, **kwargs)
+        if uses_quantspec:
+            checks.check_config(config)
+        return config
+
+    EngineArgs.add_cli_args = staticmethod(add_cli_args_with_word)
+    EngineArgs.create_speculative_config = create_quantspec_config
+    EngineArgs.create_engine_config = create_checked_engine_config

@@ -1,0 +1,23 @@
+"""What the plugin does to a vLLM process. Cheap and idempotent: vLLM loads plugins in every process, often twice."""
+
+import logging
+
+from vllm_quantspec.integration.version import SUPPORTED, installed_vllm
+
+logger = logging.getLogger("vllm.quantspec")
+
+
+def register() -> None:
+    """Teach this process the name ``quantspec``; nothing else changes until an engine asks for it."""
+    if installed_vllm() not in SUPPORTED:
+        # Other engines must go on; one that asks for QuantSpec is refused by vLLM, which does not know the name.
+        logger.warning(
+            "vllm-quantspec works with vLLM %s, not %s: it stays off.", " and ".join(SUPPORTED), installed_vllm()
+        )
+        return
+    from vllm_quantspec.integration import engine_args
+    from vllm_quantspec.integration.backend_name import quantspec_backend
+
+    quantspec_backend()
+    engine_args.install()
+    logger.debug("vllm-quantspec is registered.")

@@ -1,0 +1,68 @@
+"""QuantSpec's ``SpeculativeConfig``: to the rest of vLLM it is a draft model that needs no slots of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
+from vllm.config.utils import config
+
+from vllm_quantspec.config import METHOD, QuantSpecOptions, parse_options
+
+
+@config
+class QuantSpecConfig(SpeculativeConfig):
+    """The options of ``QuantSpecOptions`` beside vLLM's own.
+
+    The inherited ``method`` stays ``draft_model``: scheduler, runners, rejection sampler and metrics then treat the
+    drafts as they treat those of any draft model.
+    """
+
+    group_size: int = 128
+    draft_weights: str = "int4"
+    draft_kv: str = "int4"
+    weight_group_size: int = 128
+    quantize_lm_head: bool = False
+
+    def __post_init__(self):
+        # The draft is the target itself: the parent would read a draft model's configuration from disk here.
+        self.method = "draft_model"
+        self.model = self.target_model_config.model
+        self.draft_model_config = self.target_model_config
+        self.draft_parallel_config = self.target_parallel_config
+        self.draft_tensor_parallel_size = self.target_parallel_config.tensor_parallel_size
+        return self
+
+    @property
+    def max_num_new_slots_for_drafting(self) -> int:
+        """The draft's first step has one query token per request: no slot beside the verified tokens' own."""
+        return 0
+
+    def compute_hash(self) -> str:
+        # Nothing of the draft changes the target's graph; the draft is compiled under a tag of its own.
+        return f"{METHOD}-{self.draft_weights}-{self.weight_group_size}-{self.quantize_lm_head}"
+
+    def __repr__(self) -> str:
+        return (
+            f"SpeculativeConfig(method='{METHOD}', num_spec_tokens={self.num_speculative_tokens}, "
+            f"group_size={self.group_size}, draft_weights='{self.draft_weights}', draft_kv='{self.draft_kv}')"
+        )
+
+
+def make_config(
+    speculative_config: str | dict[str, Any], model_config: ModelConfig, parallel_config: ParallelConfig
+) -> QuantSpecConfig:
+    """Validate the user's options and build the configuration.
+
+    Raises:
+        ValueError: one sentence that names the option, what is wrong and what would be right.
+    """
+    options, vllm_options = parse_options(speculative_config)
+    # Sampled drafts are accepted far more often than the draft's argmax once temperature > 0, and are the same at 0.
+    vllm_options.setdefault("draft_sample_method", "probabilistic")
+    return QuantSpecConfig(
+        target_model_config=model_config,
+        target_parallel_config=parallel_config,
+        **{name: getattr(options, name) for name in QuantSpecOptions.__dataclass_fields__},
+        **vllm_options,
+    )
