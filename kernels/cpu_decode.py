@@ -1,0 +1,437 @@
+"""Decode attention on the CPU: `reference.decode_attention`, as loops that LLVM turns into vector instructions (Numba).
+
+The page's byte order (see format.py) serves here too: 512 consecutive bytes are 32 rows x 32 columns of one tile, and the
+column of a byte depends on its index modulo 64 only up to the row, so a tile is one elementwise product with a pattern of
+64 factors, summed over tiles first and over lanes last. Scales are folded into the query (keys) and the probabilities
+(values), minima are one dot product per page; codes are converted to float once for all query rows.
+
+Numbers: benchmarks/cpu_attention.py.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import numba as nb
+import numpy as np
+import torch
+from vllm_quantspec.kernels import reference
+
+from vllm_quantspec.format import PageFormat
+
+# vLLM binds the thread that runs the model to one core; the others of this process are for the helpers below.
+_CPUS = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+_PAGES_PER_TASK = 16
+_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_LOG2E = 1.4426950408889634
+_FIELDS = ("k_upper", "v_upper", "k_scale", "k_min", "v_scale", "v_min", "k_lower", "v_lower")
+
+_jit = nb.njit(fastmath={"contract", "reassoc", "nsz"}, boundscheck=False, nogil=True, cache=True)
+
+
+@_jit
+def _half_to_float(source, start, count, bits, out):
+    """fp16 at ``source[start:]`` (uint16) to float32; every finite value, subnormal ones too."""
+    # Slices, here and below: a loop over an index that might be negative is not turned into vector instructions.
+    halves = source[start : start + count]
+    for i in range(count):
+        x = np.uint32(halves[i])
+        bits[i] = ((x & np.uint32(0x7FFF)) << np.uint32(13)) | ((x & np.uint32(0x8000)) << np.uint32(16))
+    values = bits.view(np.float32)
+    for i in range(count):
+        out[i] = values[i] * np.float32(5.192296858534828e33)  # 2**112: the difference of the exponents' biases
+
+
+@_jit
+def _load_exact(u16, f32, dtype, start, count, bits, out):
+    """``count`` exact values at element ``start`` of the pool, to float32."""
+    if dtype == 1:
+        _half_to_float(u16, start, count, bits, out)
+    elif dtype == 0:
+        halves = u16[start : start + count]
+        for i in range(count):
+            bits[i] = np.uint32(halves[i]) << np.uint32(16)
+        values = bits.view(np.float32)
+        for i in range(count):
+            out[i] = values[i]
+    else:
+        words = f32[start : start + count]
+        for i in range(count):
+            out[i] = words[i]
+
+
+@_jit
+def _exp2(x, count, bits):
+    """2**x in place for x <= 0 (float32, error below 2e-7 relative); anything under -126 becomes 0."""
+    for i in range(count):
+        v = max(x[i], np.float32(-126.0))
+        bits[i] = np.uint32((np.int32(np.floor(v + np.float32(0.5))) + np.int32(127)) << np.int32(23))
+    whole = bits.view(np.float32)
+    for i in range(count):
+        v = max(x[i], np.float32(-126.0))
+        f = v - np.float32(np.floor(v + np.float32(0.5)))
+        p = np.float32(1.5403530393381608e-4)
+        p = p * f + np.float32(1.3333558146428443e-3)
+        p = p * f + np.float32(9.618129107628477e-3)
+        p = p * f + np.float32(5.550410866482158e-2)
+        p = p * f + np.float32(2.402265069591007e-1)
+        p = p * f + np.float32(6.931471805599453e-1)
+        p = p * f + np.float32(1.0)
+        x[i] = np.float32(0.0) if x[i] < np.float32(-126.0) else p * whole[i]
+
+
+@_jit
+def _unpack(u8, upper, lower, both, even, odd):
+    """One tile's codes as float32: its bytes' low nibbles to ``even`` [512], high nibbles to ``odd`` [512]."""
+    high = u8[upper : upper + 512]
+    if both:
+        low = u8[lower : lower + 512]
+        for i in range(512):
+            u, v = np.int32(high[i]), np.int32(low[i])
+            even[i] = np.float32(((u & np.int32(15)) << np.int32(4)) | (v & np.int32(15)))
+            odd[i] = np.float32((u & np.int32(240)) | (v >> np.int32(4)))
+    else:
+        for i in range(512):
+            u = np.int32(high[i])
+            even[i] = np.float32(u & np.int32(15))
+            odd[i] = np.float32(u >> np.int32(4))
+
+
+@_jit
+def _add_tile(sums, rows, low, high, tile, even, odd):
+    """sums [rows, 512] += codes times their columns' factors ``low``, ``high`` [rows, tiles, 64]."""
+    for m in range(rows):
+        total, a, b = sums[m], low[m, tile], high[m, tile]
+        for g in range(8):
+            for i in range(64):
+                total[g * 64 + i] += a[i] * even[g * 64 + i] + b[i] * odd[g * 64 + i]
+
+
+@_jit
+def _spread(factors, scale, first, stride, rows, tiles, low, high):
+    """Factors times scales, as the 64-byte patterns of each tile.
+
+    ``factors`` [rows, 32 * tiles] per column; the scale of column tile*32 + par*16 + b*8 + t*2 + e is at
+    ``first + t*stride + (2*tile + par)*4 + b*2 + e`` of ``scale``.
+    """
+    for m in range(rows):
+        for tile in range(tiles):
+            for t in range(4):
+                for byte in range(4):
+                    e, par = byte >> 1, byte & 1
+                    column = tile * 32 + par * 16 + t * 2 + e
+                    at = first + t * stride + (2 * tile + par) * 4 + e
+                    a = factors[m, column] * scale[at]
+                    b = factors[m, column + 8] * scale[at + 2]
+                    for y in range(4):
+                        low[m, tile, t * 16 + y * 4 + byte] = a
+                        high[m, tile, t * 16 + y * 4 + byte] = b
+
+
+@_jit
+def _dot_minimum(factors, minimum, first, stride, rows, tiles, out):
+    """out [rows] += sum over columns of factor * minimum (stored like the scales)."""
+    for m in range(rows):
+        total = np.float32(0.0)
+        for t in range(4):
+            for s in range(2 * tiles):
+                for b in range(2):
+                    for e in range(2):
+                        total += factors[m, s * 16 + b * 8 + t * 2 + e] * minimum[first + t * stride + s * 4 + b * 2 + e]
+        out[m] += total
+
+
+@_jit
+def _fold_lanes(sums, m, out, first, row):
+    """Sum one row's 512 lanes over t and byte: out[row, first + y*8 + g] += sums[m, g*64 + t*16 + y*4 + byte].
+
+    ``sums`` is used up.
+    """
+    lanes = sums[m]
+    for g in range(8):
+        for k in range(16):
+            lanes[g * 64 + k] += lanes[g * 64 + 16 + k] + lanes[g * 64 + 32 + k] + lanes[g * 64 + 48 + k]
+        for y in range(4):
+            at = g * 64 + y * 4
+            out[row, first + y * 8 + g] += (lanes[at] + lanes[at + 1]) + (lanes[at + 2] + lanes[at + 3])
+
+
+@_jit
+def _softmax_step(scores, rows, tokens, maximum, total, output, dim, bits):
+    """scores [rows, tokens] (base 2) to probabilities under the running maximum; rescales what was summed before."""
+    for m in range(rows):
+        new = maximum[m]
+        for i in range(tokens):
+            new = max(new, scores[m, i])
+        if new > maximum[m]:
+            decay = np.float32(2.0) ** (maximum[m] - new) if maximum[m] > np.float32(-1e29) else np.float32(0.0)
+            total[m] *= decay
+            for i in range(dim):
+                output[m, i] *= decay
+            maximum[m] = new
+        for i in range(tokens):
+            scores[m, i] -= new
+        _exp2(scores[m], tokens, bits)
+        added = np.float32(0.0)
+        for i in range(tokens):
+            added += scores[m, i]
+        total[m] += added
+
+
+@_jit
+def _pages_task(
+    u8, u16, ids, block_stride, head_offset, fields, first_page, q, boundary, group, dim, value_group, both,
+    maximum, total, output,
+):  # fmt: skip
+    """Pages ``ids`` (the first is number ``first_page`` of its request) of one KV head for ``rows`` query rows."""
+    rows = q.shape[0]
+    key_tiles, value_tiles, value_groups = dim // 32, group // 32, dim // value_group
+    even, odd = np.empty(512, np.float32), np.empty(512, np.float32)
+    bits = np.empty(max(group * value_groups, dim, 512), np.uint32)
+    scale, minimum = (
+        np.empty(max(group * value_groups, dim), np.float32),
+        np.empty(max(group * value_groups, dim), np.float32),
+    )
+    low, high = (
+        np.empty((rows, max(key_tiles, value_tiles), 64), np.float32),
+        np.empty((rows, max(key_tiles, value_tiles), 64), np.float32),
+    )
+    sums, offset = np.empty((rows, 512), np.float32), np.empty(rows, np.float32)
+    scores = np.empty((rows, group), np.float32)
+    for n in range(ids.shape[0]):
+        base = ids[n] * block_stride + head_offset
+        # Scores.
+        _half_to_float(u16, (base + fields[2]) // 2, dim, bits, scale)
+        _half_to_float(u16, (base + fields[3]) // 2, dim, bits, minimum)
+        if both:
+            for i in range(dim):
+                minimum[i] -= scale[i] * np.float32(0.5)
+                scale[i] *= np.float32(0.0625)
+        _spread(q, scale, 0, dim // 4, rows, key_tiles, low, high)
+        offset[:] = 0
+        _dot_minimum(q, minimum, 0, dim // 4, rows, key_tiles, offset)
+        for m in range(rows):
+            scores[m, :] = offset[m]
+        for quad in range(group // 32):
+            sums[:] = 0
+            for tile in range(key_tiles):
+                at = base + (quad * key_tiles + tile) * 512
+                _unpack(u8, at + fields[0], at + fields[6], both, even, odd)
+                _add_tile(sums, rows, low, high, tile, even, odd)
+            for m in range(rows):
+                _fold_lanes(sums, m, scores, quad * 32, m)
+        last = (first_page + n + 1) * group
+        for m in range(rows):
+            if boundary[m] < last:
+                for i in range(max(boundary[m] - last + group, 0), group):
+                    scores[m, i] = np.float32(-1e30)
+        _softmax_step(scores, rows, group, maximum, total, output, dim, bits)
+        # Weighted values.
+        count = group * value_groups
+        _half_to_float(u16, (base + fields[4]) // 2, count, bits, scale)
+        _half_to_float(u16, (base + fields[5]) // 2, count, bits, minimum)
+        if both:
+            for i in range(count):
+                minimum[i] -= scale[i] * np.float32(0.5)
+                scale[i] *= np.float32(0.0625)
+        spread_group = -1
+        for quad in range(key_tiles):
+            # A quad of 32 channels may straddle two value groups (head size 96 in groups of 48): one pass for each.
+            first_group, last_group = quad * 32 // value_group, (quad * 32 + 31) // value_group
+            for vg in range(first_group, last_group + 1):
+                if spread_group != vg:
+                    _spread(scores, scale, vg * group, group // 4, rows, value_tiles, low, high)
+                    offset[:] = 0
+                    _dot_minimum(scores, minimum, vg * group, group // 4, rows, value_tiles, offset)
+                    spread_group = vg
+                sums[:] = 0
+                for tile in range(value_tiles):
+                    at = base + (tile * key_tiles + quad) * 512
+                    _unpack(u8, at + fields[1], at + fields[7], both, even, odd)
+                    _add_tile(sums, rows, low, high, tile, even, odd)
+                whole = first_group == last_group
+                for m in range(rows):
+                    if whole:
+                        _fold_lanes(sums, m, output, quad * 32, m)
+                        for c in range(quad * 32, quad * 32 + 32):
+                            output[m, c] += offset[m]
+                    else:
+                        scratch = np.zeros((1, 32), np.float32)
+                        _fold_lanes(sums, m, scratch, 0, 0)
+                        for c in range(32):
+                            if (quad * 32 + c) // value_group == vg:
+                                output[m, quad * 32 + c] += scratch[0, c] + offset[m]
+
+
+@_jit
+def _window_task(u16, f32, dtype, table, block_stride, head_offset, size, q, positions, boundary, maximum, total, output):
+    """Exact tokens from the first row's boundary to the last row's position; strides in elements."""
+    rows, dim = q.shape
+    start, end = boundary[0], positions[rows - 1] + 1
+    bits, token = np.empty(max(2 * dim, size), np.uint32), np.empty(2 * dim, np.float32)
+    scores = np.empty((rows, size), np.float32)
+    values = np.empty((size, dim), np.float32)
+    first = start
+    while first < end:
+        count = min(size - first % size, end - first)
+        base = table[first // size] * block_stride + head_offset
+        for i in range(count):
+            _load_exact(u16, f32, dtype, base + (first % size + i) * 2 * dim, 2 * dim, bits, token)
+            for m in range(rows):
+                dot = np.float32(0.0)
+                for c in range(dim):
+                    dot += q[m, c] * token[c]
+                seen = boundary[m] <= first + i <= positions[m]
+                scores[m, i] = dot if seen else np.float32(-1e30)
+            for c in range(dim):
+                values[i, c] = token[dim + c]
+        _softmax_step(scores, rows, count, maximum, total, output, dim, bits)
+        for m in range(rows):
+            for i in range(count):
+                p = scores[m, i]
+                if p > np.float32(0.0):
+                    for c in range(dim):
+                        output[m, c] += p * values[i, c]
+        first += count
+
+
+@_jit
+def _run_tasks(
+    begin, end, tasks, u8, u16, exact_u16, exact_f32, dtype, page_strides, window_strides, fields, block_table, window_table,
+    q, positions, boundary, row_counts, group, dim, value_group, size, both, maximum, total, output,
+):  # fmt: skip
+    """Tasks [begin, end): rows (request, head, first page, last page or -1 for the window) of ``tasks``."""
+    for n in range(begin, end):
+        r, h, first, last = tasks[n, 0], tasks[n, 1], tasks[n, 2], tasks[n, 3]
+        rows = row_counts[r]
+        maximum[n, :] = np.float32(-1e30)
+        total[n, :] = 0
+        output[n, :, :] = 0
+        if last < 0:
+            _window_task(
+                exact_u16, exact_f32, dtype, window_table[r], window_strides[0],
+                window_strides[2] + h * window_strides[1], size,
+                q[r, h, :rows], positions[r], boundary[r, :rows], maximum[n], total[n], output[n],
+            )  # fmt: skip
+        else:
+            _pages_task(
+                u8, u16, block_table[r, first:last], page_strides[0], page_strides[2] + h * page_strides[1], fields,
+                first, q[r, h, :rows], boundary[r, :rows], group, dim, value_group, both,
+                maximum[n], total[n], output[n],
+            )  # fmt: skip
+
+
+@_jit
+def _merge(tasks, row_counts, maximum, total, output, result):
+    """Sum the tasks of each request and head; ``tasks`` are sorted by both. result [R, H, M, D]."""
+    n = 0
+    dim = output.shape[2]
+    while n < tasks.shape[0]:
+        r, h, end = tasks[n, 0], tasks[n, 1], n
+        while end < tasks.shape[0] and tasks[end, 0] == r and tasks[end, 1] == h:
+            end += 1
+        for m in range(row_counts[r]):
+            highest = np.float32(-1e30)
+            for k in range(n, end):
+                highest = max(highest, maximum[k, m])
+            norm = np.float32(0.0)
+            for k in range(n, end):
+                weight = np.float32(2.0) ** max(maximum[k, m] - highest, np.float32(-200.0))
+                norm += weight * total[k, m]
+                for c in range(dim):
+                    result[r, h, m, c] += weight * output[k, m, c]
+            for c in range(dim):
+                result[r, h, m, c] /= norm
+        n = end
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    def free_of_the_models_core() -> None:
+        if _CPUS:
+            os.sched_setaffinity(0, _CPUS)
+
+    return ThreadPoolExecutor(threads, "quantspec-decode", initializer=free_of_the_models_core)
+
+
+def _run(num_tasks: int, arguments: tuple) -> None:
+    """All tasks, on as many threads as PyTorch uses; the kernel releases the interpreter lock."""
+    threads = min(torch.get_num_threads(), len(_CPUS) if _CPUS else 1, num_tasks)
+    if threads <= 1:
+        _run_tasks(0, num_tasks, *arguments)
+        return
+    cuts = [num_tasks * i // threads for i in range(threads + 1)]
+    jobs = [_pool(threads).submit(_run_tasks, a, b, *arguments) for a, b in zip(cuts, cuts[1:], strict=False)]
+    for job in jobs:
+        job.result()
+
+
+def _bytes_of(tensor: torch.Tensor) -> np.ndarray:
+    """The whole storage of ``tensor`` as uint8, cut to whole float32 words."""
+    storage = tensor.untyped_storage()
+    flat = torch.empty(0, dtype=torch.uint8).set_(storage)
+    return flat[: flat.numel() // 4 * 4].numpy()
+
+
+def decode_attention(
+    fmt: PageFormat,
+    pages: torch.Tensor,
+    window: torch.Tensor,
+    query: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    window_block_table: torch.Tensor,
+    softmax_scale: float,
+    read: str,
+) -> torch.Tensor:
+    """Arguments and result as of `reference.decode_attention`; tensors are on the CPU, pages and window in one pool."""
+    reference.check_read(read)
+    heads, dim, group, size = fmt.num_kv_heads, fmt.head_size, fmt.group_size, fmt.window_block_size
+    per_head = query.shape[1] // heads
+    starts, lengths = query_start_loc.long(), seq_lens.long()
+    query_lens = starts.diff()
+    num_reqs, steps = len(lengths), max(1, int(query_lens.max()))
+    requests = torch.repeat_interleave(query_lens)
+    offsets = torch.arange(len(requests)) - starts[requests]
+
+    # Query rows of one request and KV head: [R, H, steps * per_head, D], in base 2.
+    q = torch.zeros(num_reqs, steps, heads, per_head, dim)
+    q[requests, offsets] = query[: len(requests)].view(-1, heads, per_head, dim).float() * (softmax_scale * _LOG2E)
+    q = q.permute(0, 2, 1, 3, 4).flatten(2, 3).contiguous().numpy()
+    first = (lengths - query_lens).clamp_min(0)
+    positions = torch.minimum(first[:, None] + torch.arange(steps), lengths[:, None] - 1)
+    exact = reference.exact_start(fmt, window_block_table, first)
+    boundary = torch.maximum(reference.quantized_below(fmt, positions), exact[:, None])
+    row_counts = (query_lens * per_head).numpy()
+
+    tasks = []
+    for r, (rows, quantized) in enumerate(zip(row_counts.tolist(), boundary[:, -1].tolist(), strict=True)):
+        if rows:
+            num_pages = -(-quantized // group)
+            for h in range(heads):
+                tasks.append((r, h, 0, -1))
+                tasks += [(r, h, i, min(i + _PAGES_PER_TASK, num_pages)) for i in range(0, num_pages, _PAGES_PER_TASK)]
+    tasks = np.array(tasks, dtype=np.int64).reshape(-1, 4)
+    u8, exact_bytes = _bytes_of(pages), _bytes_of(window)
+    rows = steps * per_head
+    maximum, total = np.empty((len(tasks), rows), np.float32), np.empty((len(tasks), rows), np.float32)
+    output = np.empty((len(tasks), rows, dim), np.float32)
+    fields = tuple(fmt.field_ranges[name][0] for name in _FIELDS)
+    arguments = (
+        tasks, u8, u8.view(np.uint16), exact_bytes.view(np.uint16), exact_bytes.view(np.float32), _DTYPES[fmt.dtype],
+        (pages.stride(0), pages.stride(1), pages.storage_offset()),
+        (window.stride(0), window.stride(1), window.storage_offset()),
+        fields, block_table.long().numpy(), window_block_table.long().numpy(),
+        q, positions.repeat_interleave(per_head, 1).numpy(), boundary.repeat_interleave(per_head, 1).numpy(), row_counts,
+        group, dim, fmt.value_group_size, size, read == "target", maximum, total, output,
+    )  # fmt: skip
+    _run(len(tasks), arguments)
+    result = np.zeros((num_reqs, heads, rows, dim), np.float32)
+    _merge(tasks, row_counts, maximum, total, output, result)
+    rows_of_tokens = torch.from_numpy(result).unflatten(2, (steps, per_head)).transpose(1, 2)
+    out = torch.zeros_like(query)
+    out[: len(requests)] = rows_of_tokens[requests, offsets].flatten(1, 2).to(query.dtype)
+    return out

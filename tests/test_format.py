@@ -1,0 +1,178 @@
+"""The page: byte order against the specification nibble by nibble, offsets, and the error bounds of quantization."""
+
+import pytest
+import torch
+
+from vllm_quantspec.format import (
+    PageFormat,
+    dequantize_keys,
+    dequantize_values,
+    pack_key_codes,
+    pack_value_codes,
+    permute_scales,
+    permute_value_scales,
+    quantize_keys,
+    quantize_values,
+    unpack_key_codes,
+    unpack_value_codes,
+    unpermute_scales,
+    unpermute_value_scales,
+)
+
+HEAD_SIZES = [32, 64, 96, 128, 256]
+GROUP_SIZES = [64, 128]
+
+
+def random_codes(*shape):
+    return torch.randint(0, 16, shape, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("group", GROUP_SIZES)
+@pytest.mark.parametrize("dim", HEAD_SIZES)
+def test_codes_round_trip(dim, group):
+    codes = random_codes(3, 2, group, dim)
+    for pack, unpack in ((pack_key_codes, unpack_key_codes), (pack_value_codes, unpack_value_codes)):
+        packed = pack(codes)
+        assert packed.shape == (3, 2, group * dim // 2)
+        assert torch.equal(unpack(packed, dim), codes)
+
+
+@pytest.mark.parametrize("dim, group", [(64, 128), (96, 64)])
+def test_byte_order_is_the_specified_one(dim, group):
+    """Every stored nibble, written out from the specification."""
+    codes = random_codes(group, dim)
+    keys, values, x = pack_key_codes(codes).tolist(), pack_value_codes(codes).tolist(), codes.tolist()
+    for token_tile in range(group // 32):
+        for channel_tile in range(dim // 32):
+            for lane in range(32):
+                g, t = lane // 4, lane % 4
+                for y in range(4):
+                    word = ((token_tile * (dim // 32) + channel_tile) * 32 + lane) * 4 + y
+                    for nibble in range(8):
+                        e, par, b = nibble // 4, nibble // 2 % 2, nibble % 2
+                        byte, shift = word * 4 + nibble // 2, 4 * (nibble % 2)
+                        row, column = y * 8 + g, par * 16 + b * 8 + t * 2 + e
+                        assert keys[byte] >> shift & 15 == x[token_tile * 32 + row][channel_tile * 32 + column]
+                        assert values[byte] >> shift & 15 == x[token_tile * 32 + column][channel_tile * 32 + row]
+
+
+def test_scale_order_is_the_specified_one():
+    dim, group, groups = 96, 64, 2
+    key_scales, value_scales = torch.randn(dim), torch.randn(group, groups)
+    keys, values = permute_scales(key_scales), permute_value_scales(value_scales)
+    for t in range(4):
+        for h in range(2):
+            for e in range(2):
+                for s in range(dim // 16):
+                    assert keys[((t * (dim // 16) + s) * 2 + h) * 2 + e] == key_scales[s * 16 + h * 8 + t * 2 + e]
+                for s in range(group // 16):
+                    for vg in range(groups):
+                        stored = (((vg * 4 + t) * (group // 16) + s) * 2 + h) * 2 + e
+                        assert values[stored] == value_scales[s * 16 + h * 8 + t * 2 + e, vg]
+    assert torch.equal(unpermute_scales(keys), key_scales)
+    assert torch.equal(unpermute_value_scales(values, group), value_scales)
+
+
+@pytest.mark.parametrize("group", GROUP_SIZES)
+@pytest.mark.parametrize("dim", HEAD_SIZES)
+def test_offsets(dim, group):
+    fmt = PageFormat(3, dim, group)
+    names = ["k_upper", "v_upper", "k_scale", "k_min", "v_scale", "v_min", "k_lower", "v_lower"]
+    assert list(fmt.field_ranges) == names
+    ends = 0
+    for name, (first, end) in fmt.field_ranges.items():
+        assert first == ends and first % 16 == 0
+        per_value = {"k_scale": dim, "k_min": dim, "v_scale": group * dim // fmt.value_group_size}
+        per_value["v_min"] = per_value["v_scale"]
+        assert end - first == 2 * per_value[name] if name in per_value else group * dim // 2
+        ends = end
+    assert fmt.head_bytes == ends and fmt.head_bytes % 16 == 0
+    assert fmt.page_bytes == 3 * fmt.head_bytes
+    assert fmt.draft_bytes == fmt.field_ranges["k_lower"][0]
+    assert fmt.bytes_per_token() == fmt.page_bytes / group
+    assert fmt.bytes_per_token("draft") == 3 * fmt.draft_bytes / group
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        size = PageFormat(3, dim, group, dtype).window_block_size
+        assert group % size == 0 and size * 2 * dim * dtype.itemsize <= fmt.head_bytes
+        assert 2 * size * 2 * dim * dtype.itemsize > fmt.head_bytes
+
+
+def test_known_sizes():
+    fmt = PageFormat(8, 128, 128, torch.bfloat16)
+    assert (fmt.code_bytes, fmt.head_bytes, fmt.draft_bytes) == (8192, 33792, 17408)
+    assert (fmt.window_block_size, fmt.value_group_size) == (64, 128)
+    assert fmt.bytes_per_token() == 8 * 264
+    assert [PageFormat(1, d, g).value_group_size for d, g in ((64, 128), (96, 64), (256, 128))] == [64, 48, 128]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((0, 64), "num_kv_heads"),
+        ((1, 80), "multiple of 32"),
+        ((1, 64, 32), "64 or 128"),
+        ((1, 64, 128, torch.float64), "bfloat16, float16 or float32"),
+    ],
+)
+def test_unsupported_arguments_say_so(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        PageFormat(*arguments)
+
+
+def error_bounds(x, upper, lower, scale, minimum, low, high):
+    """Draft within s/2, target within s/16, within s/32 unless the residual's code saturates at 7; plus fp16 rounding.
+
+    The arguments are fp32 and broadcast against x. The residual lies in [-8, 8] steps of s/16, its code in -8..7: the
+    topmost half step saturates.
+    """
+    draft, target = upper * scale + minimum, (16 * upper + lower - 8) * scale / 16 + minimum
+    rounding = (minimum - low).abs() + 15 * (scale - (high - low) / 15).abs() + 1e-5 * x.abs()
+    assert ((draft - x).abs() <= scale / 2 + rounding).all()
+    assert ((target - x).abs() <= scale / 16 + rounding).all()
+    fine = (lower < 15) & (lower > 0)
+    assert ((target - x).abs() <= scale / 32 + 1e-5 * x.abs())[fine].all()
+    assert fine.float().mean() > 0.8
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_error_bounds(dtype, scale):
+    x = torch.randn(4, 128, 96) * scale
+    x[..., ::7] += 20 * scale  # outlier channels
+    x = x.to(dtype)
+    upper, lower, s, z = quantize_keys(x)
+    x = x.float()
+    low, high = x.aminmax(dim=-2, keepdim=True)
+    error_bounds(x, upper.float(), lower.float(), s.float()[..., None, :], z.float()[..., None, :], low, high)
+
+    upper, lower, s, z = (t.float() for t in quantize_values(x, 48))
+    parts = [t.unflatten(-1, (2, 48)) for t in (x, upper, lower)]
+    low, high = parts[0].aminmax(dim=-1, keepdim=True)
+    error_bounds(*parts, s[..., None], z[..., None], low, high)
+
+
+def test_dequantize_is_the_formula():
+    x = torch.randn(2, 64, 96)
+    upper, lower, s, z = (t.float() for t in quantize_keys(x))
+    assert torch.equal(dequantize_keys(upper, None, s, z), upper * s[:, None] + z[:, None])
+    torch.testing.assert_close(dequantize_keys(upper, lower, s, z), (16 * upper + lower - 8) * s[:, None] / 16 + z[:, None])
+    upper, lower, s, z = (t.float() for t in quantize_values(x, 48))
+    wide_s, wide_z = (t.repeat_interleave(48, dim=-1) for t in (s, z))
+    assert torch.equal(dequantize_values(upper, None, s, z), upper * wide_s + wide_z)
+    torch.testing.assert_close(dequantize_values(upper, lower, s, z), (16 * upper + lower - 8) * wide_s / 16 + wide_z)
+
+
+def test_constant_groups():
+    """A group without a range has scale 0: codes 0 and 8, and reads as its (fp16) value."""
+    x = torch.randn(2, 64, 64)
+    x[..., 5] = 4001.0  # between two fp16 numbers
+    upper, lower, s, z = quantize_keys(x)
+    assert (s[..., 5] == 0).all() and (upper[..., 5] == 0).all() and (lower[..., 5] == 8).all()
+    assert (dequantize_keys(upper, lower, s, z)[..., 5] - 4001).abs().max() <= 1
+
+
+def test_huge_values_stay_finite():
+    x = torch.randn(2, 64, 64) * 1e6
+    for upper, lower, s, z in (quantize_keys(x), quantize_values(x, 64)):
+        assert s.isfinite().all() and z.isfinite().all()
+        assert upper.max() <= 15 and lower.max() <= 15
