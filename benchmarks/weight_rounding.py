@@ -1,0 +1,248 @@
+#!/usr/bin/env python3
+"""How well a model with INT4 weights predicts the model itself, for ways to round the weights.
+
+Plain PyTorch, weights only (the KV cache is exact), teacher-forced over the first tokens of three novels:
+greedy agreement, expected acceptance when sampling (sum of min(p, q)), and KL of the draft from the target.
+
+    python benchmarks/weight_rounding.py [--model DIR] [--text DIR] [--context 4096] [--methods NAME ...]
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+
+from vllm_quantspec import weights as rounding
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+LINEARS = {
+    "self_attn.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attn.o_proj": ("self_attn.o_proj",),
+    "mlp.gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.down_proj": ("mlp.down_proj",),
+}
+
+
+class Llama:
+    """A Llama of the checkpoint in ``path``, in float32, with replaceable linears ``{"<layer>.<name>": [out, in]}``."""
+
+    def __init__(self, path: Path, device: str) -> None:
+        self.config = json.loads((path / "config.json").read_text())
+        tensors = {k: v.to(device).float() for k, v in load_file(path / "model.safetensors").items()}
+        self.embedding = tensors["model.embed_tokens.weight"]
+        self.head = tensors.get("lm_head.weight", self.embedding)
+        self.num_layers = self.config["num_hidden_layers"]
+        prefix = "model.layers.{}.{}.weight"
+        self.norms = [
+            [tensors[prefix.format(i, f"{n}_layernorm")] for n in ("input", "post_attention")]
+            for i in range(self.num_layers)
+        ]
+        self.final_norm = tensors["model.norm.weight"]
+        self.linears = {
+            f"{i}.{name}": torch.cat([tensors[prefix.format(i, p)] for p in parts])
+            for i in range(self.num_layers)
+            for name, parts in LINEARS.items()
+        }
+
+    def logits(self, ids: torch.Tensor, linears: dict, inputs: Callable | None = None) -> torch.Tensor:
+        """float32 [..., tokens, vocabulary] for int64 ids [..., tokens]; ``inputs(name, x)`` sees a linear's input."""
+        c = self.config
+        head, kv_heads, eps = c["head_dim"], c["num_key_value_heads"], c["rms_norm_eps"]
+        angles = torch.outer(
+            torch.arange(ids.shape[-1], device=ids.device).float(),
+            c["rope_theta"] ** (-torch.arange(0, head, 2, device=ids.device).float() / head),
+        )
+        cos, sin = angles.cos(), angles.sin()
+
+        def rotate(x: torch.Tensor) -> torch.Tensor:
+            a, b = x.chunk(2, -1)
+            return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+        def linear(name: str, x: torch.Tensor) -> torch.Tensor:
+            if inputs is not None:
+                inputs(name, x)
+            return F.linear(x, linears[name])
+
+        x = self.embedding[ids]
+        for i in range(self.num_layers):
+            y = linear(f"{i}.self_attn.qkv", F.rms_norm(x, x.shape[-1:], self.norms[i][0], eps))
+            y = y.unflatten(-1, (-1, head)).transpose(-2, -3)
+            q, k, v = y.split([y.shape[-3] - 2 * kv_heads, kv_heads, kv_heads], dim=-3)
+            y = F.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True, enable_gqa=True)
+            x = x + linear(f"{i}.self_attn.o_proj", y.transpose(-2, -3).flatten(-2))
+            gate, up = linear(f"{i}.mlp.gate_up", F.rms_norm(x, x.shape[-1:], self.norms[i][1], eps)).chunk(2, -1)
+            x = x + linear(f"{i}.mlp.down_proj", F.silu(gate) * up)
+        return F.linear(F.rms_norm(x, x.shape[-1:], self.final_norm, eps), self.head)
+
+
+# --- Rounding variants that lost, and calibration ---------------------------------------------------------------------
+
+
+def grid_search(w: torch.Tensor, g: int, exponent: float, lows: list[float], highs: list[float] | None) -> torch.Tensor:
+    """Clip search by |error|^exponent over shrunk minima and maxima (equal shrinks when ``highs`` is None)."""
+    x = w.view(w.shape[0], -1, g)
+    low, high = x.amin(-1, keepdim=True).clamp_max(0), x.amax(-1, keepdim=True).clamp_min(0)
+    best, out = torch.full_like(low, torch.inf), x.clone()
+    for a in lows:
+        for b in [a] if highs is None else highs:
+            scale = ((high * b - low * a) / 15).bfloat16().float().clamp_min(1e-20)
+            zero = (-low * a / scale).round().clamp(0, 15)
+            y = ((x / scale + zero).round().clamp(0, 15) - zero) * scale
+            error = (y - x).abs().pow(exponent).sum(-1, keepdim=True)
+            out = torch.where(error < best, y, out)
+            best = torch.minimum(error, best)
+    return out.view_as(w)
+
+
+def hqq(w: torch.Tensor, g: int, integer_zero: bool, steps: int = 20) -> torch.Tensor:
+    """Half-quadratic fit of the zero point (l_0.7 norm of the error), fixed scale."""
+    x = w.view(w.shape[0], -1, g)
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    scale = ((high - low) / 15).bfloat16().float().clamp_min(1e-20)
+    zero, beta, p = -low / scale, 10.0, 0.7
+    best, best_zero = torch.full_like(low, torch.inf), zero
+    for _ in range(steps):
+        q = (x / scale + zero).round().clamp(0, 15)
+        error = x - (q - zero) * scale
+        total = error.abs().mean(-1, keepdim=True)
+        best_zero = torch.where(total < best, zero, best_zero)
+        best = torch.minimum(total, best)
+        shrunk = error.sign() * (error.abs() - error.abs().clamp_min(1e-8).pow(p - 1) / beta).clamp_min(0)
+        zero = (q - (x - shrunk) / scale).mean(-1, keepdim=True)
+        beta *= 1.01
+    zero = best_zero.round().clamp(0, 15) if integer_zero else best_zero
+    return (((x / scale + zero).round().clamp(0, 15) - zero) * scale).view_as(w)
+
+
+def second_moments(model: Llama, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Input second moments E[x x^T], float32 [in, in], of every linear over tokens ``ids``."""
+    moments: dict[str, torch.Tensor] = {}
+
+    def collect(name: str, x: torch.Tensor) -> None:
+        x = x.flatten(0, -2)
+        moments[name] = moments.get(name, 0) + x.T @ x
+
+    for row in ids:
+        model.logits(row, model.linears, collect)
+    return {k: v / ids.numel() for k, v in moments.items()}
+
+
+def self_sampled(model: Llama, rows: int, length: int) -> torch.Tensor:
+    """int64 [rows, length] sampled by the model itself at temperature 1, from random first tokens."""
+    ids = torch.randint(model.embedding.shape[0], (rows, 1), device=model.embedding.device)
+    while ids.shape[1] < length:
+        p = model.logits(ids, model.linears)[:, -1].softmax(-1)
+        ids = torch.cat([ids, p.multinomial(1)], 1)
+    return ids
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=SHARED / "models/books-30m")
+    parser.add_argument("--text", type=Path, default=SHARED / "data/books")
+    parser.add_argument("--context", type=int, default=4096)
+    parser.add_argument("--skip", type=int, default=20000, help="characters left out at the start of each novel")
+    parser.add_argument("--methods", nargs="*")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/weight_rounding-MODEL.json")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_grad_enabled(False)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = Llama(args.model, device)
+    tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
+    texts = []
+    for path in sorted(args.text.glob("*.txt")):
+        text = path.read_text(encoding="utf-8")[args.skip : args.skip + 12 * args.context]
+        texts.append(torch.tensor(tokenizer.encode(text).ids[: args.context], device=device))
+
+    linears = model.linears
+    moments: dict[str, dict[str, torch.Tensor]] = {}
+
+    def sampled(rows: int, length: int) -> dict[str, torch.Tensor]:
+        key = f"sampled {rows} {length}"
+        if key not in moments:
+            moments[key] = second_moments(model, self_sampled(model, rows, length))
+        return moments[key]
+
+    def random() -> dict[str, torch.Tensor]:
+        ids = torch.randint(model.embedding.shape[0], (32, 128), device=device)
+        return moments.setdefault("random", second_moments(model, ids))
+
+    def ours(method: str, g: int, data: Callable[[], dict] | None = None) -> Callable[[], dict]:
+        def run() -> dict[str, torch.Tensor]:
+            moments = data() if data is not None else {}
+            return {
+                k: rounding.quantize_weight(
+                    w, g, method=method, scale_dtype=torch.bfloat16, second_moments=moments.get(k)
+                ).dequantize()
+                for k, w in linears.items()
+            }
+
+        return run
+
+    def each(function: Callable[..., torch.Tensor], *args) -> Callable[[], dict]:
+        return lambda: {k: function(w, *args) for k, w in linears.items()}
+
+    fine, coarse = [1 - 0.02 * i for i in range(16)], [1 - 0.05 * i for i in range(8)]
+    methods: dict[str, Callable[[], dict]] = {
+        "nearest g128": ours("nearest", 128),
+        "search g128": ours("search", 128),
+        "clip |e|^1.5 g128": each(grid_search, 128, 1.5, fine, None),
+        "clip |e|^2 g128": each(grid_search, 128, 2.0, fine, None),
+        "clip |e|^2.4 g128": each(grid_search, 128, 2.4, fine, None),
+        "clip |e|^3 g128": each(grid_search, 128, 3.0, fine, None),
+        "clip min and max apart, |e|^2 g128": each(grid_search, 128, 2.0, coarse, coarse),
+        "HQQ, zero of any value, g128": each(hqq, 128, False),
+        "HQQ, integer zero, g128": each(hqq, 128, True),
+        "nearest g64": ours("nearest", 64),
+        "search g64": ours("search", 64),
+        "search g32": ours("search", 32),
+        "gptq g128, 32 x 128 random tokens": ours("gptq", 128, random),
+        "gptq g128, 32 x 128 sampled tokens": ours("gptq", 128, lambda: sampled(32, 128)),
+        "gptq g128, 64 x 256 sampled tokens": ours("gptq", 128, lambda: sampled(64, 256)),
+        "gptq g64, 64 x 256 sampled tokens": ours("gptq", 64, lambda: sampled(64, 256)),
+    }
+    targets = [model.logits(ids, linears).log_softmax(-1) for ids in texts]
+    results = []
+    print(f"{'method':48s} {'greedy':>7s} {'sampling':>8s} {'KL':>8s} {'error':>8s} {'seconds':>8s}")
+    for name in args.methods or methods:
+        started = time.perf_counter()
+        quantized = methods[name]()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+        sums, tokens = torch.zeros(3, dtype=torch.float64), 0
+        for ids, target in zip(texts, targets, strict=True):
+            draft = model.logits(ids, quantized).log_softmax(-1)
+            sums[0] += (draft.argmax(-1) == target.argmax(-1)).sum().item()
+            sums[1] += torch.minimum(draft, target).exp().sum().item()
+            sums[2] += (draft.exp() * (draft - target)).sum().item()
+            tokens += len(ids)
+        greedy, sampling, kl = (sums / tokens).tolist()
+        error = sum((quantized[k] - w).square().sum() for k, w in linears.items()) / sum(
+            w.square().sum() for w in linears.values()
+        )
+        row = {"method": name, "greedy": greedy, "sampling": sampling, "kl": kl, "error": float(error)}
+        results.append(row | {"seconds": seconds})
+        print(f"{name:48s} {greedy:7.4f} {sampling:8.4f} {kl:8.5f} {error:8.5f} {seconds:8.2f}", flush=True)
+    output = args.output or ROOT / f"benchmarks/results/weight_rounding-{args.model.name}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    record = {
+        "model": args.model.name,
+        "context": args.context,
+        "tokens": sum(len(t) for t in texts),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
+        "results": results,
+    }
+    output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""The draft model: INT4 linears against their dequantized weights, and what it shares with a loaded target."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+vllm = pytest.importorskip("vllm")
+
+from vllm.forward_context import set_forward_context  # noqa: E402
+from vllm.model_executor.layers.linear import LinearBase  # noqa: E402
+
+from vllm_quantspec.integration.draft_model import DRAFT_PREFIX, _effective_weight, build_draft_model  # noqa: E402
+from vllm_quantspec.integration.int4_linear import choose_int4_method, int4_bytes  # noqa: E402
+from vllm_quantspec.weights import quantize_weight  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def runner(books_4m):
+    llm = vllm.LLM(books_4m, enforce_eager=True, max_model_len=2048)
+    yield llm.llm_engine.collective_rpc(lambda worker: worker.model_runner)[0]
+    llm.llm_engine.engine_core.shutdown()
+
+
+@pytest.fixture
+def build(runner):
+    """build_draft_model on the engine's model; what it registers is taken out afterwards."""
+    layers = runner.vllm_config.compilation_config.static_forward_context
+    before = dict(layers)
+    yield lambda **options: build_draft_model(runner.vllm_config, runner.get_model(), **options)
+    for name in layers.keys() - before.keys():
+        del layers[name]
+
+
+def causal_attention(layer: torch.nn.Module, calls: list[str]):
+    """An attention implementation without a KV cache, which notes for which layer it was called."""
+    repeat = layer.num_heads // layer.num_kv_heads
+
+    def forward(called, query, key, value, kv_cache, metadata, output, **unused):
+        calls.append(called.layer_name)
+        q, k, v = (t.view(len(query), -1, layer.head_size).transpose(0, 1) for t in (query, key, value))
+        k, v = k.repeat_interleave(repeat, 0), v.repeat_interleave(repeat, 0)
+        result = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=layer.impl.scale)
+        output.view(len(query), -1, layer.head_size).copy_(result.transpose(0, 1))
+        return output
+
+    return forward
+
+
+def run(runner, model: torch.nn.Module, token_ids: torch.Tensor, monkeypatch) -> tuple[torch.Tensor, list[str]]:
+    """Logits [tokens, vocabulary] of ``model``, and the names of the attention layers it called."""
+    calls: list[str] = []
+    for layer in runner.vllm_config.compilation_config.static_forward_context.values():
+        monkeypatch.setattr(layer.impl, "forward", causal_attention(layer, calls))
+    positions = torch.arange(len(token_ids))
+    with torch.inference_mode(), set_forward_context(None, runner.vllm_config, num_tokens=len(token_ids)):
+        hidden_states = model(input_ids=token_ids, positions=positions, inputs_embeds=None)
+        return model.compute_logits(hidden_states).float(), calls
+
+
+@pytest.mark.parametrize("int8_activations", [False, True])
+@pytest.mark.parametrize(
+    "in_features, out_features, group_size", [(256, 512, 128), (640, 256, 128), (320, 96, 64), (96, 64, 32)]
+)
+@pytest.mark.parametrize("tokens", [1, 7, 64])
+def test_int4_linear(runner, monkeypatch, in_features, out_features, group_size, tokens, int8_activations):
+    monkeypatch.setattr("vllm.envs.VLLM_CPU_INT4_W4A8", int8_activations, raising=False)
+    generator = torch.Generator().manual_seed(in_features + tokens)
+    weight = (torch.randn(out_features, in_features, generator=generator) * 0.05).bfloat16()
+    bias = torch.randn(out_features, generator=generator).bfloat16()
+    x = torch.randn(tokens, in_features, generator=generator).bfloat16()
+    quantized = quantize_weight(weight, group_size)
+    method, reason = choose_int4_method(in_features, out_features, torch.bfloat16, 128)
+    assert method is not None, reason
+    assert method.kernel.config.group_size == group_size
+    layer = torch.nn.Module()
+    layer.register_parameter("bias", torch.nn.Parameter(bias.clone(), requires_grad=False))
+    method.install(layer, quantized)
+    expected = F.linear(x.float(), quantized.dequantize(), bias.float())
+    error = (method.apply(layer, x, layer.bias).float() - expected).norm() / expected.norm()
+    assert error < (0.02 if int8_activations else 0.005)
+    assert int4_bytes(layer) < 0.4 * weight.nbytes
+
+
+def test_shapes_without_a_kernel_say_why(runner):
+    for in_features, out_features, why in ((100, 64, "divisible"), (128, 40, "40")):
+        method, reason = choose_int4_method(in_features, out_features, torch.bfloat16, 128)
+        assert method is None
+        assert why in reason
+    method, reason = choose_int4_method(128, 64, torch.float32, 128)
+    assert method is None
+    assert "float32" in reason
+
+
+def test_shares_everything_but_the_linears(runner, build):
+    target = runner.get_model()
+    before = {name: p.data_ptr() for name, p in target.named_parameters()}
+    draft = build()
+    linears = {n: m for n, m in target.named_modules() if isinstance(m, LinearBase)}
+    assert set(draft.quantized) == set(linears)
+    assert not draft.shared
+    assert {name: p.data_ptr() for name, p in target.named_parameters()} == before
+    own = {name: p for name, p in draft.model.named_parameters() if "int4" in name}
+    targets = dict([*target.named_parameters(), *target.named_buffers()])
+    others = dict([*draft.model.named_parameters(), *draft.model.named_buffers()])
+    assert others.keys() - own.keys() <= targets.keys()
+    assert all(others[name].data_ptr() == targets[name].data_ptr() for name in others.keys() - own.keys())
+    assert draft.model.model.embed_tokens is target.model.embed_tokens
+    assert draft.model.model.norm is target.model.norm
+    assert draft.model.lm_head is target.lm_head
+    assert draft.int4_bytes == sum(p.numel() * p.element_size() for p in own.values())
+    assert draft.int4_bytes < 0.3 * draft.target_bytes
+    assert draft.target_bytes == sum(2 * m.input_size * m.output_size for m in linears.values())
+
+
+def test_attention_layers_read_the_targets_cache(runner, build):
+    layers = runner.vllm_config.compilation_config.static_forward_context
+    targets = dict(layers)
+    draft = build()
+    assert draft.attention_layers == {DRAFT_PREFIX + name: name for name in targets}
+    for name, target_name in draft.attention_layers.items():
+        layer, target = layers[name], layers[target_name]
+        assert layer is not target
+        assert layer.layer_name == name
+        assert layer.impl is not target.impl
+        assert layer.kv_sharing_target_layer_name == layer.impl.kv_sharing_target_layer_name == target_name
+        assert target.layer_name == target_name
+        assert target.kv_sharing_target_layer_name is target.impl.kv_sharing_target_layer_name is None
+    names = {m.layer_name for m in draft.model.modules() if hasattr(m, "layer_name")}
+    assert names == set(draft.attention_layers)
+
+
+def test_linears_apply_the_dequantized_weight(runner, build):
+    draft = build(quantize_lm_head=True)
+    assert "lm_head" in draft.quantized
+    assert draft.model.lm_head is not runner.get_model().lm_head
+    assert draft.model.model.embed_tokens is runner.get_model().model.embed_tokens
+    for name in draft.quantized:
+        weight, _ = _effective_weight(runner.get_model().get_submodule(name), torch.bfloat16)
+        linear = draft.model.get_submodule(name)
+        applied, _ = _effective_weight(linear, torch.bfloat16)
+        expected = quantize_weight(weight, linear.quant_method.kernel.config.group_size).dequantize()
+        assert (applied.float() - expected).norm() < 0.005 * expected.norm()
+        assert (applied.float() - weight.float()).norm() < 0.15 * weight.float().norm()
+
+
+def test_second_moments_choose_gptq(runner, build):
+    inputs = torch.randn(512, 640, generator=torch.Generator().manual_seed(9)) * torch.linspace(0.1, 2, 640)
+    moments = inputs.T @ inputs / len(inputs)
+    name = "model.layers.3.mlp.down_proj"
+    draft = build(second_moments=lambda linear: moments if linear == name else None)
+    weight, _ = _effective_weight(runner.get_model().get_submodule(name), torch.bfloat16)
+    applied, _ = _effective_weight(draft.model.get_submodule(name), torch.bfloat16)
+    gptq = quantize_weight(weight, method="gptq", second_moments=moments).dequantize()
+    assert (applied.float() - gptq).norm() < 0.005 * gptq.norm()
+    assert (applied.float() - quantize_weight(weight).dequantize()).norm() > 0.02 * gptq.norm()
+
+
+def test_runs_beside_the_target(runner, build, monkeypatch):
+    draft = build()
+    token_ids = torch.randint(0, 4096, (200,), generator=torch.Generator().manual_seed(7), dtype=torch.int32)
+    target_logits, target_calls = run(runner, runner.get_model(), token_ids, monkeypatch)
+    draft_logits, draft_calls = run(runner, draft.model, token_ids, monkeypatch)
+    assert target_calls == list(draft.attention_layers.values())
+    assert draft_calls == list(draft.attention_layers)
+    target, proposal = target_logits.log_softmax(-1), draft_logits.log_softmax(-1)
+    assert 0 < (proposal.exp() * (proposal - target)).sum(-1).mean() < 0.5
+    again, _ = run(runner, runner.get_model(), token_ids, monkeypatch)
+    assert torch.equal(again, target_logits)
+
+
+def test_target_weights(runner, build, monkeypatch):
+    draft = build(draft_weights="target")
+    assert draft.int4_bytes == 0
+    assert not draft.quantized
+    assert len(draft.shared) == 20
+    token_ids = torch.randint(0, 4096, (50,), generator=torch.Generator().manual_seed(8), dtype=torch.int32)
+    target_logits, _ = run(runner, runner.get_model(), token_ids, monkeypatch)
+    draft_logits, calls = run(runner, draft.model, token_ids, monkeypatch)
+    assert torch.equal(draft_logits, target_logits)
+    assert calls == list(draft.attention_layers)
+
+
+def test_options_are_checked(build):
+    with pytest.raises(ValueError, match="draft_weights"):
+        build(draft_weights="int8")
+    with pytest.raises(ValueError, match="weight_group_size"):
+        build(weight_group_size=100)
+    with pytest.raises(ValueError, match="Duplicate"):
+        build(draft_weights="target")
+        build(draft_weights="target")
+
+
+def test_a_cache_that_cannot_be_shared_is_refused(runner):
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+    class StateSpace(torch.nn.Module, AttentionLayerBase):
+        layer_name = "model.layers.0.mixer"
+        get_attn_backend = get_kv_cache_spec = lambda self, *args: None
+
+    config = SimpleNamespace(
+        compilation_config=SimpleNamespace(static_forward_context={}),
+        model_config=runner.vllm_config.model_config,
+        additional_config={},
+    )
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mixer is a StateSpace"):
+        build_draft_model(config, torch.nn.Sequential(StateSpace()))

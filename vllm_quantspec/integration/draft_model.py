@@ -1,0 +1,335 @@
+"""The draft model: a second view of the loaded target, with INT4 linears and attention layers of its own.
+
+The module tree of the target is *cloned structurally*: every module that has a linear or an attention layer below it
+becomes a new object of the same class whose attributes are the target's, by reference; the modules without any (norms,
+embeddings, rotary caches, activations, MoE experts) are the target's own objects. Building a second model from the
+configuration would need to allocate it first, would run constructors with side effects (registering layers, reading
+the configuration of a checkpoint), and would have to find the counterpart of each tensor by name; a clone keeps what
+the target became after loading, for any architecture made of vLLM's linears and under any tensor or pipeline
+parallelism, since it only ever sees local shards.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import time
+import types
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from vllm.compilation import backends
+from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
+from vllm.model_executor.models.interfaces import supports_multimodal
+
+from vllm_quantspec.integration.int4_linear import choose_int4_method, int4_bytes
+from vllm_quantspec.weights import quantize_weight
+
+logger = init_logger("vllm.quantspec.draft_model")
+
+DRAFT_PREFIX = "draft_model."
+# A mixture's router decides which experts run: 4 bits would save nothing there and change much.
+_KEPT_LINEARS = ("gate", "router", "shared_expert_gate")
+_IDENTITY_ROWS = 1024
+_TARGET_TAG = "backbone"
+# torch's own attributes of a module: its children, tensors and hooks.
+_MODULE_STATE = nn.Module().__dict__.keys()
+
+
+@dataclass
+class DraftModel:
+    """What `build_draft_model` built.
+
+    model: called like the target (``input_ids``, ``positions``, ``inputs_embeds``) and has its ``compute_logits``.
+    attention_layers: name of each of the draft's attention layers -> the target's layer whose KV cache it reads.
+    int4_bytes: device bytes of the INT4 weights, scales and zero points; target_bytes: of the same linears as loaded.
+    quantized, shared: names of the linears that run in INT4, and of those that are the target's (with the reason).
+    """
+
+    model: nn.Module | None = None
+    attention_layers: dict[str, str] = field(default_factory=dict)
+    int4_bytes: int = 0
+    target_bytes: int = 0
+    quantized: list[str] = field(default_factory=list)
+    shared: dict[str, str] = field(default_factory=dict)
+
+
+def build_draft_model(
+    vllm_config: VllmConfig,
+    target_model: nn.Module,
+    *,
+    draft_weights: str = "int4",
+    weight_group_size: int = 128,
+    quantize_lm_head: bool = False,
+    rounding: str = "search",
+    second_moments: Callable[[str], torch.Tensor | None] | None = None,
+) -> DraftModel:
+    """Build the draft model out of ``target_model``, whose weights are loaded and processed.
+
+    The new attention layers are registered in ``vllm_config``'s static forward context under ``draft_model.<name>``.
+
+    Args:
+        vllm_config: the target's; the draft shares its compilation config.
+        target_model: the loaded model of this rank.
+        draft_weights: ``"int4"``, or ``"target"`` to share every linear.
+        weight_group_size: input channels per INT4 scale: 128, 64 or 32. A linear whose input is not divisible by it
+            takes the next smaller group.
+        quantize_lm_head: also run the output projection in INT4.
+        rounding: ``"search"`` or ``"nearest"``, see `vllm_quantspec.weights.quantize_weight`.
+        second_moments: called with a linear's name in ``target_model`` when that linear is about to be rounded; returns
+            the second moments of its local inputs, float32 [in, in], to round it by GPTQ, or None.
+
+    Raises:
+        ValueError: an unknown option, or a layer whose cache cannot be shared (MLA, Mamba, linear attention).
+    """
+    if draft_weights not in ("int4", "target"):
+        raise ValueError(f"draft_weights must be 'int4' or 'target', not {draft_weights!r}.")
+    if weight_group_size not in (128, 64, 32):
+        raise ValueError(f"weight_group_size must be 128, 64 or 32, not {weight_group_size}.")
+    started = time.perf_counter()
+    builder = _Builder(
+        vllm_config, target_model, draft_weights, weight_group_size, quantize_lm_head, rounding, second_moments
+    )
+    with torch.no_grad():
+        draft = builder.build(target_model)
+    if not draft.attention_layers:
+        raise ValueError("The target model has no attention layer with a KV cache, so there is nothing to draft with.")
+    if draft_weights == "int4":
+        logger.info(
+            "INT4 draft weights: %.2f GiB (%.0f%% of the target's linears), %d linears, took %.1f s",
+            draft.int4_bytes / 2**30,
+            100 * draft.int4_bytes / max(draft.target_bytes, 1),
+            len(draft.quantized),
+            time.perf_counter() - started,
+        )
+        for name, reason in draft.shared.items():
+            logger.debug("%s stays in the target's precision: %s", name, reason)
+    return draft
+
+
+class _Builder:
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        target_model: nn.Module,
+        draft_weights: str,
+        weight_group_size: int,
+        quantize_lm_head: bool,
+        rounding: str,
+        second_moments: Callable[[str], torch.Tensor | None] | None,
+    ) -> None:
+        self.vllm_config = vllm_config
+        self.layers = vllm_config.compilation_config.static_forward_context
+        self.dtype = vllm_config.model_config.dtype
+        self.quantize = draft_weights == "int4"
+        self.group_size = weight_group_size
+        self.quantize_lm_head = quantize_lm_head
+        self.rounding = rounding
+        self.second_moments = second_moments
+        self.draft = DraftModel()
+        self.clones: dict[int, nn.Module] = {}
+        # Other modules found in the static forward context are called by name, so a clone of theirs would never run.
+        self.called_by_name = {id(m) for m in self.layers.values() if not isinstance(m, AttentionLayerBase)}
+        # Drafting is text: a vision or audio tower stays the target's.
+        text_model = target_model.get_language_model() if supports_multimodal(target_model) else target_model
+        self.scope = {id(m) for m in text_model.modules()}
+        self.scope |= {id(m) for m in target_model.modules() if any(c is text_model for c in m.modules())}
+
+    def build(self, target_model: nn.Module) -> DraftModel:
+        self.draft.model = self._visit(target_model, "")
+        config = self._compile_config()
+        for clone in self.clones.values():
+            if id(clone) in self.clones:
+                continue  # a module of the target, shared
+            for name in clone.__dict__.keys() - _MODULE_STATE:
+                clone.__dict__[name] = self._redirect(clone.__dict__[name])
+            self._reset_compilation(clone, config)
+        return self.draft
+
+    def _visit(self, module: nn.Module, name: str) -> nn.Module:
+        """The draft's counterpart of ``module``: a clone, or ``module`` itself where nothing below it differs."""
+        if id(module) in self.clones:
+            return self.clones[id(module)]
+        if id(module) not in self.scope or id(module) in self.called_by_name:
+            return module
+        if isinstance(module, AttentionLayerBase):
+            counterpart = self._attention(module)
+        elif isinstance(module, LinearBase):
+            counterpart = self._linear(module, name)
+        else:
+            counterpart = self._container(module, name)
+        self.clones[id(module)] = counterpart
+        return counterpart
+
+    def _container(self, module: nn.Module, name: str) -> nn.Module:
+        children = {}
+        for child_name, child in module._modules.items():
+            path = f"{name}.{child_name}".lstrip(".")
+            if child is None:
+                children[child_name] = None
+            elif child_name == "lm_head" and isinstance(child, VocabParallelEmbedding):
+                # By its place, not its identity: with tied weights it can be the embedding's own module.
+                children[child_name] = self._linear(child, path) if self.quantize_lm_head else child
+            else:
+                children[child_name] = self._visit(child, path)
+        if all(children[n] is c for n, c in module._modules.items()):
+            return module
+        clone = _shallow_clone(module)
+        clone._modules = children
+        return clone
+
+    def _attention(self, layer: nn.Module) -> nn.Module:
+        if not isinstance(layer, Attention):
+            raise ValueError(
+                f"{layer.layer_name} is a {type(layer).__name__}, whose cache a draft cannot share; QuantSpec works "
+                "with models that use standard attention in every layer."
+            )
+        # A layer that itself reads another layer's cache: the draft reads that one too.
+        owner = layer.kv_sharing_target_layer_name or layer.layer_name
+        clone = _shallow_clone(layer)
+        clone.layer_name = DRAFT_PREFIX + layer.layer_name
+        clone.kv_sharing_target_layer_name = owner
+        clone.kv_cache = torch.tensor([])
+        clone.impl = copy.copy(layer.impl)
+        if hasattr(clone.impl, "kv_sharing_target_layer_name"):
+            clone.impl.kv_sharing_target_layer_name = owner
+        if clone.layer_name in self.layers:
+            raise ValueError(f"Duplicate layer name: {clone.layer_name}")
+        self.layers[clone.layer_name] = clone
+        self.draft.attention_layers[clone.layer_name] = owner
+        return clone
+
+    def _linear(self, layer: nn.Module, name: str) -> nn.Module:
+        if not self.quantize:
+            return self._share(layer, name, "draft_weights='target'")
+        if name.rpartition(".")[2] in _KEPT_LINEARS:
+            return self._share(layer, name, "a router")
+        in_features, out_features = _local_shape(layer)
+        method, reason = choose_int4_method(in_features, out_features, self.dtype, self.group_size)
+        if method is None:
+            return self._share(layer, name, reason)
+        weight, bias = _effective_weight(layer, self.dtype)
+        clone = _shallow_clone(layer)
+        clone._parameters = {"bias": bias}
+        moments = self.second_moments(name) if self.second_moments is not None else None
+        quantized = quantize_weight(
+            weight,
+            method.kernel.config.group_size,
+            method=self.rounding if moments is None else "gptq",
+            scale_dtype=self.dtype,
+            second_moments=moments,
+        )
+        method.install(clone, quantized)
+        self.draft.quantized.append(name)
+        self.draft.int4_bytes += int4_bytes(clone)
+        self.draft.target_bytes += _loaded_bytes(layer)
+        return clone
+
+    def _share(self, layer: nn.Module, name: str, reason: str) -> nn.Module:
+        self.draft.shared[name] = reason
+        return layer
+
+    def _redirect(self, value: object) -> object:
+        """``value`` with the target's modules replaced by the draft's (plain attributes, bound methods)."""
+        if isinstance(value, nn.Module):
+            return self.clones.get(id(value), value)
+        if isinstance(value, types.MethodType):
+            owner = self._redirect(value.__self__) if isinstance(value.__self__, nn.Module) else value.__self__
+            return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
+        if isinstance(value, functools.partial):
+            func, args, keywords = (self._redirect(v) for v in (value.func, value.args, value.keywords))
+            same = func is value.func and args is value.args and keywords is value.keywords
+            return value if same else functools.partial(func, *args, **keywords)
+        if type(value) in (list, tuple):
+            items = type(value)(self._redirect(v) for v in value)
+            return value if all(a is b for a, b in zip(items, value, strict=True)) else items
+        if type(value) is dict:
+            items = {k: self._redirect(v) for k, v in value.items()}
+            return value if all(items[k] is v for k, v in value.items()) else items
+        return value
+
+    def _compile_config(self) -> VllmConfig:
+        """The target's config with a different hash: compiled code on disk is looked up by it."""
+        config = copy.copy(self.vllm_config)
+        extra = config.additional_config
+        base = dict(extra) if isinstance(extra, dict) else {"additional_config": extra.compute_hash()}
+        config.additional_config = base | {"quantspec_draft": [self.quantize, self.group_size, self.quantize_lm_head]}
+        return config
+
+    def _reset_compilation(self, module: nn.Module, config: VllmConfig) -> None:
+        """Give a clone its own torch.compile state (see `vllm.compilation.decorators.support_torch_compile`)."""
+        module._compiled_call_impl = None
+        if not isinstance(module, TorchCompileWithNoGuardsWrapper) or not hasattr(module, "do_not_compile"):
+            return
+        for name in ("aot_compiled_fn", "_compiled_callable", "_compiled_bytecode", "_bytecode_hook_handle"):
+            module.__dict__.pop(name, None)
+        module.vllm_config = config
+        if module.do_not_compile:
+            return
+        module.was_aot_compile_fn_loaded_from_disk = False
+        # Compiled code is kept apart by tag; a caller may have set one already.
+        tagged = nullcontext() if backends.model_tag != _TARGET_TAG else backends.set_model_tag(DRAFT_PREFIX[:-1])
+        with set_current_vllm_config(config), tagged:
+            module._compile_tag = backends.model_tag
+            TorchCompileWithNoGuardsWrapper.__init__(
+                module, compile_prefix=module._compile_prefix, is_encoder=module._is_encoder
+            )
+
+
+def _shallow_clone(module: nn.Module) -> nn.Module:
+    """A new module of the same class whose parameters, buffers, children and attributes are those of ``module``."""
+    clone = module.__class__.__new__(module.__class__)
+    clone.__dict__ = {k: copy.copy(v) if k in _MODULE_STATE else v for k, v in module.__dict__.items()}
+    return clone
+
+
+def _local_shape(layer: nn.Module) -> tuple[int, int]:
+    """(in, out) of this rank's shard of a linear or an output projection."""
+    if isinstance(layer, VocabParallelEmbedding):
+        return layer.embedding_dim, layer.num_embeddings_per_partition
+    return (
+        getattr(layer, "input_size_per_partition", layer.input_size),
+        getattr(layer, "output_size_per_partition", layer.output_size),
+    )
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    return isinstance(layer.quant_method, UnquantizedLinearMethod | UnquantizedEmbeddingMethod)
+
+
+def _loaded_bytes(layer: nn.Module) -> int:
+    if _is_plain(layer):
+        in_features, out_features = _local_shape(layer)
+        return in_features * out_features * layer.params_dtype.itemsize
+    return sum(p.numel() * p.element_size() for p in layer.parameters(recurse=False))
+
+
+def _effective_weight(layer: nn.Module, dtype: torch.dtype) -> tuple[torch.Tensor, nn.Parameter | None]:
+    """The [out, in] weight that ``layer`` applies, and its bias as a new parameter of ``dtype`` (or None)."""
+    in_features, out_features = _local_shape(layer)
+    weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
+    if not (_is_plain(layer) and weight is not None and weight.shape == (out_features, in_features)):
+        # Prepacked (CPU) or quantized: the layer's output for the rows of the identity is its transposed weight, and
+        # its output for a row of zeros is its bias.
+        device = next((p.device for p in layer.parameters(recurse=False) if p is not None), None)
+        weight = torch.empty(out_features, in_features, dtype=dtype, device=device)
+        for start in range(0, in_features, _IDENTITY_ROWS):
+            rows = torch.arange(start, min(start + _IDENTITY_ROWS, in_features), device=device)
+            one_hot = torch.zeros(len(rows), in_features, dtype=dtype, device=device)
+            one_hot[torch.arange(len(rows), device=device), rows] = 1
+            weight[:, rows[0] : rows[-1] + 1] = layer.quant_method.apply(layer, one_hot, None).t()
+        if bias is not None:
+            bias = layer.quant_method.apply(layer, torch.zeros(1, in_features, dtype=dtype, device=device), bias)[0]
+    if bias is not None:
+        # A copy: kernels permute or convert the bias of their layer in place.
+        bias = nn.Parameter(bias.detach().to(dtype, copy=True), requires_grad=False)
+    return weight.detach(), bias

@@ -1,0 +1,202 @@
+"""Asymmetric 4-bit rounding of linear weights.
+
+A group of ``group_size`` consecutive input channels of one output row shares a scale ``s`` and an integer zero point
+``z`` in 0..15, and a weight reads back as ``(code - z) * s``: what every mixed-precision kernel of vLLM takes.
+Codes are always computed against the scale *as stored* (16 bits), so its rounding costs no accuracy twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+METHODS = ("search", "nearest", "gptq")
+GROUP_SIZES = (128, 64, 32)
+_MAX_CODE = 15
+_ROUNDER = 1.5 * 2**23
+# Shrunk ranges tried for a group, as fractions of its full range. Below 0.76 clipping never won on real weights.
+_SHRINKS = tuple(1.0 - 0.04 * i for i in range(7))
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight of shape [out, in] in 4 bits.
+
+    codes: uint8 [out, in], 0..15.
+    scales: 16-bit float [out, in / group_size].
+    zeros: uint8 [out, in / group_size], 0..15.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+    group_size: int
+
+    def dequantize(self) -> torch.Tensor:
+        """float32 [out, in]: ``(code - zero) * scale``."""
+        out_features, in_features = self.codes.shape
+        codes = self.codes.view(out_features, -1, self.group_size).float()
+        weight = (codes - self.zeros.unsqueeze(-1).float()) * self.scales.unsqueeze(-1).float()
+        return weight.view(out_features, in_features)
+
+
+def fit_group_size(in_features: int, group_size: int = 128) -> int | None:
+    """The largest supported group size that is at most ``group_size`` and divides ``in_features``, or None."""
+    return next((g for g in GROUP_SIZES if g <= group_size and in_features % g == 0), None)
+
+
+def quantize_weight(
+    weight: torch.Tensor,
+    group_size: int = 128,
+    *,
+    method: str = "search",
+    scale_dtype: torch.dtype | None = None,
+    second_moments: torch.Tensor | None = None,
+) -> QuantizedWeight:
+    """Round ``weight`` to 4 bits.
+
+    Args:
+        weight: [out, in], any float dtype.
+        group_size: input channels that share a scale; must divide ``in``.
+        method: ``"nearest"`` spans each group's full range; ``"search"`` also tries narrower ranges, fits the scale to
+            the codes by least squares, and keeps what has the smallest squared error; ``"gptq"`` searches too, and lets
+            the channels still to be rounded make up for the error of those that are.
+        scale_dtype: dtype of the stored scales, by default the weight's (float16 if that is not a 16-bit dtype).
+        second_moments: float32 [in, in], the mean of ``x x^T`` over inputs x of the layer: needed by ``"gptq"`` only.
+
+    Raises:
+        ValueError: an unknown method, a group size that does not divide ``in``, or ``"gptq"`` without moments.
+    """
+    if method not in METHODS:
+        raise ValueError(f"Unknown rounding method {method!r}; use one of {METHODS}.")
+    out_features, in_features = weight.shape
+    if group_size <= 0 or in_features % group_size:
+        raise ValueError(f"group_size {group_size} does not divide the weight's {in_features} input channels.")
+    if method == "gptq" and (second_moments is None or second_moments.shape != (in_features, in_features)):
+        raise ValueError(f"method 'gptq' needs second_moments of shape [{in_features}, {in_features}].")
+    if scale_dtype is None:
+        scale_dtype = weight.dtype if weight.dtype.itemsize == 2 else torch.float16
+
+    groups = in_features // group_size
+    codes = torch.empty(out_features, in_features, dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(out_features, groups, dtype=scale_dtype, device=weight.device)
+    zeros = torch.empty(out_features, groups, dtype=torch.uint8, device=weight.device)
+    feedback = _error_feedback(second_moments) if method == "gptq" else None
+
+    # GPTQ goes channel by channel, so that its time is that of a chunk, whatever the number of rows.
+    rows = max(1, (1 << 28 if method == "gptq" else _chunk_elements(weight)) // in_features)
+    for start in range(0, out_features, rows):
+        part = slice(start, min(start + rows, out_features))
+        # A copy: GPTQ corrects the weights that are still to be rounded in place.
+        x = weight[part].to(torch.float32, copy=True).view(-1, groups, group_size)
+        if method == "gptq":
+            code, scale, zero = _gptq(x, feedback, second_moments.diagonal(), scale_dtype)
+        else:
+            scale, zero = _full_range(x, scale_dtype)
+            if method == "search":
+                scale, zero = _search(x, scale, zero, None, scale_dtype)
+            code = _round(x, scale, zero)
+        codes[part] = code.view(-1, in_features).to(torch.uint8)
+        scales[part] = scale.squeeze(-1).to(scale_dtype)
+        zeros[part] = zero.squeeze(-1).to(torch.uint8)
+    return QuantizedWeight(codes, scales, zeros, group_size)
+
+
+def _chunk_elements(weight: torch.Tensor) -> int:
+    """Elements to handle at a time: enough to fill a GPU, and what fits a CPU's caches."""
+    if weight.device.type != "cpu":
+        return 1 << 25
+    # Below 2^15 elements torch runs an operation on one thread, which is faster for a small weight on busy cores.
+    return (1 << 15) - 1 if weight.numel() <= 1 << 22 else 1 << 18
+
+
+def _nearest(x: torch.Tensor) -> torch.Tensor:
+    """``x`` (float32, below 2^22) rounded to integers in place; Tensor.round_ wakes every thread for a few elements."""
+    return x.add_(_ROUNDER).sub_(_ROUNDER)
+
+
+def _stored(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``scale`` rounded to ``dtype``, in float32 and never zero (a zero scale would make the codes undefined)."""
+    return scale.to(dtype).clamp_min(torch.finfo(dtype).tiny).float()
+
+
+def _full_range(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    # Zero has to be inside the range, or the zero point would not fit in 0..15.
+    low, high = x.amin(-1, keepdim=True).clamp_max_(0), x.amax(-1, keepdim=True).clamp_min_(0)
+    scale = _stored((high - low) / _MAX_CODE, dtype)
+    return scale, _nearest(-low / scale).clamp_(0, _MAX_CODE)
+
+
+def _round(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    return _nearest(x / scale).add_(zero).clamp_(0, _MAX_CODE)
+
+
+def _search(
+    x: torch.Tensor,
+    full_scale: torch.Tensor,
+    full_zero: torch.Tensor,
+    importance: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Best (scale, zero), each [rows, groups, 1], among clipped ranges and their least-squares scales."""
+
+    def weigh(values: torch.Tensor) -> torch.Tensor:
+        return values if importance is None else values * importance
+
+    def try_out(scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        """Keep (scale, zero) where it is better; return its integer levels ``code - zero``."""
+        levels = _nearest(x / scale)
+        levels = torch.minimum(torch.maximum(levels, -zero), _MAX_CODE - zero)
+        difference = torch.addcmul(x, levels, scale, value=-1)
+        error = weigh(difference.square_()).sum(-1, keepdim=True)
+        better = error < best[0]
+        best[0] = torch.where(better, error, best[0])
+        best[1] = torch.where(better, scale, best[1])
+        best[2] = torch.where(better, zero, best[2])
+        return levels
+
+    best = [torch.full_like(full_scale, torch.inf), full_scale, full_zero]
+    low = -full_zero * full_scale
+    for shrink in _SHRINKS:
+        scale = full_scale if shrink == 1.0 else _stored(full_scale * shrink, dtype)
+        zero = full_zero if shrink == 1.0 else _nearest(-low * shrink / scale).clamp_(0, _MAX_CODE)
+        levels = try_out(scale, zero)
+        weighted = weigh(levels)
+        norm = (weighted * levels).sum(-1, keepdim=True)
+        fitted = (weighted * x).sum(-1, keepdim=True) / norm.clamp_min(1e-20)
+        usable = (norm > 0) & (fitted > 0)
+        try_out(_stored(torch.where(usable, fitted, scale), dtype), zero)
+    return best[1], best[2]
+
+
+def _error_feedback(second_moments: torch.Tensor) -> torch.Tensor:
+    """Upper Cholesky factor of the inverse of the damped moments: row i spreads channel i's error over later ones."""
+    moments = second_moments.float().clone()
+    moments.diagonal().add_(0.01 * moments.diagonal().mean())
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moments)), upper=True)
+
+
+def _gptq(
+    x: torch.Tensor, feedback: torch.Tensor, importance: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes [rows, groups, group_size], scales and zeros [rows, groups, 1] of weights x, which are overwritten."""
+    _, groups, size = x.shape
+    rest = x.view(len(x), -1)
+    codes, scales, zeros = torch.empty_like(x), x.new_empty(len(x), groups, 1), x.new_empty(len(x), groups, 1)
+    for group in range(groups):
+        start, end = group * size, (group + 1) * size
+        block = x[:, group : group + 1]
+        weights = importance[start:end].float().clamp_min(1e-12)
+        scale, zero = (t[:, 0] for t in _search(block, *_full_range(block, dtype), weights, dtype))
+        errors = x.new_empty(len(x), size)
+        for i in range(start, end):
+            column = rest[:, i : i + 1]
+            code = _round(column, scale, zero)
+            codes[:, group, i - start : i - start + 1] = code
+            error = (column - (code - zero) * scale) / feedback[i, i]
+            rest[:, i + 1 : end].addmm_(error, feedback[i : i + 1, i + 1 : end], alpha=-1)
+            errors[:, i - start : i - start + 1] = error
+        rest[:, end:].addmm_(errors, feedback[start:end, end:], alpha=-1)
+        scales[:, group], zeros[:, group] = scale, zero
+    return codes, scales, zeros
