@@ -20,9 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
         "after the other, and compare text, speed, acceptance and the size of the KV cache.",
     )
     demo.add_argument("--model", metavar="PATH_OR_HUB_ID", help="default: the small model that ships with the package")
-    demo.add_argument(
-        "--prompt-file", type=Path, metavar="FILE", help="text to continue; default: a passage from Dracula"
-    )
+    demo.add_argument("--prompt-file", type=Path, metavar="FILE", help="text to continue; default: a passage from Dracula")
     demo.add_argument("--max-tokens", type=positive, default=128, metavar="N", help="tokens to write; default: 128")
     demo.add_argument(
         "--num-speculative-tokens", type=positive, default=4, metavar="N", help="tokens drafted per step; default: 4"

@@ -39,9 +39,7 @@ def run(job: Job, verbose: bool = False, console: Console | None = None) -> int:
     """Run the three engines and print the comparison; returns the exit status."""
     console = console or Console(highlight=False)
     model = f"{Path(job.model).name}, the model that ships with this package" if is_shipped(job) else job.model
-    console.print(
-        f"Continuing a passage of {len(job.prompt.split()):,} words with {model}", soft_wrap=True, markup=False
-    )
+    console.print(f"Continuing a passage of {len(job.prompt.split()):,} words with {model}", soft_wrap=True, markup=False)
     results: dict[str, Result] = {}
     for engine, title in ENGINES.items():
         try:
@@ -165,9 +163,7 @@ def report(job: Job, results: dict[str, Result]) -> RenderableType:
     )
     parts += [Text(), acceptance(speculative), Text(), speed(job, results), Text(), kv_cache(results)]
     if plain.device == "cpu":
-        parts.append(
-            "[dim]The CPU engine is for running and checking everything without a GPU; it gains no speed.[/dim]"
-        )
+        parts.append("[dim]The CPU engine is for running and checking everything without a GPU; it gains no speed.[/dim]")
     return Group(*parts)
 
 

@@ -11,9 +11,7 @@ def register() -> None:
     """Teach this process the name ``quantspec``; nothing else changes until an engine asks for it."""
     if installed_vllm() not in SUPPORTED:
         # Other engines must go on; one that asks for QuantSpec is refused by vLLM, which does not know the name.
-        logger.warning(
-            "vllm-quantspec works with vLLM %s, not %s: it stays off.", " and ".join(SUPPORTED), installed_vllm()
-        )
+        logger.warning("vllm-quantspec works with vLLM %s, not %s: it stays off.", " and ".join(SUPPORTED), installed_vllm())
         return
     from vllm_quantspec.integration import engine_args
     from vllm_quantspec.integration.backend_name import quantspec_backend

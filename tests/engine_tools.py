@@ -1,0 +1,96 @@
+"""Start an engine in this process, run prompts, compare what two engines said."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+
+QUANTSPEC_CACHE = {"attention_backend": "QUANTSPEC"}  # the hierarchical cache with speculation off
+
+
+@contextmanager
+def engine(model: str, **kwargs) -> Iterator[LLM]:
+    """An eager engine that frees everything on exit, so that the next one can start in the same process."""
+    kwargs.setdefault("enforce_eager", True)
+    kwargs.setdefault("max_model_len", 4096)
+    kwargs.setdefault("max_num_seqs", 16)
+    kwargs.setdefault("disable_log_stats", False)
+    llm = LLM(model, **kwargs)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def quantspec(num_speculative_tokens: int = 4, **options) -> dict:
+    """Engine arguments for speculation."""
+    config = {"method": "quantspec", "num_speculative_tokens": num_speculative_tokens, **options}
+    return {"speculative_config": config}
+
+
+@dataclass
+class Answer:
+    """One request's output: tokens, why it ended, and the five likeliest tokens (log-probabilities) at each step."""
+
+    tokens: list[int]
+    finish_reason: str | None
+    top: list[dict[int, float]]
+    num_cached_tokens: int = 0
+
+
+def generate(llm: LLM, prompts: Sequence[list[int]], max_tokens: int | Sequence[int] = 32, **sampling) -> list[Answer]:
+    """Run token-id prompts as one batch, greedily unless told otherwise."""
+    sampling = {"temperature": 0.0, "ignore_eos": True, "logprobs": 5, **sampling}
+    lengths = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
+    params = [SamplingParams(max_tokens=n, **sampling) for n in lengths]
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    answers = []
+    for output in outputs:
+        completion = output.outputs[0]
+        top = [{token: lp.logprob for token, lp in step.items()} for step in completion.logprobs or []]
+        answers.append(Answer(list(completion.token_ids), completion.finish_reason, top, output.num_cached_tokens or 0))
+    return answers
+
+
+def divergence(expected: Answer, actual: Answer) -> tuple[int, float] | None:
+    """None if the tokens are the same; else the first step that differs, and by how much the expected engine
+    preferred its own token there (in nats; infinite if the other token was not among its five likeliest)."""
+    for step, (a, b) in enumerate(zip(expected.tokens, actual.tokens, strict=False)):
+        if a != b:
+            top = expected.top[step]
+            return step, top[a] - top[b] if b in top else float("inf")
+    if len(expected.tokens) != len(actual.tokens):
+        return min(len(expected.tokens), len(actual.tokens)), float("inf")
+    return None
+
+
+def assert_same_or_tied(expected: Sequence[Answer], actual: Sequence[Answer], tie: float, what: str = "") -> int:
+    """Every answer is the same up to a near-tie of at most ``tie`` nats; returns how many diverged at one."""
+    tied = 0
+    for index, (e, a) in enumerate(zip(expected, actual, strict=True)):
+        different = divergence(e, a)
+        if different is None:
+            continue
+        step, gap = different
+        assert gap <= tie, (
+            f"{what} request {index}: token {step} is {a.tokens[step : step + 1]}, expected {e.tokens[step : step + 1]}, "
+            f"which was preferred by {gap:.4f} nats: no near-tie"
+        )
+        tied += 1
+    return tied
+
+
+def speculation_counts(llm: LLM) -> tuple[int, list[int]]:
+    """Drafts verified so far, and how many of them were accepted at each position."""
+    metrics = {m.name: m for m in llm.get_metrics() if m.name.startswith("vllm:spec_decode")}
+    drafts = metrics["vllm:spec_decode_num_drafts"].value
+    accepted = metrics["vllm:spec_decode_num_accepted_tokens_per_pos"].values
+    return int(drafts), [int(n) for n in accepted]

@@ -1,0 +1,129 @@
+"""With speculation on, greedy output is that of the same cache with speculation off (design rule 1)."""
+
+import random
+
+import pytest
+import torch
+from engine_tools import (
+    QUANTSPEC_CACHE,
+    assert_same_or_tied,
+    divergence,
+    engine,
+    generate,
+    quantspec,
+    speculation_counts,
+)
+
+from vllm_quantspec.integration.proposer import QuantSpecProposer
+
+G = 128
+LENGTHS = [1, 2, 63, G - 1, G, G + 1, 2 * G - 1, 2 * G, 2 * G + 1, 3 * G - 3, 3 * G + 1, 4 * G, 1000, 2048, 3000]
+MAX_TOKENS = 40
+# Logits are rounded to the model's dtype: two that differ by less than one rounding step (2**-8 of about 16, the size of
+# these models' largest logits) are ordered by the shape of the batch, with speculation as without.
+TIE = {"bfloat16": 0.125, "float32": 2e-3}
+
+
+def prompts_of(tokens: list[int], lengths=LENGTHS) -> list[list[int]]:
+    """Each from another place of the text, so that the prefix cache does not join them."""
+    return [tokens[37 * i : 37 * i + n] for i, n in enumerate(lengths)]
+
+
+@pytest.fixture(scope="module")
+def prompts(books_4m, passage):
+    from transformers import AutoTokenizer
+
+    return prompts_of(AutoTokenizer.from_pretrained(books_4m).encode(passage))
+
+
+@pytest.fixture(scope="module")
+def expected(books_4m, prompts):
+    """{dtype: answers with speculation off}, and how far the same engine is from itself on another batch."""
+    answers = {}
+    for dtype in ("bfloat16", "float32"):
+        with engine(books_4m, dtype=dtype, enable_prefix_caching=False, **QUANTSPEC_CACHE) as llm:
+            answers[dtype] = generate(llm, prompts, MAX_TOKENS)
+            alone = [generate(llm, [p], MAX_TOKENS)[0] for p in prompts[:9]]
+            assert_same_or_tied(answers[dtype], alone + answers[dtype][9:], TIE[dtype], "alone, off")
+    return answers
+
+
+@pytest.mark.parametrize("num_speculative_tokens", range(1, 9))
+def test_bfloat16(num_speculative_tokens, books_4m, prompts, expected):
+    with engine(books_4m, **quantspec(num_speculative_tokens)) as llm:
+        answers = generate(llm, prompts, MAX_TOKENS)
+        drafts, accepted = speculation_counts(llm)
+    tied = assert_same_or_tied(expected["bfloat16"], answers, TIE["bfloat16"], f"γ={num_speculative_tokens}")
+    assert tied <= len(prompts) // 3
+    assert len(accepted) == num_speculative_tokens and drafts > len(prompts)
+    assert accepted[0] > 0.6 * drafts
+    assert all(a >= b for a, b in zip(accepted, accepted[1:], strict=False))
+    assert accepted[0] < drafts  # some were rejected, or the test shows little
+
+
+@pytest.mark.parametrize("group_size", [64, 128])
+@pytest.mark.parametrize("num_speculative_tokens", [1, 4, 8])
+def test_float32_with_a_draft_that_is_often_wrong(
+    num_speculative_tokens, group_size, books_4m, prompts, expected, monkeypatch
+):
+    """In float32 there are no ties to hide behind; wrong drafts are put in by hand, so every kind of rejection occurs."""
+    rng = random.Random(num_speculative_tokens)
+    propose = QuantSpecProposer.propose
+
+    def propose_with_errors(self, *args, **kwargs):
+        drafts = propose(self, *args, **kwargs)
+        for row in drafts:
+            if rng.random() < 0.7:
+                row[rng.randrange(len(row))] = rng.randrange(4000)
+        return drafts
+
+    monkeypatch.setattr(QuantSpecProposer, "propose", propose_with_errors)
+    options = {"draft_weights": "target", "group_size": group_size}
+    if group_size == 128:
+        want = expected["float32"]
+    else:
+        with engine(books_4m, dtype="float32", block_size=64, **QUANTSPEC_CACHE) as llm:
+            want = generate(llm, prompts, MAX_TOKENS)
+    with engine(books_4m, dtype="float32", **quantspec(num_speculative_tokens, **options)) as llm:
+        answers = generate(llm, prompts, MAX_TOKENS)
+        drafts, accepted = speculation_counts(llm)
+    tied = assert_same_or_tied(want, answers, TIE["float32"], f"γ={num_speculative_tokens}")
+    assert tied <= 1
+    assert 0.1 * drafts < accepted[-1] < 0.9 * drafts
+
+
+def test_compiled_engine(books_4m, prompts, expected):
+    """torch.compile on, as `vllm serve` has it: target and draft are graphs of their own."""
+    with engine(books_4m, enforce_eager=False, **quantspec(4)) as llm:
+        answers = generate(llm, prompts, MAX_TOKENS)
+        drafts, accepted = speculation_counts(llm)
+    # The compiled target rounds elsewhere: compare where it is sure of itself.
+    for e, a in zip(expected["bfloat16"], answers, strict=True):
+        different = divergence(e, a)
+        assert different is None or different[1] <= 2 * TIE["bfloat16"]
+    assert accepted[0] > 0.6 * drafts
+
+
+@pytest.mark.parametrize("options", [{"draft_kv": "int8"}, {"draft_weights": "target"}, {"quantize_lm_head": True}])
+def test_options_change_the_draft_only(options, books_4m, prompts, expected):
+    with engine(books_4m, **quantspec(4, **options)) as llm:
+        answers = generate(llm, prompts, MAX_TOKENS)
+        drafts, accepted = speculation_counts(llm)
+    assert_same_or_tied(expected["bfloat16"], answers, TIE["bfloat16"], str(options))
+    assert accepted[0] > (0.9 if options.get("draft_weights") == "target" else 0.6) * drafts
+
+
+def test_16k_on_books_30m(books_30m, novel):
+    """A larger model, head size 128, on three novels: 16k tokens and lengths around multiples of the group."""
+    from transformers import AutoTokenizer
+
+    tokens = AutoTokenizer.from_pretrained(books_30m).encode(novel)
+    prompts = prompts_of(tokens, [1, G + 1, 2 * G - 1, 3 * G - 2, 1500]) + [tokens[5000 : 5000 + 16 * 1024]]
+    size = {"max_model_len": 17 * 1024, "max_num_seqs": 8}
+    with engine(books_30m, **size, **QUANTSPEC_CACHE) as llm:
+        want = generate(llm, prompts, 32)
+    with engine(books_30m, **size, **quantspec(5)) as llm:
+        got = generate(llm, prompts, 32)
+        drafts, accepted = speculation_counts(llm)
+    assert_same_or_tied(want, got, TIE["bfloat16"])
+    assert drafts and accepted[0] > 0.7 * drafts and torch.tensor(accepted).sum() > 0

@@ -1,0 +1,130 @@
+"""The proposer of model runner V1: the target's INT4 view, on the target's own KV cache.
+
+It starts where the target stopped: every verified token's keys and values are in the cache, so there is nothing to
+prefill and the first step has one query token per request, the one just sampled.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from vllm.compilation.backends import set_model_tag
+from vllm.config import VllmConfig
+from vllm.forward_context import set_forward_context
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.spec_decode.draft_model import DraftModelProposer
+from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
+
+from vllm_quantspec.integration.backend import WINDOW_SUFFIX, QuantSpecMetadata, WindowMetadata
+from vllm_quantspec.integration.draft_model import build_draft_model
+
+
+class QuantSpecProposer(DraftModelProposer):
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, runner=None):
+        # Not DraftModelProposer's: that one checks a second model's vocabulary and tensor parallelism.
+        SpecDecodeBaseProposer.__init__(
+            self, vllm_config=vllm_config, device=device, pass_hidden_states_to_model=False, runner=runner
+        )
+        self.runner = runner
+        self.draft_to_target: dict[str, str] = {}
+
+    def load_model(self, target_model: nn.Module) -> None:
+        config = self.speculative_config
+        with set_model_tag("quantspec_draft"):
+            draft = build_draft_model(
+                self.vllm_config,
+                target_model,
+                draft_weights=config.draft_weights,
+                weight_group_size=config.weight_group_size,
+                quantize_lm_head=config.quantize_lm_head,
+            )
+        self.model = draft.model
+        self.draft_to_target = draft.attention_layers
+        self._draft_attn_layer_names = set(self.draft_to_target)
+        self.supports_mm_inputs = False
+
+    def validate_same_kv_cache_group(self, kv_cache_config: KVCacheConfig) -> None:
+        """Draft layers share their target layer's group, whichever it is."""
+
+    def initialize_attn_backend(self, kv_cache_config: KVCacheConfig, kernel_block_sizes: list[int] | None = None) -> None:
+        group_of = {name: gid for gid, group in enumerate(kv_cache_config.kv_cache_groups) for name in group.layer_names}
+        # {draft layer: (its own name's page group, its target's window name, the window's group)}
+        self._groups = {
+            draft: (group_of[target], target + WINDOW_SUFFIX, group_of[target + WINDOW_SUFFIX])
+            for draft, target in self.draft_to_target.items()
+        }
+        self.kv_cache_gid, _, _ = next(iter(self._groups.values()))
+        self.block_size = kv_cache_config.kv_cache_groups[self.kv_cache_gid].kv_cache_spec.block_size
+
+    def propose(
+        self,
+        num_speculative_tokens: int,
+        target_token_ids: torch.Tensor,
+        target_positions: torch.Tensor,
+        target_hidden_states: torch.Tensor,
+        next_token_ids: torch.Tensor,
+        token_indices_to_sample: torch.Tensor | None,
+        common_attn_metadata: CommonAttentionMetadata,
+        sampling_metadata: SamplingMetadata,
+        mm_embed_inputs=None,
+        num_rejected_tokens_gpu: torch.Tensor | None = None,
+        slot_mappings=None,
+    ) -> torch.Tensor:
+        """Draft ``num_speculative_tokens`` tokens for each request; int64 [batch_size, num_speculative_tokens]."""
+        self.num_speculative_tokens = num_speculative_tokens
+        self._last_draft_probs = None
+        batch_size = common_attn_metadata.batch_size()
+        verified = common_attn_metadata.seq_lens[:batch_size].clone()
+        if num_rejected_tokens_gpu is not None:
+            verified -= num_rejected_tokens_gpu
+        tables = {
+            gid: self.runner.input_batch.block_table[gid].get_device_tensor(batch_size)
+            for pages_gid, _, window_gid in self._groups.values()
+            for gid in (pages_gid, window_gid)
+        }
+
+        token_ids = next_token_ids
+        drafts: list[torch.Tensor] = []
+        probs: list[torch.Tensor] = []
+        for step in range(num_speculative_tokens):
+            hidden_states = self._run_step(token_ids, verified + step, tables)
+            token_ids, step_probs = self._sample_draft_tokens(hidden_states, sampling_metadata)
+            drafts.append(token_ids.long())
+            if step_probs is not None:
+                probs.append(step_probs)
+        if not drafts:
+            return torch.empty(batch_size, 0, device=verified.device, dtype=torch.long)
+        if probs:
+            self._last_draft_probs = torch.stack(probs, dim=1).contiguous()
+        return torch.stack(drafts, dim=1)
+
+    def _run_step(self, token_ids: torch.Tensor, positions: torch.Tensor, tables: dict[int, torch.Tensor]) -> torch.Tensor:
+        """One draft forward pass: ``token_ids`` [batch_size] at ``positions`` [batch_size], to hidden states."""
+        batch_size = token_ids.shape[0]
+        # Past the model's length the draft is thrown away; it only must not read beyond the position table.
+        positions = positions.clamp_max(self.max_model_len - 1)
+        self.input_ids[:batch_size] = token_ids
+        self.positions[:batch_size] = positions
+        by_group: dict[int, QuantSpecMetadata] = {}
+        metadata: dict[str, object] = {}
+        for draft, (pages_gid, window_name, window_gid) in self._groups.items():
+            if pages_gid not in by_group:
+                by_group[pages_gid] = QuantSpecMetadata(
+                    num_actual_tokens=batch_size,
+                    query_start_loc=self.arange[: batch_size + 1],
+                    seq_lens=positions + 1,
+                    num_unverified=torch.ones_like(positions),
+                    block_table=tables[pages_gid],
+                    num_decodes=batch_size,
+                    num_decode_tokens=batch_size,
+                )
+            metadata[draft] = by_group[pages_gid]
+            metadata[window_name] = WindowMetadata(tables[window_gid])
+        with set_forward_context(metadata, self.vllm_config, num_tokens=batch_size, slot_mapping={}):
+            return self.model(
+                input_ids=self.input_ids[:batch_size],
+                positions=self.positions[:batch_size],
+                inputs_embeds=None,
+            )[:batch_size]
