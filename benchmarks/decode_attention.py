@@ -1,0 +1,235 @@
+"""Decode attention against FlashAttention 3 on the same shapes in BF16. Needs a Hopper GPU, and vLLM for its FA3.
+
+    python benchmarks/decode_attention.py                    # the table, benchmarks/results/decode_attention.{json,png}
+    python benchmarks/decode_attention.py --tune             # every launch configuration
+    python benchmarks/decode_attention.py --profile 0        # one row's launches, to run under ncu
+    python benchmarks/decode_attention.py --plot             # the plot again, from the JSON
+
+Times are medians of CUDA graph replays. Launches read different pages, 256 MiB or more in turn: nothing comes from L2.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from vllm_quantspec.format import PageFormat
+
+RESULTS = Path(__file__).parent / "results" / "decode_attention"
+DEVICE = "cuda"
+BETWEEN = 256 << 20  # bytes read between two reads of one page
+
+# read, query tokens, query heads, KV heads, lengths, must reach, aim
+UNEVEN = [131072, 65536, 32768, 16384, 8192, 8192, 4096, 4096, 2048, 2048, 1024, 1024, 512, 512, 256, 100]
+ROWS = [
+    ("draft", 1, 32, 8, [131072], 2.5, 3.3),
+    ("draft", 1, 32, 32, [131072], 2.8, 3.3),
+    ("draft", 1, 32, 8, [32768], 2.2, 3.0),
+    ("draft", 1, 32, 8, [32768] * 8, 2.6, 3.3),
+    ("draft", 1, 32, 8, [8192], None, None),
+    ("draft", 1, 32, 8, [8192] * 8, None, None),
+    ("draft", 1, 32, 8, UNEVEN, None, None),
+    ("draft", 1, 32, 8, [2048] * 64, None, None),
+    ("target", 5, 32, 8, [131072], 1.4, 1.8),
+    ("target", 5, 32, 8, [32768], None, None),
+    ("target", 5, 32, 8, [32768] * 8, None, None),
+    ("target", 5, 32, 32, [131072], None, None),
+    ("target", 1, 32, 8, [131072], None, None),
+    ("target", 1, 32, 8, [32768] * 8, None, None),
+]
+
+
+def random_cache(fmt, lengths, sets):
+    """Pages of random codes, scales like those of normal data, exact windows, and `sets` pairs of block tables."""
+    group, size = fmt.group_size, fmt.window_block_size
+    counts = [-(-n // group) for n in lengths]
+    total = sum(counts) * sets
+    pages = torch.randint(0, 256, (total + 1, fmt.num_kv_heads, fmt.head_bytes), dtype=torch.uint8, device=DEVICE)
+    for name, low, high in (("k_scale", 0.2, 0.5), ("k_min", -3, -2), ("v_scale", 0.2, 0.5), ("v_min", -3, -2)):
+        field = fmt.field(pages, name)
+        field.copy_(torch.empty(field.shape, device=DEVICE).uniform_(low, high))
+    windows = [4 * group // size] * len(lengths)
+    window = torch.randn(sum(windows) * sets + 1, fmt.num_kv_heads, size, 2 * fmt.head_size, dtype=fmt.dtype, device=DEVICE)
+    order, recent = (torch.randperm(n, device=DEVICE).int() + 1 for n in (total, len(window) - 1))
+    tables = []
+    for _ in range(sets):
+        table = torch.zeros(len(lengths), max(counts), dtype=torch.int32, device=DEVICE)
+        window_table = torch.zeros(len(lengths), max(lengths) // size + 4, dtype=torch.int32, device=DEVICE)
+        for r, (n, count) in enumerate(zip(lengths, counts, strict=True)):
+            table[r, :count], order = order[:count], order[count:]
+            last = -(-n // size)
+            first = max(0, last - 3 * group // size)
+            window_table[r, first:last], recent = recent[: last - first], recent[last - first :]
+        tables.append((table, window_table))
+    return pages, window, tables
+
+
+def page_reads(fmt, lengths, query_len, read):
+    """Bytes that must be read: pages below each boundary, window, query; and what BF16 attention reads."""
+    token = fmt.num_kv_heads * 2 * fmt.head_size * 2
+    ours = 0
+    for n in lengths:
+        exact_from = max(0, ((n - query_len) // fmt.group_size - 1) * fmt.group_size)
+        ours += exact_from * fmt.bytes_per_token(read) + (n - exact_from) * token
+    return ours, sum(lengths) * token
+
+
+def median(run, sets):
+    from triton.testing import do_bench_cudagraph
+
+    return do_bench_cudagraph(run, rep=60, return_mode="median") / sets * 1e3
+
+
+def prepare(fmt, row):
+    """A function (launch configuration or None) that launches once per set of pages, and the number of sets."""
+    from vllm_quantspec.kernels.decode_attention import decode_attention
+
+    read, query_len, query_heads, _, lengths, *_ = row
+    ours, _ = page_reads(fmt, lengths, query_len, read)
+    sets = min(32, -(-BETWEEN // int(ours)) + 1)
+    pages, window, tables = random_cache(fmt, lengths, sets)
+    query = torch.randn(len(lengths) * query_len, query_heads, fmt.head_size, dtype=fmt.dtype, device=DEVICE)
+    out = torch.empty_like(query)
+    starts = torch.arange(len(lengths) + 1, dtype=torch.int32, device=DEVICE) * query_len
+    seq_lens = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+
+    def run(configuration=None):
+        for table, window_table in tables:
+            decode_attention(
+                fmt, pages, window, query, starts, seq_lens, table, window_table, fmt.head_size**-0.5, read,
+                max_query_len=query_len, out=out, warps_and_stages=configuration,
+            )  # fmt: skip
+
+    return run, sets
+
+
+def flash_attention_time(fmt, row, block_size):
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    _, query_len, query_heads, heads, lengths, *_ = row
+    _, read_bytes = page_reads(fmt, lengths, query_len, "draft")
+    sets = min(32, -(-BETWEEN // read_bytes) + 1)
+    counts = [-(-n // block_size) for n in lengths]
+    shape = (sum(counts) * sets, block_size, heads, fmt.head_size)
+    keys, values = (torch.randn(shape, dtype=fmt.dtype, device=DEVICE) for _ in range(2))
+    order, tables = torch.randperm(shape[0], device=DEVICE).int(), []
+    if block_size < 128:  # blocks of vLLM's pool are mostly neighbours: 128 tokens in a row
+        eights = torch.randperm(shape[0] // 8, device=DEVICE)[:, None] * 8 + torch.arange(8, device=DEVICE)
+        order = torch.cat((eights.flatten(), torch.arange(eights.numel(), shape[0], device=DEVICE))).int()
+    for _ in range(sets):
+        table = torch.zeros(len(lengths), max(counts), dtype=torch.int32, device=DEVICE)
+        for r, count in enumerate(counts):
+            table[r, :count], order = order[:count], order[count:]
+        tables.append(table)
+    query = torch.randn(len(lengths) * query_len, query_heads, fmt.head_size, dtype=fmt.dtype, device=DEVICE)
+    starts = torch.arange(len(lengths) + 1, dtype=torch.int32, device=DEVICE) * query_len
+    seq_lens = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    out = torch.empty_like(query)
+
+    def run():
+        for table in tables:
+            flash_attn_varlen_func(
+                q=query, k=keys, v=values, out=out, causal=True, softmax_scale=fmt.head_size**-0.5, fa_version=3,
+                cu_seqlens_q=starts, max_seqlen_q=query_len, seqused_k=seq_lens, max_seqlen_k=max(lengths),
+                block_table=table,
+            )  # fmt: skip
+
+    return median(run, sets)
+
+
+def copy_bandwidth():
+    """Bytes per second that a large copy reads and writes."""
+    x = torch.randint(-99, 99, (1 << 30,), dtype=torch.int32, device=DEVICE)
+    y = torch.empty_like(x)
+    return 8 * x.numel() / (median(lambda: torch.neg(x, out=y), 1) * 1e-6)
+
+
+def name_of(row):
+    read, query_len, query_heads, heads, lengths, *_ = row
+    size = f"{lengths[0] // 1024}k" if len(set(lengths)) == 1 else "uneven"
+    return f"{read} q{query_len} {query_heads}/{heads} {size} batch {len(lengths)}"
+
+
+def plot(results):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = results["rows"][::-1]
+    figure, axis = plt.subplots(figsize=(8, 0.38 * len(rows) + 1.4))
+    axis.barh([r["name"] for r in rows], [r["speedup"] for r in rows], color="#2a6fb0", label="measured")
+    at = range(len(rows))
+    floors = [r["fa3_us"] / r["floor_us"] for r in rows]
+    axis.scatter(floors, at, marker="|", s=160, color="#444", label="reading the bytes alone")
+    marks = [(r["must"], i) for i, r in enumerate(rows) if r["must"]]
+    axis.scatter(*zip(*marks, strict=True), marker="|", s=160, color="#d1495b", label="must reach")
+    axis.axvline(1, color="#999", linewidth=0.8)
+    axis.set_xlabel("times faster than FlashAttention 3 in BF16")
+    axis.set_title(f"Decode attention, {results['gpu']}")
+    axis.legend(loc="lower right")
+    figure.tight_layout()
+    figure.savefig(RESULTS.with_suffix(".png"), dpi=140)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tune", action="store_true", help="time every launch configuration")
+    parser.add_argument("--profile", type=int, help="only launch this row twice")
+    parser.add_argument("--plot", action="store_true", help="only draw the plot from the JSON")
+    parser.add_argument("--rows", type=int, nargs="*", help="only these rows")
+    args = parser.parse_args()
+    if args.plot:
+        return plot(json.loads(RESULTS.with_suffix(".json").read_text()))
+    torch.manual_seed(0)
+    rows = [ROWS[i] for i in args.rows] if args.rows else ROWS
+    if args.profile is not None:
+        row = ROWS[args.profile]
+        prepare(PageFormat(row[3], 128), row)[0]()
+        return torch.cuda.synchronize()
+    if args.tune:
+        for row in rows:
+            options = [(7, 3), (8, 2), (8, 3), (8, 4), (10, 3), (12, 2), (12, 3), (14, 3), (16, 2)]
+            (run, sets), times = prepare(PageFormat(row[3], 128), row), {}
+            for option in options:
+                try:
+                    run(option)
+                except RuntimeError:  # does not fit
+                    continue
+                times[option] = median(lambda run=run, option=option: run(option), sets)
+            best = sorted(times, key=times.get)
+            print(name_of(row), " ".join(f"{w}x{s}:{times[w, s]:.1f}" for w, s in best), flush=True)
+        return
+    bandwidth = copy_bandwidth()
+    results = {"gpu": torch.cuda.get_device_name(), "copy_bandwidth_tb_s": round(bandwidth / 1e12, 3), "rows": []}
+    print(f"copy: {bandwidth / 1e12:.2f} TB/s")
+    print(f"{'':34}{'FA3 us':>9}{'(128)':>8}{'ours us':>9}{'ratio':>7}{'must':>6}{'aim':>6}{'floor us':>9}{'TB/s':>6}")
+    for row in rows:
+        fmt = PageFormat(row[3], 128)
+        read_bytes, _ = page_reads(fmt, row[4], row[1], row[0])
+        baseline, blocks_128 = flash_attention_time(fmt, row, 16), flash_attention_time(fmt, row, 128)
+        torch.cuda.empty_cache()
+        ours = median(*prepare(fmt, row))
+        torch.cuda.empty_cache()
+        floor = read_bytes / bandwidth * 1e6
+        result = {
+            "name": name_of(row), "fa3_us": baseline, "fa3_block_128_us": blocks_128, "ours_us": ours,
+            "speedup": baseline / ours, "must": row[5], "aim": row[6], "floor_us": floor,
+            "tb_per_s": read_bytes / ours / 1e6,
+        }  # fmt: skip
+        result = {k: round(v, 3) if isinstance(v, float) else v for k, v in result.items()}
+        results["rows"].append(result)
+        print(
+            f"{result['name']:34}{baseline:9.1f}{blocks_128:8.1f}{ours:9.1f}{baseline / ours:7.2f}{row[5] or '':>6}"
+            f"{row[6] or '':>6}{floor:9.1f}{result['tb_per_s']:6.2f}",
+            flush=True,
+        )
+    if not args.rows:
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+        plot(results)
+
+
+if __name__ == "__main__":
+    main()

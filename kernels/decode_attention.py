@@ -1,0 +1,260 @@
+"""Decode attention over quantized pages and the exact window: the fast CUDA kernel, compiled when first used.
+
+NVRTC comes with CUDA PyTorch (through ``cuda.bindings``), so no toolchain is needed. The kernel's idea is in
+``decode_attention.cu``; ``reference.decode_attention`` computes the same in plain PyTorch.
+"""
+
+import ctypes
+import math
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from vllm_quantspec.format import PageFormat
+
+SOURCE = Path(__file__).with_suffix(".cu")
+MAX_REQUESTS = 1024
+MIN_CAPABILITY = (8, 0)
+
+
+class _Params(ctypes.Structure):
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in ("query", "pages", "window", "query_start_loc", "seq_lens", "block_table")]
+        + [(name, ctypes.c_void_p) for name in ("window_block_table", "out", "partial", "spill", "arrived")]
+        + [(name, ctypes.c_int64) for name in ("query_stride", "out_stride", "page_stride", "head_stride")]
+        + [(name, ctypes.c_int64) for name in ("window_stride", "window_head_stride")]
+        + [(name, ctypes.c_int) for name in ("block_table_stride", "window_table_stride", "num_requests", "num_heads")]
+        + [("min_units", ctypes.c_int), ("scale", ctypes.c_float)]
+    )
+
+
+def decode_attention(
+    fmt: PageFormat,
+    pages: torch.Tensor,
+    window: torch.Tensor,
+    query: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    window_block_table: torch.Tensor,
+    softmax_scale: float,
+    read: str,
+    *,
+    max_query_len: int,
+    out: torch.Tensor | None = None,
+    warps_and_stages: tuple[int, int] | None = None,
+) -> torch.Tensor:
+    """Causal attention of a few query tokens per request; the step's own keys and values are in the window already.
+
+    Lengths, positions and tables are read on the device: a captured CUDA graph replays with any that fit the
+    shapes. Run once with the same shapes before capturing.
+
+    Args:
+        pages: uint8 [num_blocks, H, head_bytes], 16-byte aligned; the strides of blocks and heads are free.
+        window: fmt.dtype [num_blocks, H, W, 2*D], likewise.
+        query: [T, Hq, D] in fmt.dtype (bfloat16 or float16), the tokens of all requests one after another.
+        query_start_loc: int32 [R+1], R <= 1024.
+        seq_lens: int32 [R], lengths that include the step's own tokens.
+        block_table: int32 [R, any], page ids; entry = position // G.
+        window_block_table: int32 [R, any], window block ids; entry = position // W.
+        read: "draft" reads the upper codes of pages, "target" both.
+        max_query_len: no request has more query tokens than this.
+        out: [T, Hq, D] like query; rows outside query_start_loc are left as they are.
+        warps_and_stages: overrides the launch configuration, for tuning.
+
+    Returns:
+        [T, Hq, D] in the query's dtype.
+
+    Raises:
+        ValueError: if an argument does not fit the above.
+        RuntimeError: on a GPU older than compute capability 8.0, or where these shapes are first seen during a capture.
+    """
+    out = torch.empty_like(query) if out is None else out
+    per_head = _check(
+        fmt, pages, window, query, query_start_loc, seq_lens, block_table, window_block_table, read, max_query_len, out
+    )
+    tiles, passes = _row_tiles(fmt.head_size, max_query_len * per_head)
+    device = query.device.index
+    with torch.cuda.device(device):
+        code_bits = 4 if read == "draft" else 8
+        function, grid, block, shared_bytes, sizes = _kernel(
+            fmt, code_bits, per_head, tiles, passes, device, warps_and_stages
+        )
+        requests = seq_lens.shape[0]
+        partial, spill, arrived = _workspace(device, *sizes, 2 * requests * fmt.num_kv_heads * passes)
+        params = _Params(
+            *(x.data_ptr() for x in (query, pages, window, query_start_loc, seq_lens, block_table, window_block_table)),
+            *(x.data_ptr() for x in (out, partial, spill, arrived)),
+            *(query.stride(0), out.stride(0), pages.stride(0), pages.stride(1)),
+            *(window.stride(i) * window.element_size() for i in (0, 1)),
+            *(block_table.stride(0), window_block_table.stride(0), requests, fmt.num_kv_heads),
+            block // 32,
+            softmax_scale * math.log2(math.e),
+        )
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+        stream = torch.cuda.current_stream().cuda_stream
+        _call("cuLaunchKernel", function, grid, 1, 1, block, 1, 1, shared_bytes, stream, ctypes.addressof(pointers), 0)
+    return out
+
+
+def _check(
+    fmt, pages, window, query, query_start_loc, seq_lens, block_table, window_block_table, read, max_query_len, out
+) -> int:
+    if read not in ("draft", "target"):
+        raise ValueError(f'read must be "draft" or "target", got {read!r}.')
+    if fmt.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"decode_attention reads bfloat16 or float16 windows, got {fmt.dtype}.")
+    heads, dim, requests = fmt.num_kv_heads, fmt.head_size, seq_lens.shape[0]
+    shapes = {
+        "pages": (pages, torch.uint8, (heads, fmt.head_bytes)),
+        "window": (window, fmt.dtype, (heads, fmt.window_block_size, 2 * dim)),
+        "query": (query, fmt.dtype, (query.shape[1], dim)),
+        "out": (out, fmt.dtype, (query.shape[1], dim)),
+    }
+    for name, (x, dtype, inner) in shapes.items():
+        if x.dtype != dtype or tuple(x.shape[1:]) != inner:
+            raise ValueError(f"{name} must be {dtype} with shape [any, *{inner}], got {x.dtype} {list(x.shape)}.")
+        steps = [s * x.element_size() for s in x.stride()[:2]]
+        dense = x.stride(-1) == 1 and (name in ("pages", "window") or x.stride(1) == dim)
+        if name == "window":
+            dense &= x.stride(2) == 2 * dim
+        if not dense or any(v % 16 for v in (x.data_ptr(), *steps)):
+            raise ValueError(f"{name} must be 16-byte aligned with contiguous rows, got strides {x.stride()}.")
+    for name, x in (
+        ("query_start_loc", query_start_loc),
+        ("seq_lens", seq_lens),
+        ("block_table", block_table),
+        ("window_block_table", window_block_table),
+    ):
+        if x.dtype != torch.int32 or x.stride(-1) != 1:
+            raise ValueError(f"{name} must be int32 with contiguous rows, got {x.dtype} with strides {x.stride()}.")
+    if query.shape[1] % heads:
+        raise ValueError(f"{query.shape[1]} query heads do not divide among {heads} KV heads.")
+    if not 1 <= requests <= MAX_REQUESTS or query_start_loc.shape[0] != requests + 1:
+        raise ValueError(f"Need 1 to {MAX_REQUESTS} requests and one start more, got {requests} and {len(query_start_loc)}.")
+    if max_query_len < 1:
+        raise ValueError(f"max_query_len must be at least 1, got {max_query_len}.")
+    return query.shape[1] // heads
+
+
+# --- Compiling --------------------------------------------------------------------------------------------------------
+
+
+def _call(name: str, *args):
+    from cuda.bindings import driver, nvrtc
+
+    error, *results = getattr(nvrtc if name.startswith("nvrtc") else driver, name)(*args)
+    if int(error):
+        raise RuntimeError(f"{name} failed: {error!r}.")
+    return results[0] if len(results) == 1 else results
+
+
+def _bytes_per_warp(fmt: PageFormat, code_bits: int, tiles: int, stages: int) -> int:
+    """Shared memory of one warp: as in the kernel, its ring and its query fragments."""
+    dim, planes = fmt.head_size, code_bits // 4
+    stage = planes * 32 * dim + 128 * fmt.num_value_groups + 4 * dim
+    return max(stages * stage, 32 * (4 * dim + 16), 32 * tiles * (dim + 4)) + 16 * dim * tiles
+
+
+def _row_tiles(head_size: int, rows: int) -> tuple[int, int]:
+    """Tiles of 8 query rows in one pass over the cache, as many as registers allow, and the number of passes."""
+    tiles = -(-rows // 8)
+    passes = -(-tiles // max(1, min(5, 384 // head_size)))
+    return -(-tiles // passes), passes
+
+
+def _static_bytes(warps: int, tiles: int) -> int:
+    """An upper bound of the kernel's static shared memory, for a GPU's limit."""
+    return 5632 + warps * (768 + 160 * tiles)
+
+
+def _configuration(fmt: PageFormat, code_bits: int, tiles: int, shared_bytes: int) -> tuple[int, int]:
+    """Warps per CTA (one CTA per multiprocessor), as many as registers allow, and the ring stages that fit."""
+    for warps in (8, 4, 2, 1):
+        for stages in (3, 2):
+            if warps * _bytes_per_warp(fmt, code_bits, tiles, stages) <= shared_bytes - _static_bytes(warps, tiles):
+                return warps, stages
+    raise RuntimeError(f"decode_attention needs more shared memory than this GPU has for head size {fmt.head_size}.")
+
+
+@cache
+def _kernel(
+    fmt: PageFormat,
+    code_bits: int,
+    query_group: int,
+    tiles: int,
+    passes: int,
+    device: int,
+    warps_and_stages: tuple[int, int] | None,
+):
+    """Compiled function, grid, threads per CTA, shared memory in bytes, floats of partial and of spilled outputs."""
+    properties = torch.cuda.get_device_properties(device)
+    if (properties.major, properties.minor) < MIN_CAPABILITY:
+        raise RuntimeError(f"decode_attention needs compute capability 8.0 or newer, {properties.name} has less.")
+    optin = properties.shared_memory_per_block_optin
+    warps, stages = warps_and_stages or _configuration(fmt, code_bits, tiles, optin)
+    macros = {
+        "HEAD_SIZE": fmt.head_size,
+        "GROUP_SIZE": fmt.group_size,
+        "VALUE_GROUP_SIZE": fmt.value_group_size,
+        "WINDOW_BLOCK": fmt.window_block_size,
+        "CODE_BITS": code_bits,
+        "QUERY_GROUP": query_group,
+        "ROW_TILES": tiles,
+        "PASSES": passes,
+        "WARPS": warps,
+        "STAGES": stages,
+        "IS_BF16": int(fmt.dtype == torch.bfloat16),
+    }
+    cubin = _compile(tuple(macros.items()), f"sm_{properties.major}{properties.minor}")
+    torch.cuda.current_stream()  # makes sure that the primary context is current
+    function = _call("cuModuleGetFunction", _call("cuModuleLoadData", cubin), b"decode_attention")
+    shared_bytes = warps * _bytes_per_warp(fmt, code_bits, tiles, stages)
+    from cuda.bindings import driver
+
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    _call("cuFuncSetAttribute", function, attribute, shared_bytes)
+    grid, rows = properties.multi_processor_count, 8 * tiles
+    sizes = grid * 2 * rows * (fmt.head_size + 2), grid * warps * rows * (fmt.head_size + 4)
+    return function, grid, 32 * warps, shared_bytes, sizes
+
+
+@cache
+def _compile(macros: tuple[tuple[str, int], ...], architecture: str) -> bytes:
+    from cuda.bindings import nvrtc
+
+    options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{name}={value}" for name, value in macros)]
+    options = [x.encode() for x in options]
+    program = _call("nvrtcCreateProgram", SOURCE.read_bytes(), b"decode_attention.cu", 0, [], [])
+    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    if int(error):
+        log = b" " * _call("nvrtcGetProgramLogSize", program)
+        _call("nvrtcGetProgramLog", program, log)
+        raise RuntimeError(f"decode_attention.cu did not compile for {architecture}:\n{log.decode()}")
+    cubin = b" " * _call("nvrtcGetCUBINSize", program)
+    _call("nvrtcGetCUBIN", program, cubin)
+    _call("nvrtcDestroyProgram", program)
+    return cubin
+
+
+_workspaces: dict[int, list[torch.Tensor]] = {}
+
+
+def _workspace(device: int, partial: int, spill: int, segments: int) -> list[torch.Tensor]:
+    """Scratch memory shared by all launches on a device: they follow one another on one stream."""
+    needed = (partial, spill, segments)
+    have = _workspaces.get(device)
+    if have is None or any(x.numel() < n for x, n in zip(have, needed, strict=True)):
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("Run decode_attention once with these shapes before capturing it in a CUDA graph.")
+        sizes = [max(n, 0 if have is None else x.numel()) for n, x in zip(needed, have or needed, strict=True)]
+        sizes[2] = max(sizes[2], 1 << 14)
+        floats = [torch.empty(n, dtype=torch.float32, device=f"cuda:{device}") for n in sizes[:2]]
+        # Graphs captured earlier keep pointing at the old tensors, so those are never freed.
+        _retired.append(have)
+        have = _workspaces[device] = [*floats, torch.zeros(sizes[2], dtype=torch.int32, device=f"cuda:{device}")]
+    return have
+
+
+_retired: list[list[torch.Tensor] | None] = []
