@@ -435,3 +435,15 @@ def decode_attention(
     out = torch.zeros_like(query)
     out[: len(requests)] = rows_of_tokens[requests, offsets].flatten(1, 2).to(query.dtype)
     return out
+
+
+@cache
+def warm_up() -> None:
+    """Compile the kernel (some seconds, once per installation: the result is kept on disk) before it is needed."""
+    fmt = PageFormat(1, 64, 64, torch.bfloat16)
+    blocks = torch.ones(1, 4, dtype=torch.int32)
+    window = torch.zeros(2, 1, fmt.window_block_size, 2 * 64, dtype=fmt.dtype)
+    pages = torch.zeros(2, 1, fmt.head_bytes, dtype=torch.uint8)
+    starts, lengths = torch.tensor([0, 1]), torch.tensor([130])
+    for read in ("draft", "target"):
+        decode_attention(fmt, pages, window, torch.ones(1, 1, 64), starts, lengths, blocks, blocks.repeat(1, 4), 1.0, read)

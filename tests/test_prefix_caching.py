@@ -104,7 +104,7 @@ def test_speculation_does_not_change_a_cached_answer(books_4m, tokens):
     """Same hits, speculation off and on: same output, not only up to rule 3."""
     prompts = [tokens[: 5 * G + n] for n in (1, 3, G - 1)]
     answers = []
-    for arguments in ({"attention_backend": "QUANTSPEC"}, quantspec(4)):
+    for arguments in ({"attention_backend": "QUANTSPEC"}, quantspec(4, draft_weights="target")):
         with engine(books_4m, dtype="float32", **arguments) as other:
             generate(other, [tokens[: 5 * G]], 1)
             answers.append(generate(other, prompts, 32))

@@ -136,6 +136,7 @@ def test_models(what, how, tmp_path):
         ({"attention_backend": "CPU_ATTN"}, "CPU_ATTN was selected", "drop --attention-backend"),
         ({"pipeline_parallel_size": 2}, "pipeline parallelism", "drop --pipeline-parallel-size"),
         ({"enable_lora": True}, "LoRA", "drop --enable-lora"),
+        ({"dtype": "float32"}, "the model runs in float32", "draft_weights to 'target'"),
         ({"disable_hybrid_kv_cache_manager": True}, "two KV cache groups", "drop --disable-hybrid"),
     ],
 )

@@ -28,7 +28,10 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
 
 from vllm_quantspec.config import GROUP_SIZES, HEAD_SIZES
 from vllm_quantspec.format import PageFormat
+from vllm_quantspec.integration import llvm_scan
 from vllm_quantspec.kernels import cpu_decode, reference, step
+
+llvm_scan.install()  # cpu_decode has loaded Numba
 
 BACKEND_NAME = "QUANTSPEC"
 WINDOW_SUFFIX = ".window"

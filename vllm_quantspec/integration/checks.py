@@ -106,6 +106,11 @@ def check_config(config: VllmConfig) -> None:
 
 def check_speculation(config: VllmConfig) -> None:
     """What the draft adds to the cache's own limits."""
+    if config.model_config.dtype.itemsize > 2 and config.speculative_config.draft_weights == "int4":
+        raise ValueError(
+            "quantspec: vLLM's INT4 kernels compute in bfloat16 or float16, but the model runs in float32; set --dtype "
+            "bfloat16, or draft_weights to 'target'."
+        )
     for present, what, remedy in (
         (config.parallel_config.pipeline_parallel_size > 1, "pipeline parallelism", "drop --pipeline-parallel-size"),
         (config.lora_config is not None, "LoRA", "drop --enable-lora"),

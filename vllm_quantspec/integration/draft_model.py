@@ -104,6 +104,12 @@ def build_draft_model(
     if not draft.attention_layers:
         raise ValueError("The target model has no attention layer with a KV cache, so there is nothing to draft with.")
     if draft_weights == "int4":
+        if not draft.quantized:
+            name, reason = next(iter(draft.shared.items()), ("the model", "it has no linear layers"))
+            raise ValueError(
+                f"quantspec: no linear layer of this model can run in INT4 here ({name}: {reason}); set draft_weights to "
+                "'target' in the speculative config."
+            )
         logger.info(
             "INT4 draft weights: %.2f GiB (%.0f%% of the target's linears), %d linears, took %.1f s",
             draft.int4_bytes / 2**30,

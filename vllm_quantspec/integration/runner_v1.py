@@ -24,11 +24,14 @@ from vllm_quantspec.integration.backend import (
 from vllm_quantspec.integration.proposer import QuantSpecProposer
 from vllm_quantspec.integration.specs import make_specs
 from vllm_quantspec.integration.speculative_config import QuantSpecConfig
+from vllm_quantspec.kernels import cpu_decode
 
 
 def add_window_specs(runner, specs: dict[str, KVCacheSpec]) -> dict[str, KVCacheSpec]:
     """Give each QuantSpec attention layer its page spec, and a window layer beside it."""
     layers = runner.compilation_config.static_forward_context
+    if any(getattr(layer, "attn_backend", None) is QuantSpecBackend for layer in layers.values()):
+        cpu_decode.warm_up()
     result: dict[str, KVCacheSpec] = {}
     for name, spec in specs.items():
         layer = layers[name]
