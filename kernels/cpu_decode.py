@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 
 import numba as nb
@@ -375,6 +376,115 @@ def _bytes_of(tensor: torch.Tensor) -> np.ndarray:
     return flat[: flat.numel() // 4 * 4].numpy()
 
 
+@dataclass
+class DecodePlan:
+    """What all layers of a step share; rows are query tokens times query heads per KV head, padded to ``rows``."""
+
+    requests: torch.Tensor  # [T] request of each query token
+    offsets: torch.Tensor  # [T] its number within the request
+    steps: int  # most query tokens of a request
+    row_counts: np.ndarray  # [R]
+    positions: np.ndarray  # [R, rows]
+    boundary: np.ndarray  # [R, rows] first token that a row reads exact
+    tasks: np.ndarray  # [N, 4] request, head, first page, last page (-1: the window); sorted by request and head
+    block_table: np.ndarray  # [R, any]
+    window_table: np.ndarray  # [R, any]
+
+
+def plan_decode(
+    fmt: PageFormat,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    window_block_table: torch.Tensor,
+    num_heads: int,
+) -> DecodePlan:
+    """Plan a step from its metadata; arguments as of `reference.decode_attention`, ``num_heads`` query heads."""
+    group, per_head = fmt.group_size, num_heads // fmt.num_kv_heads
+    starts, lengths = query_start_loc.long(), seq_lens.long()
+    query_lens = starts.diff()
+    steps = max(1, int(query_lens.max()))
+    requests = torch.repeat_interleave(query_lens)
+    first = (lengths - query_lens).clamp_min(0)
+    positions = torch.minimum(first[:, None] + torch.arange(steps), lengths[:, None] - 1)
+    exact = reference.exact_start(fmt, window_block_table, first)
+    boundary = torch.maximum(reference.quantized_below(fmt, positions), exact[:, None])
+    row_counts = (query_lens * per_head).numpy()
+    tasks = []
+    for r, (rows, quantized) in enumerate(zip(row_counts.tolist(), boundary[:, -1].tolist(), strict=True)):
+        if rows:
+            num_pages = -(-quantized // group)
+            for h in range(fmt.num_kv_heads):
+                tasks.append((r, h, 0, -1))
+                tasks += [(r, h, i, min(i + _PAGES_PER_TASK, num_pages)) for i in range(0, num_pages, _PAGES_PER_TASK)]
+    return DecodePlan(
+        requests=requests,
+        offsets=torch.arange(len(requests)) - starts[requests],
+        steps=steps,
+        row_counts=row_counts,
+        positions=positions.repeat_interleave(per_head, 1).numpy(),
+        boundary=boundary.repeat_interleave(per_head, 1).numpy(),
+        tasks=np.array(tasks, dtype=np.int64).reshape(-1, 4),
+        block_table=block_table.long().numpy(),
+        window_table=window_block_table.long().numpy(),
+    )
+
+
+def run_decode(
+    fmt: PageFormat,
+    plan: DecodePlan,
+    pages: torch.Tensor,
+    window: torch.Tensor,
+    query: torch.Tensor,
+    softmax_scale: float,
+    read: str,
+) -> torch.Tensor:
+    """One layer of a planned step; see `decode_attention`."""
+    reference.check_read(read)
+    heads, dim, num_reqs, steps = fmt.num_kv_heads, fmt.head_size, len(plan.row_counts), plan.steps
+    per_head, num_tokens = query.shape[1] // heads, len(plan.requests)
+    rows = steps * per_head
+    # Query rows of one request and KV head, in base 2: [R, H, rows, D].
+    q = torch.zeros(num_reqs, steps, heads, per_head, dim)
+    q[plan.requests, plan.offsets] = query[:num_tokens].view(-1, heads, per_head, dim).float() * (softmax_scale * _LOG2E)
+    q = q.permute(0, 2, 1, 3, 4).reshape(num_reqs, heads, rows, dim).numpy()
+    u8, exact = _bytes_of(pages), _bytes_of(window)
+    maximum, total = np.empty((len(plan.tasks), rows), np.float32), np.empty((len(plan.tasks), rows), np.float32)
+    output = np.empty((len(plan.tasks), rows, dim), np.float32)
+    arguments = (
+        plan.tasks,
+        u8,
+        u8.view(np.uint16),
+        exact.view(np.uint16),
+        exact.view(np.float32),
+        _DTYPES[fmt.dtype],
+        (pages.stride(0), pages.stride(1), pages.storage_offset()),
+        (window.stride(0), window.stride(1), window.storage_offset()),
+        tuple(fmt.field_ranges[name][0] for name in _FIELDS),
+        plan.block_table,
+        plan.window_table,
+        q,
+        plan.positions,
+        plan.boundary,
+        plan.row_counts,
+        fmt.group_size,
+        dim,
+        fmt.value_group_size,
+        fmt.window_block_size,
+        read == "target",
+        maximum,
+        total,
+        output,
+    )
+    _run(len(plan.tasks), arguments)
+    result = np.zeros((num_reqs, heads, rows, dim), np.float32)
+    _merge(plan.tasks, plan.row_counts, maximum, total, output, result)
+    of_tokens = torch.from_numpy(result).unflatten(2, (steps, per_head)).transpose(1, 2)
+    out = torch.zeros_like(query)
+    out[:num_tokens] = of_tokens[plan.requests, plan.offsets].flatten(1, 2).to(query.dtype)
+    return out
+
+
 def decode_attention(
     fmt: PageFormat,
     pages: torch.Tensor,
@@ -387,54 +497,9 @@ def decode_attention(
     softmax_scale: float,
     read: str,
 ) -> torch.Tensor:
-    """Arguments and result as of `reference.decode_attention`; tensors are on the CPU, pages and window in one pool."""
-    reference.check_read(read)
-    heads, dim, group, size = fmt.num_kv_heads, fmt.head_size, fmt.group_size, fmt.window_block_size
-    per_head = query.shape[1] // heads
-    starts, lengths = query_start_loc.long(), seq_lens.long()
-    query_lens = starts.diff()
-    num_reqs, steps = len(lengths), max(1, int(query_lens.max()))
-    requests = torch.repeat_interleave(query_lens)
-    offsets = torch.arange(len(requests)) - starts[requests]
-
-    # Query rows of one request and KV head: [R, H, steps * per_head, D], in base 2.
-    q = torch.zeros(num_reqs, steps, heads, per_head, dim)
-    q[requests, offsets] = query[: len(requests)].view(-1, heads, per_head, dim).float() * (softmax_scale * _LOG2E)
-    q = q.permute(0, 2, 1, 3, 4).flatten(2, 3).contiguous().numpy()
-    first = (lengths - query_lens).clamp_min(0)
-    positions = torch.minimum(first[:, None] + torch.arange(steps), lengths[:, None] - 1)
-    exact = reference.exact_start(fmt, window_block_table, first)
-    boundary = torch.maximum(reference.quantized_below(fmt, positions), exact[:, None])
-    row_counts = (query_lens * per_head).numpy()
-
-    tasks = []
-    for r, (rows, quantized) in enumerate(zip(row_counts.tolist(), boundary[:, -1].tolist(), strict=True)):
-        if rows:
-            num_pages = -(-quantized // group)
-            for h in range(heads):
-                tasks.append((r, h, 0, -1))
-                tasks += [(r, h, i, min(i + _PAGES_PER_TASK, num_pages)) for i in range(0, num_pages, _PAGES_PER_TASK)]
-    tasks = np.array(tasks, dtype=np.int64).reshape(-1, 4)
-    u8, exact_bytes = _bytes_of(pages), _bytes_of(window)
-    rows = steps * per_head
-    maximum, total = np.empty((len(tasks), rows), np.float32), np.empty((len(tasks), rows), np.float32)
-    output = np.empty((len(tasks), rows, dim), np.float32)
-    fields = tuple(fmt.field_ranges[name][0] for name in _FIELDS)
-    arguments = (
-        tasks, u8, u8.view(np.uint16), exact_bytes.view(np.uint16), exact_bytes.view(np.float32), _DTYPES[fmt.dtype],
-        (pages.stride(0), pages.stride(1), pages.storage_offset()),
-        (window.stride(0), window.stride(1), window.storage_offset()),
-        fields, block_table.long().numpy(), window_block_table.long().numpy(),
-        q, positions.repeat_interleave(per_head, 1).numpy(), boundary.repeat_interleave(per_head, 1).numpy(), row_counts,
-        group, dim, fmt.value_group_size, size, read == "target", maximum, total, output,
-    )  # fmt: skip
-    _run(len(tasks), arguments)
-    result = np.zeros((num_reqs, heads, rows, dim), np.float32)
-    _merge(tasks, row_counts, maximum, total, output, result)
-    rows_of_tokens = torch.from_numpy(result).unflatten(2, (steps, per_head)).transpose(1, 2)
-    out = torch.zeros_like(query)
-    out[: len(requests)] = rows_of_tokens[requests, offsets].flatten(1, 2).to(query.dtype)
-    return out
+    """Arguments and result as of `reference.decode_attention`; tensors are on the CPU."""
+    plan = plan_decode(fmt, query_start_loc, seq_lens, block_table, window_block_table, query.shape[1])
+    return run_decode(fmt, plan, pages, window, query, softmax_scale, read)
 
 
 @cache

@@ -53,6 +53,7 @@ class QuantSpecMetadata:
     num_decodes: int
     num_decode_tokens: int
     plan: step.StepPlan | None = field(default=None, repr=False)
+    decode_plan: cpu_decode.DecodePlan | None = field(default=None, repr=False)
 
 
 @dataclass
@@ -261,15 +262,21 @@ class QuantSpecImpl(AttentionImpl):
 
         if md.num_decodes:
             reads_upper_only = target_name is not None and self.draft_kv == "int4"
-            output[: md.num_decode_tokens] = cpu_decode.decode_attention(
+            if md.decode_plan is None:
+                md.decode_plan = cpu_decode.plan_decode(
+                    self.format,
+                    md.query_start_loc[: md.num_decodes + 1],
+                    md.seq_lens[: md.num_decodes],
+                    md.block_table[: md.num_decodes],
+                    window_table[: md.num_decodes],
+                    self.num_heads,
+                )
+            output[: md.num_decode_tokens] = cpu_decode.run_decode(
                 self.format,
+                md.decode_plan,
                 pages,
                 window,
                 query[: md.num_decode_tokens],
-                md.query_start_loc[: md.num_decodes + 1],
-                md.seq_lens[: md.num_decodes],
-                md.block_table,
-                window_table,
                 self.scale,
                 "draft" if reads_upper_only else "target",
             )
