@@ -61,7 +61,7 @@ def run(runner, model: torch.nn.Module, token_ids: torch.Tensor, monkeypatch) ->
 
 @pytest.mark.parametrize("int8_activations", [False, True])
 @pytest.mark.parametrize(
-    "in_features, out_features, group_size", [(256, 512, 128), (640, 256, 128), (320, 96, 64), (96, 64, 32)]
+    "in_features, out_features, group_size", [(256, 512, 128), (640, 256, 128), (320, 96, 64), (96, 64, 32), (128, 64, 128)]
 )
 @pytest.mark.parametrize("tokens", [1, 7, 64])
 def test_int4_linear(runner, monkeypatch, in_features, out_features, group_size, tokens, int8_activations):

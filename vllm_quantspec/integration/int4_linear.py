@@ -87,7 +87,8 @@ def int4_bytes(layer: torch.nn.Module) -> int:
 
 def _pack(codes: torch.Tensor) -> torch.Tensor:
     """uint8 codes [rows, n] -> int32 [rows, n / 8], the first code in the lowest bits."""
-    return (codes[:, 0::2] | codes[:, 1::2] << 4).view(torch.int32)
+    # Flat first: a single row may have any stride, and reading it as wider integers asks for a certain one.
+    return (codes[:, 0::2] | codes[:, 1::2] << 4).flatten().view(torch.int32).view(codes.shape[0], -1)
 
 
 def _no_loader(*args, **kwargs) -> None:
