@@ -1,0 +1,39 @@
+"""Two repairs of vLLM 0.32's rejection sampler on the CPU, without which drafts are only right at temperature 0.
+
+- `expand_batch_to_tokens` gives each draft token its request's temperature, top-k or top-p. The CPU's kernel for it writes
+  into an integer copy of its output, so the sampler divides the logits by uninitialized memory.
+- `apply_sampling_constraints` with top-k alone fails in a step without drafts: it asks for the maximum of nothing.
+"""
+
+import functools
+
+import torch
+from vllm.v1.sample import rejection_sampler
+
+
+def expand_batch_to_tokens(
+    x: torch.Tensor, cu_num_tokens: torch.Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0
+) -> torch.Tensor:
+    """Repeat ``x`` [batch_size] for each request's tokens: [num_tokens]; see vLLM's function of this name."""
+    counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
+    x = torch.where(x == replace_from, torch.full_like(x, replace_to), x)
+    return x.repeat_interleave(counts, output_size=num_tokens)
+
+
+def install() -> None:
+    """Replace the two functions where the platform is the CPU, once per process."""
+    from vllm.platforms import current_platform
+
+    original = rejection_sampler.apply_sampling_constraints
+    if not current_platform.is_cpu() or getattr(original, "_quantspec", False):
+        return
+
+    @functools.wraps(original)
+    def apply_sampling_constraints(logits, cu_num_draft_tokens, sampling_metadata):
+        if logits.shape[0] == 0:
+            return logits
+        return original(logits, cu_num_draft_tokens, sampling_metadata)
+
+    apply_sampling_constraints._quantspec = True
+    rejection_sampler.apply_sampling_constraints = apply_sampling_constraints
+    rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
