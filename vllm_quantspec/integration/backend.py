@@ -77,14 +77,14 @@ class QuantSpecMetadataBuilder(AttentionMetadataBuilder[QuantSpecMetadata]):
             common_attn_metadata, decode_threshold=self.reorder_batch_threshold
         )
         num_reqs = common_attn_metadata.num_reqs
-        num_unverified = self.num_draft_tokens
-        if num_unverified is None:
-            num_unverified = torch.zeros(num_reqs, dtype=torch.int32)
+        num_unverified = torch.zeros(num_reqs, dtype=torch.int32)
+        if self.num_draft_tokens is not None:  # padded requests have no drafts
+            num_unverified[: len(self.num_draft_tokens)] = self.num_draft_tokens[:num_reqs]
         return QuantSpecMetadata(
             num_actual_tokens=common_attn_metadata.num_actual_tokens,
             query_start_loc=common_attn_metadata.query_start_loc,
             seq_lens=common_attn_metadata.seq_lens,
-            num_unverified=num_unverified[:num_reqs],
+            num_unverified=num_unverified,
             block_table=common_attn_metadata.block_table_tensor,
             num_decodes=num_decodes,
             num_decode_tokens=num_decode_tokens,
