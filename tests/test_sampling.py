@@ -18,6 +18,7 @@ from engine_tools import (
     speculation_counts,
 )
 from vllm import LLM, SamplingParams
+from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 
 G = 128
@@ -29,9 +30,9 @@ TOKENS = 4
 # Different seeds for the two samples: the test below is one of independent samples.
 SEEDS = {"off": 0, "on": 1_000_000}
 SIZE = {"max_model_len": 2048, "max_num_seqs": 128}
+TRUNCATED = {"temperature": 1.0, "top_k": 12, "top_p": 0.9}
 DISTRIBUTIONS = {
     "temperature 0.8": {"temperature": 0.8},
-    "top_k and top_p": {"temperature": 1.0, "top_k": 12, "top_p": 0.9},
     "penalties": {"temperature": 0.8, "repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.2},
 }
 
@@ -81,7 +82,7 @@ def tokens(books_4m, passage):
 
 @pytest.fixture(scope="module")
 def prefix(tokens):
-    return tokens[: 2 * G + 1]  # two pages from the prefix cache, one token to compute: cheap to draw from
+    return tokens[: 2 * G + 10]  # two pages from the prefix cache, ten tokens to compute: cheap to draw from
 
 
 GREEDY = {
@@ -105,7 +106,8 @@ def off(books_4m, prefix, tokens):
         greedy = {name: generate(llm, prompts, 40, **s) for name, s in GREEDY.items()}
         plain = generate(llm, prompts, 40)
         # Refused with speculation only:
-        biased = generate(llm, prompts[:1], 8, logit_bias={77: 100.0}) + generate(llm, prompts[:1], 8, min_p=0.2)
+        biased = generate(llm, prompts[:1], 8, logit_bias={77: 100.0})
+        biased += generate(llm, prompts[:1], 8, temperature=1.0, min_p=0.2)
     return {"draws": draws, "hotter": hotter, "prompts": prompts, "greedy": greedy, "plain": plain, "biased": biased}
 
 
@@ -118,7 +120,28 @@ def greedy_drafts(books_4m, prefix, off):  # one engine at a time in a process
 
 
 @pytest.fixture(scope="module")
-def llm(books_4m, off, greedy_drafts):
+def truncated(books_4m, prefix, off, greedy_drafts):
+    """{drafts: draws} with top_k and top_p, in float32.
+
+    What they keep changes with a token's rank: in 16 bits many logits are equal or nearly so, and then rounding, which
+    depends on the shape of the batch, decides which tokens have a share at all.
+    """
+    draws = {}
+    for name, arguments in {
+        "off": QUANTSPEC_CACHE,
+        "greedy": quantspec(TOKENS - 1, draft_weights="target", draft_sample_method="greedy"),
+        "probabilistic": quantspec(TOKENS - 1, draft_weights="target"),
+    }.items():
+        with engine(books_4m, dtype="float32", **SIZE, **arguments) as llm:
+            draws[name] = draw(llm, prefix, SEEDS["off" if name == "off" else "on"], **TRUNCATED)
+            if name != "off":
+                count, accepted = speculation_counts(llm)
+                assert 0.2 * count < accepted[0] < 0.9 * count
+    return draws
+
+
+@pytest.fixture(scope="module")
+def llm(books_4m, off, greedy_drafts, truncated):
     """The engine with speculation, as it is by default: drafts are sampled."""
     with engine(books_4m, **SIZE, logprobs_mode="processed_logprobs", **quantspec(TOKENS - 1)) as llm:
         yield llm
@@ -138,9 +161,17 @@ def test_draws_have_the_targets_distribution(name, drafts, off, greedy_drafts, r
     p = statistics(off["draws"][name], draws)
     print(f"{name}, {drafts} drafts, accepted {[round(a / count, 3) for a in accepted]}: {p}")
     assert min(p.values()) > ALPHA, p
-    # Some of the drafts are accepted and some are not, or the test shows little. With penalties, and with top_k and
-    # top_p, the draft's own distribution differs from the target's by more than its rounding.
-    assert (0.2 if drafts == "greedy" else 0.4) * count < accepted[0] < count
+    # Some of the drafts are accepted and some are not, or the test shows little. Drafts know the temperature only.
+    assert 0.2 * count < accepted[0] < count
+    if drafts == "probabilistic" and name == "temperature 0.8":
+        assert accepted[0] > 0.7 * count
+
+
+@pytest.mark.parametrize("drafts", ["greedy", "probabilistic"])
+def test_draws_with_top_k_and_top_p(drafts, truncated):
+    p = statistics(truncated["off"], truncated[drafts])
+    print(f"top_k and top_p, {drafts} drafts: {p}")
+    assert min(p.values()) > ALPHA, p
 
 
 def test_the_statistic_rejects_another_temperature_and_accepts_the_same(off):
@@ -199,7 +230,8 @@ def test_top_k_and_top_p_hold_at_every_position(llm, tokens):
             assert top[token] > -math.inf
     for answer in k_answers:
         for top in answer.top:
-            assert sum(lp > -math.inf for lp in top.values()) <= 3
+            kept = [lp for lp in top.values() if lp > -math.inf]
+            assert sum(lp > min(kept) for lp in kept) < 3  # the third may have equals
     assert any(len({a.tokens[i] for a in k_answers}) > 3 for i in range(24))
     (one,) = generate(llm, prompts[:1], 24)
     (top_1,) = generate(llm, prompts[:1], 24, temperature=1.0, top_k=1, seed=5)
@@ -238,29 +270,39 @@ SCHEMA = {
 }
 
 
+CHOICES = ["the carriage", "the castle", "a wolf"]
+REGEX = r"[a-z]{3,8} and [a-z]{3,8}, [0-9]{4}"
+STRUCTURES = {
+    "choice": {"choice": CHOICES},
+    "regex": {"regex": REGEX},
+    "json": {"json": SCHEMA, "disable_any_whitespace": True},
+}
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize("kind", ["choice", "regex", "json"])
+@pytest.mark.parametrize("kind", STRUCTURES)
 def test_structured_outputs(llm, tokens, kind, temperature):
     """Drafts know nothing of the grammar: what breaks it must be rejected, inside a draft as at its end."""
-    constraint = {
-        "choice": StructuredOutputsParams(choice=["the carriage", "the castle", "a wolf"]),
-        "regex": StructuredOutputsParams(regex=r"[a-z]{3,8} and [a-z]{3,8}, [0-9]{4}"),
-        "json": StructuredOutputsParams(json=SCHEMA),
-    }[kind]
     params = [
-        SamplingParams(temperature=temperature, max_tokens=80, seed=i, structured_outputs=constraint) for i in range(4)
+        SamplingParams(
+            temperature=temperature,
+            max_tokens=100,
+            seed=i,
+            structured_outputs=StructuredOutputsParams(**STRUCTURES[kind]),
+        )
+        for i in range(4)
     ]
     prompts = [{"prompt_token_ids": tokens[60 * i : 60 * i + 150]} for i in range(4)]
     # A request without a grammar in the same batch is not touched by the others'.
-    free = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True, logprobs=5)
+    free = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
     *outputs, plain = llm.generate([*prompts, prompts[0]], [*params, free], use_tqdm=False)
     for output in outputs:
         text = output.outputs[0].text
         assert output.outputs[0].finish_reason == "stop", text
         if kind == "choice":
-            assert text in constraint.choice
+            assert text in CHOICES
         elif kind == "regex":
-            assert re.fullmatch(constraint.regex, text), text
+            assert re.fullmatch(REGEX, text), text
         else:
             value = json.loads(text)
             assert value.keys() == {"name", "age"} and 0 <= value["age"] <= 99 and len(value["name"]) <= 12
@@ -273,14 +315,14 @@ def test_structured_outputs(llm, tokens, kind, temperature):
 
 @pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -7}, {"repetition_penalty": 0.0}])
 def test_bad_parameters_are_refused_before_they_reach_the_engine(bad):
-    with pytest.raises(ValueError, match=next(iter(bad))):
+    with pytest.raises(VLLMValidationError, match=next(iter(bad))):
         SamplingParams(**bad)
 
 
-@pytest.mark.parametrize("unsupported", [{"logit_bias": {77: 5.0}}, {"min_p": 0.2}])
+@pytest.mark.parametrize("unsupported", [{"logit_bias": {77: 5.0}}, {"temperature": 1.0, "min_p": 0.2}])
 def test_what_vllm_cannot_speculate_with_is_refused_per_request(llm, off, tokens, unsupported):
     """As for any draft model in vLLM; without speculation the same cache takes both."""
-    with pytest.raises(ValueError, match="min_p and logit_bias.*speculative decoding"):
+    with pytest.raises(VLLMValidationError, match="min_p and logit_bias.*speculative decoding"):
         generate(llm, [tokens[:50]], 4, **unsupported)
     assert len(generate(llm, [tokens[:50]], 4)[0].tokens) == 4  # the engine goes on
     assert off["biased"][0].tokens == [77] * 8 and len(off["biased"][1].tokens) == 8
