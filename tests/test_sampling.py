@@ -101,7 +101,7 @@ def off(books_4m, prefix, tokens):
     """Everything that is asked of the engine with speculation off: its draws, and its greedy answers."""
     with engine(books_4m, **SIZE, logprobs_mode="processed_logprobs", **QUANTSPEC_CACHE) as llm:
         draws = {name: draw(llm, prefix, SEEDS["off"], **s) for name, s in DISTRIBUTIONS.items()}
-        hotter = {t: draw(llm, prefix, SEEDS["on"], temperature=t) for t in (0.8, 1.0, 1.3)}
+        hotter = {t: draw(llm, prefix, SEEDS["on"], temperature=t) for t in (0.8, 1.3)}
         prompts = [tokens[7:400], tokens[: G + 3], tokens[900:907]]
         greedy = {name: generate(llm, prompts, 40, **s) for name, s in GREEDY.items()}
         plain = generate(llm, prompts, 40)
@@ -143,7 +143,12 @@ def truncated(books_4m, prefix, off, greedy_drafts):
 @pytest.fixture(scope="module")
 def llm(books_4m, off, greedy_drafts, truncated):
     """The engine with speculation, as it is by default: drafts are sampled."""
-    with engine(books_4m, **SIZE, logprobs_mode="processed_logprobs", **quantspec(TOKENS - 1)) as llm:
+    options = {
+        "logprobs_mode": "processed_logprobs",
+        # A model this small would fill its JSON with blanks.
+        "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
+    }
+    with engine(books_4m, **SIZE, **options, **quantspec(TOKENS - 1)) as llm:
         yield llm
 
 
@@ -177,10 +182,9 @@ def test_draws_with_top_k_and_top_p(drafts, truncated):
 def test_the_statistic_rejects_another_temperature_and_accepts_the_same(off):
     expected, others = off["draws"]["temperature 0.8"], off["hotter"]
     assert min(statistics(expected, others[0.8]).values()) > ALPHA
-    for temperature in (1.0, 1.3):
-        p = statistics(expected, others[temperature])
-        print(f"temperature {temperature} against 0.8: {p}")
-        assert all(p[f"token {i}"] < ALPHA for i in (2, 3, 4)), (temperature, p)
+    p = statistics(expected, others[1.3])
+    print(f"temperature 1.3 against 0.8: {p}")
+    assert max(p.values()) < ALPHA, p
     # Token 2 of one draw with token 3 of another: each has the right distribution, the pair has not.
     mixed = [(a[0], a[1], b[2], b[3]) for a, b in zip(expected, expected[1:] + expected[:1], strict=True)]
     p = statistics(mixed, others[0.8])
@@ -275,7 +279,7 @@ REGEX = r"[a-z]{3,8} and [a-z]{3,8}, [0-9]{4}"
 STRUCTURES = {
     "choice": {"choice": CHOICES},
     "regex": {"regex": REGEX},
-    "json": {"json": SCHEMA, "disable_any_whitespace": True},
+    "json": {"json": SCHEMA},
 }
 
 

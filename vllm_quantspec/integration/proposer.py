@@ -14,6 +14,7 @@ from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.sampler import _SAMPLING_EPS
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
@@ -99,6 +100,21 @@ class QuantSpecProposer(DraftModelProposer):
         if probs:
             self._last_draft_probs = torch.stack(probs, dim=1).contiguous()
         return torch.stack(drafts, dim=1)
+
+    def _sample_from_logits(
+        self, logits: torch.Tensor, sampling_metadata: SamplingMetadata
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Sample drafts at each request's temperature: [batch_size], and their distributions [batch_size, vocab_size].
+
+        As the parent does, but a request with a seed draws from its own generator: the same seed gives the same answer.
+        """
+        temperature = sampling_metadata.temperature
+        is_greedy = temperature < _SAMPLING_EPS
+        probs = (logits.float() / torch.where(is_greedy, 1.0, temperature)[:, None]).softmax(dim=-1)
+        noise = torch.empty_like(probs).exponential_()
+        for row, generator in sampling_metadata.generators.items():
+            noise[row].exponential_(generator=generator)
+        return torch.where(is_greedy, probs.argmax(dim=-1), (probs / noise).argmax(dim=-1)), probs
 
     def _run_step(self, token_ids: torch.Tensor, positions: torch.Tensor, tables: dict[int, torch.Tensor]) -> torch.Tensor:
         """One draft forward pass: ``token_ids`` [batch_size] at ``positions`` [batch_size], to hidden states."""
