@@ -6,10 +6,11 @@ without QuantSpec never do. A user's own extension keeps working: its path trave
 
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
-from vllm_quantspec.integration import cpu_rejection_sampler, platform_cpu, runner_v1
+from vllm_quantspec.integration import cpu_generators, cpu_rejection_sampler, platform_cpu, runner_v1
 
 platform_cpu.install()
 cpu_rejection_sampler.install()
+cpu_generators.install()
 runner_v1.install()
 
 
