@@ -27,7 +27,7 @@ def server(books_4m, tmp_path_factory):
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", books_4m]
     command += ["--speculative-config", "quantspec", "--enforce-eager", "--max-model-len", "2048"]
     command += ["--port", str(port), "--host", "127.0.0.1"]
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
     with log.open("w") as output:
         process = subprocess.Popen(command, cwd=ROOT.parent, env=environment, stdout=output, stderr=output)
     address = f"http://127.0.0.1:{port}"
