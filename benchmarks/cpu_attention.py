@@ -19,9 +19,9 @@ import time
 
 import torch
 from common import machine, write_json
-from vllm_quantspec.kernels import cpu_decode, reference
 
 from vllm_quantspec.format import PageFormat
+from vllm_quantspec.kernels import cpu_decode, reference
 
 HEAD_SIZE = 128
 DTYPE = torch.bfloat16

@@ -18,9 +18,9 @@ from functools import cache
 import numba as nb
 import numpy as np
 import torch
-from vllm_quantspec.kernels import reference
 
 from vllm_quantspec.format import PageFormat
+from vllm_quantspec.kernels import reference
 
 # vLLM binds the thread that runs the model to one core; the others of this process are for the helpers below.
 _CPUS = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
@@ -182,6 +182,17 @@ def _softmax_step(scores, rows, tokens, maximum, total, output, dim, bits):
 
 
 @_jit
+def _load_scales(u16, scale_at, minimum_at, count, both, bits, scale, minimum):
+    """Scales and minima (byte offsets into the pool) as the reading's codes take them: 16 * U + L + 8, or U alone."""
+    _half_to_float(u16, scale_at // 2, count, bits, scale)
+    _half_to_float(u16, minimum_at // 2, count, bits, minimum)
+    if both:
+        for i in range(count):
+            minimum[i] -= scale[i] * np.float32(0.5)
+            scale[i] *= np.float32(0.0625)
+
+
+@_jit
 def _pages_task(
     u8, u16, ids, block_stride, head_offset, fields, first_page, q, boundary, group, dim, value_group, both,
     maximum, total, output,
@@ -204,12 +215,7 @@ def _pages_task(
     for n in range(ids.shape[0]):
         base = ids[n] * block_stride + head_offset
         # Scores.
-        _half_to_float(u16, (base + fields[2]) // 2, dim, bits, scale)
-        _half_to_float(u16, (base + fields[3]) // 2, dim, bits, minimum)
-        if both:
-            for i in range(dim):
-                minimum[i] -= scale[i] * np.float32(0.5)
-                scale[i] *= np.float32(0.0625)
+        _load_scales(u16, base + fields[2], base + fields[3], dim, both, bits, scale, minimum)
         _spread(q, scale, 0, dim // 4, rows, key_tiles, low, high)
         offset[:] = 0
         _dot_minimum(q, minimum, 0, dim // 4, rows, key_tiles, offset)
@@ -231,12 +237,7 @@ def _pages_task(
         _softmax_step(scores, rows, group, maximum, total, output, dim, bits)
         # Weighted values.
         count = group * value_groups
-        _half_to_float(u16, (base + fields[4]) // 2, count, bits, scale)
-        _half_to_float(u16, (base + fields[5]) // 2, count, bits, minimum)
-        if both:
-            for i in range(count):
-                minimum[i] -= scale[i] * np.float32(0.5)
-                scale[i] *= np.float32(0.0625)
+        _load_scales(u16, base + fields[4], base + fields[5], count, both, bits, scale, minimum)
         spread_group = -1
         for quad in range(key_tiles):
             # A quad of 32 channels may straddle two value groups (head size 96 in groups of 48): one pass for each.

@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from vllm_quantspec.kernels import reference
 
 from vllm_quantspec.format import PageFormat
+from vllm_quantspec.kernels import reference
 
 
 @dataclass

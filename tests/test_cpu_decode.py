@@ -3,10 +3,10 @@
 import pytest
 import torch
 from test_reference import DTYPES, SHAPES, Cache, assert_close, boundary_lengths
-from vllm_quantspec.kernels import cpu_decode
-from vllm_quantspec.kernels.cpu_decode import decode_attention
 
 from vllm_quantspec.format import PageFormat
+from vllm_quantspec.kernels import cpu_decode
+from vllm_quantspec.kernels.cpu_decode import decode_attention
 
 
 @pytest.mark.parametrize("read", ["draft", "target"])

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from vllm_quantspec.kernels import reference
 
 from vllm_quantspec.format import PageFormat
+from vllm_quantspec.kernels import reference
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from vllm_quantspec.kernels import reference
 
 from vllm_quantspec import format
 from vllm_quantspec.format import PageFormat
+from vllm_quantspec.kernels import reference
 
 SHAPES = [  # query heads, KV heads, head size, group size
     (4, 2, 64, 128),

@@ -4,10 +4,10 @@ import random
 
 import pytest
 import torch
-from vllm_quantspec.kernels import reference
-from vllm_quantspec.kernels.step import plan_step, quantize_completed
 
 from vllm_quantspec.format import PageFormat
+from vllm_quantspec.kernels import reference
+from vllm_quantspec.kernels.step import plan_step, quantize_completed
 
 FMT = PageFormat(num_kv_heads=2, head_size=64, group_size=64, dtype=torch.bfloat16)
 G, W = FMT.group_size, FMT.window_block_size

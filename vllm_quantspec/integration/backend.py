@@ -29,11 +29,11 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
 from vllm_quantspec.config import GROUP_SIZES, HEAD_SIZES
 from vllm_quantspec.format import PageFormat
 from vllm_quantspec.integration import llvm_scan
+from vllm_quantspec.integration.backend_name import NAME
 from vllm_quantspec.kernels import cpu_decode, reference, step
 
 llvm_scan.install()  # cpu_decode has loaded Numba
 
-BACKEND_NAME = "QUANTSPEC"
 WINDOW_SUFFIX = ".window"
 
 
@@ -112,7 +112,7 @@ class QuantSpecBackend(AttentionBackend):
 
     @staticmethod
     def get_name() -> str:
-        return BACKEND_NAME
+        return NAME
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec=None) -> list[int]:
@@ -148,7 +148,7 @@ class WindowBackend(QuantSpecBackend):
 
     @staticmethod
     def get_name() -> str:
-        return f"{BACKEND_NAME}_WINDOW"
+        return f"{NAME}_WINDOW"
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec=None) -> list[int]:
@@ -302,7 +302,7 @@ class QuantSpecImpl(AttentionImpl):
 def refuse_layer(head_size, alibi_slopes, sliding_window, logits_soft_cap, attn_type, sinks, unsupported) -> None:
     """The last line of defence, for what a model's configuration does not show: raised before weights are loaded."""
     for present, what in (
-        (head_size not in HEAD_SIZES, f"head size {head_size} (it has {', '.join(map(str, HEAD_SIZES))})"),
+        (head_size not in HEAD_SIZES, f"head size {head_size} (rather than {', '.join(map(str, HEAD_SIZES))})"),
         (alibi_slopes is not None, "ALiBi"),
         (sliding_window is not None, "sliding-window attention"),
         (bool(logits_soft_cap), "a logit soft-cap"),
@@ -314,6 +314,4 @@ def refuse_layer(head_size, alibi_slopes, sliding_window, logits_soft_cap, attn_
             raise ValueError(
                 f"quantspec: this model has an attention layer with {what}, which the hierarchical KV cache does not "
                 "implement; run it without quantspec."
-                if "head size" not in what
-                else f"quantspec: the hierarchical KV cache has no {what}; run this model without quantspec."
             )
