@@ -1,0 +1,557 @@
+"""What a forward pass writes: the step's keys and values into the window, completed pages quantized. Triton kernels.
+
+Everything is read on the device: positions and lengths from `query_start_loc` and `seq_lens`, addresses from the two
+block tables. Grids depend on shapes and host integers only, so a captured CUDA graph replays with any lengths that fit
+them. Run each function once with the same shapes before capturing: Triton compiles on the first call.
+
+`step.plan_step` with `reference.write_window` and `step.quantize_completed` compute the same in plain PyTorch.
+"""
+
+import torch
+
+from vllm_quantspec.format import PageFormat
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the module must import everywhere; a kernel runs only where Triton is
+    triton = None
+
+    class tl:
+        constexpr = None
+
+
+def jit(function=None, **options):
+    """`triton.jit`, or nothing where Triton is not installed."""
+    if function is None:
+        return lambda f: jit(f, **options)
+    return function if triton is None else triton.jit(function, **options)
+
+
+# Launch configurations, found on an H200 (see benchmarks/NOTES.md).
+STORE_CTAS = 4096  # with more tokens to look at, a CTA takes several
+STORE_WARPS = 4
+QUANTIZE_CTAS = 1056  # at most so many; each then takes several pieces of pages
+QUANTIZE_DECODE_CTAS = 528  # likewise where few pages can be complete: most steps only find that none is
+QUANTIZE_WARPS = 4
+QUANTIZE_REGISTERS = 96  # of a thread, up to head size 128
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def store(
+    fmt: PageFormat,
+    window: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    window_block_table: torch.Tensor,
+    *,
+    max_query_len: int,
+) -> None:
+    """Store the step's keys and values where their positions have a window block.
+
+    Query token i of request r has position seq_lens[r] - query_len + i. Contract: only the newest 4 * group_size + 64
+    query tokens of a request are looked at. Older ones are not stored, even where an earlier step's block has room for
+    them: no later step reads them from the window, and this one has them in key and value.
+
+    Args:
+        window: fmt.dtype [num_blocks, H, W, 2*D]; the strides of blocks and heads are free.
+        key, value: floating point [T, H, D]; the strides of tokens and heads are free.
+        query_start_loc: int32 [R+1], offsets into the tokens of key and value; requests may be empty.
+        seq_lens: int32 [R], lengths that include the step's own tokens.
+        window_block_table: int32 [R, any], window block ids; entry = position // W, 0 = no block.
+        max_query_len: no request has more query tokens than this.
+
+    Raises:
+        ValueError: if an argument does not fit the above.
+        RuntimeError: where Triton is not installed.
+    """
+    check_window(fmt, window)
+    _check_rows(fmt, key=key, value=value)
+    _check_metadata(query_start_loc, seq_lens, window_block_table=window_block_table)
+    if max_query_len < 1:
+        raise ValueError(f"max_query_len must be at least 1, got {max_query_len}.")
+    check_device(window)
+    visited, requests = min(max_query_len, 4 * fmt.group_size + 64), seq_lens.shape[0]
+    tokens = 1
+    while tokens < 16 and requests * visited > STORE_CTAS * tokens:
+        tokens *= 4
+    _store[(requests, -(-visited // tokens))](
+        key,
+        value,
+        window,
+        query_start_loc,
+        seq_lens,
+        window_block_table,
+        key.stride(0),
+        key.stride(1),
+        value.stride(0),
+        value.stride(1),
+        window.stride(0),
+        window.stride(1),
+        window_block_table.stride(0),
+        window_block_table.shape[1],
+        H=fmt.num_kv_heads,
+        D=fmt.head_size,
+        W=fmt.window_block_size,
+        TOKENS=tokens,
+        HP=power_of_two(fmt.num_kv_heads),
+        DP=power_of_two(fmt.head_size),
+        num_warps=STORE_WARPS,
+    )
+
+
+def quantize(
+    fmt: PageFormat,
+    pages: torch.Tensor,
+    window: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    num_unverified: torch.Tensor,
+    block_table: torch.Tensor,
+    window_block_table: torch.Tensor,
+    *,
+    max_query_len: int,
+    max_unverified: int,
+) -> None:
+    """Quantize the pages whose last token is verified by now, from exact values: the bytes of `quantize_pages`.
+
+    A request whose step starts at position p0 gets its pages from max(p0 - max_unverified, 0) // G on (see `step`), but
+    none that begins before the tokens the window still holds, up to (seq_len - num_unverified) // G, exclusive. Tokens
+    from p0 on come from key and value, earlier ones from the window. Page 0 is never written.
+
+    Args:
+        pages: uint8 [num_blocks, H, head_bytes]; the strides of blocks and heads are free, but even.
+        window: fmt.dtype [num_blocks, H, W, 2*D]; the strides of blocks and heads are free.
+        key, value: floating point [T, H, D], the step's own; the strides of tokens and heads are free.
+        query_start_loc: int32 [R+1], offsets into the tokens of key and value; requests may be empty.
+        seq_lens: int32 [R], lengths that include the step's own tokens.
+        num_unverified: int32 [R], how many of a request's last query tokens are drafts.
+        block_table: int32 [R, any], page ids; entry = position // G.
+        window_block_table: int32 [R, any], window block ids; entry = position // W, 0 = no block.
+        max_query_len: no request has more query tokens than this.
+        max_unverified: the most drafts a step may hold.
+
+    Raises:
+        ValueError: if an argument does not fit the above.
+        RuntimeError: where Triton is not installed.
+    """
+    check_pages(fmt, pages)
+    check_window(fmt, window)
+    _check_rows(fmt, key=key, value=value)
+    _check_metadata(query_start_loc, seq_lens, block_table=block_table, window_block_table=window_block_table)
+    check_int32(num_unverified=num_unverified)
+    if max_query_len < 1 or max_unverified < 0:
+        raise ValueError(f"Need a positive max_query_len and max_unverified >= 0, got {max_query_len}, {max_unverified}.")
+    check_device(window)
+    group, dim, requests = fmt.group_size, fmt.head_size, seq_lens.shape[0]
+    # A page is cut into 32 channels of keys and 32 tokens of values at a time: what a row or a column of tiles holds.
+    pieces = fmt.num_kv_heads * (dim // 32 + group // 32)
+    max_pages = -(-(max_query_len + max_unverified) // group)
+    ctas = min(requests * max_pages * pieces, QUANTIZE_DECODE_CTAS if max_pages == 1 else QUANTIZE_CTAS)
+    _quantize[(ctas,)](
+        key,
+        value,
+        window,
+        pages,
+        query_start_loc,
+        seq_lens,
+        num_unverified,
+        block_table,
+        window_block_table,
+        key.stride(0),
+        key.stride(1),
+        value.stride(0),
+        value.stride(1),
+        window.stride(0),
+        window.stride(1),
+        pages.stride(0),
+        pages.stride(1),
+        block_table.stride(0),
+        block_table.shape[1],
+        window_block_table.stride(0),
+        window_block_table.shape[1],
+        requests,
+        max_unverified,
+        H=fmt.num_kv_heads,
+        D=dim,
+        G=group,
+        W=fmt.window_block_size,
+        VG=fmt.value_group_size,
+        DP=power_of_two(dim),
+        # Few sizes, as each is compiled anew.
+        RP=next((n for n in (16, 64, 256) if n >= requests), power_of_two(requests)),
+        num_warps=QUANTIZE_WARPS,
+        maxnreg=QUANTIZE_REGISTERS if dim <= 128 else None,
+    )
+
+
+# --- Argument checks --------------------------------------------------------------------------------------------------
+
+
+def power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def check_device(x: torch.Tensor) -> None:
+    if triton is None:
+        raise RuntimeError("The cache kernels need Triton, which is not installed.")
+    if not x.is_cuda and isinstance(_store, triton.JITFunction):
+        raise ValueError(f"The cache kernels run on a GPU (on {x.device} only with TRITON_INTERPRET=1).")
+
+
+def check_pages(fmt: PageFormat, pages: torch.Tensor) -> None:
+    inner = (fmt.num_kv_heads, fmt.head_bytes)
+    if pages.dtype != torch.uint8 or pages.shape[1:] != inner or pages.stride(2) != 1:
+        raise ValueError(
+            f"pages must be uint8 [any, {inner[0]}, {inner[1]}] with contiguous heads, "
+            f"got {pages.dtype} {list(pages.shape)}."
+        )
+    if (pages.data_ptr() | pages.stride(0) | pages.stride(1)) & 1:
+        raise ValueError(f"pages must begin at even addresses, got strides {pages.stride()}.")
+
+
+def check_window(fmt: PageFormat, window: torch.Tensor) -> None:
+    inner = (fmt.num_kv_heads, fmt.window_block_size, 2 * fmt.head_size)
+    if window.dtype != fmt.dtype or window.shape[1:] != inner or window.stride()[2:] != (inner[2], 1):
+        raise ValueError(
+            f"window must be {fmt.dtype} [any, {inner[0]}, {inner[1]}, {inner[2]}] with contiguous heads, "
+            f"got {window.dtype} {list(window.shape)}."
+        )
+
+
+def _check_rows(fmt: PageFormat, **tensors: torch.Tensor) -> None:
+    for name, x in tensors.items():
+        if x.dtype not in _FLOATS or x.shape[1:] != (fmt.num_kv_heads, fmt.head_size) or x.stride(2) != 1:
+            raise ValueError(
+                f"{name} must be floating point [any, {fmt.num_kv_heads}, {fmt.head_size}] with contiguous channels, "
+                f"got {x.dtype} {list(x.shape)}."
+            )
+
+
+def check_int32(**tensors: torch.Tensor) -> None:
+    for name, x in tensors.items():
+        if x.dtype != torch.int32 or x.stride(-1) != 1:
+            raise ValueError(f"{name} must be int32 with contiguous rows, got {x.dtype} with strides {x.stride()}.")
+
+
+def _check_metadata(query_start_loc: torch.Tensor, seq_lens: torch.Tensor, **tables: torch.Tensor) -> None:
+    check_int32(query_start_loc=query_start_loc, seq_lens=seq_lens, **tables)
+    requests = seq_lens.shape[0]
+    if requests < 1 or query_start_loc.shape[0] != requests + 1 or any(t.shape[0] != requests for t in tables.values()):
+        raise ValueError(f"Need one start more than the {requests} requests and a row of each table for each of them.")
+
+
+# --- Kernels ----------------------------------------------------------------------------------------------------------
+
+# Values whose alignment changes from step to step must not make Triton compile again.
+STORE_OPTIONS = {
+    "do_not_specialize": ["window_table_stride", "window_table_width"],
+    "do_not_specialize_on_alignment": ["query_start_loc", "seq_lens", "window_table"],
+}
+QUANTIZE_OPTIONS = {
+    "do_not_specialize": [*STORE_OPTIONS["do_not_specialize"], "table_stride", "table_width", "requests", "max_unverified"],
+    "do_not_specialize_on_alignment": [
+        *STORE_OPTIONS["do_not_specialize_on_alignment"],
+        "num_unverified",
+        "block_table",
+    ],
+}
+
+
+@jit(**STORE_OPTIONS)
+def _store(
+    key,
+    value,
+    window,
+    query_start_loc,
+    seq_lens,
+    window_table,
+    key_stride,
+    key_head_stride,
+    value_stride,
+    value_head_stride,
+    window_stride,
+    window_head_stride,
+    window_table_stride,
+    window_table_width,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HP: tl.constexpr,
+    DP: tl.constexpr,
+):
+    r = tl.program_id(0)
+    start = tl.load(query_start_loc + r)
+    end = tl.load(query_start_loc + r + 1)
+    seq_len = tl.load(seq_lens + r)
+    newest = tl.program_id(1) * TOKENS  # counted from the newest token back
+    if newest >= end - start:
+        return
+    row = tl.arange(0, TOKENS * HP)
+    back = newest + row // HP + 1
+    head = row % HP
+    index, position = end - back, seq_len - back
+    there = (index >= start) & (position >= 0) & (head < H)
+    entry = position // W
+    mask = there & (entry < window_table_width)
+    block = tl.load(window_table + r.to(tl.int64) * window_table_stride + entry, mask=mask, other=0)
+    channel = tl.arange(0, DP)[None, :]
+    # Not masked by the block: the reads need not wait for it.
+    reads = there[:, None] & (channel < D)
+    index = index.to(tl.int64)
+    k = tl.load(key + (index * key_stride + head * key_head_stride)[:, None] + channel, mask=reads)
+    v = tl.load(value + (index * value_stride + head * value_head_stride)[:, None] + channel, mask=reads)
+    writes = reads & (block > 0)[:, None]
+    at = block.to(tl.int64) * window_stride + head * window_head_stride + position % W * (2 * D)
+    out = window + at[:, None] + channel
+    tl.store(out, k.to(window.dtype.element_ty), mask=writes)
+    tl.store(out + D, v.to(window.dtype.element_ty), mask=writes)
+
+
+@jit
+def exact_start(first, window_row, width, mask, G: tl.constexpr, W: tl.constexpr):
+    """As reference.exact_start, for requests [N]: their first positions, and pointers to their rows of the table."""
+    start = tl.maximum(first // G - 1, 0) * G
+    entry = (start // W)[:, None] + tl.arange(0, 2 * G // W)[None, :]
+    needed = mask[:, None] & (entry * W < first[:, None])
+    block = tl.load(window_row[:, None] + entry, mask=needed & (entry < width), other=0)
+    after_missing = tl.max(tl.where(needed & (block <= 0), (entry + 1) * W, 0), axis=1)
+    return tl.minimum(tl.maximum(start, after_missing), first)
+
+
+@jit
+def _scale_and_minimum(low, high):
+    scale = tl.minimum(tl.div_rn(high - low, 15.0), 65504.0).to(tl.float16)
+    minimum = tl.minimum(tl.maximum(low, -65504.0), 65504.0).to(tl.float16)
+    return scale, minimum
+
+
+@jit
+def _divide(x, divisor, reciprocal):
+    """x / divisor, correctly rounded as long as `reciprocal` is (Markstein), without a division per element."""
+    quotient = x * reciprocal
+    return tl.fma(tl.fma(-quotient, divisor, x), reciprocal, quotient)
+
+
+@jit
+def _codes(x, scale, minimum):
+    """16 * upper + lower code as uint8, of x fp32 and the stored scale and minimum, which are broadcast to it."""
+    MAGIC: tl.constexpr = 12582912.0  # 1.5 * 2^23: adding it rounds to an integer, ties to even, which is in the low bits
+    s, z = scale.to(tl.float32), minimum.to(tl.float32)
+    divisor = tl.where(s == 0, 1.0, s)
+    reciprocal = tl.div_rn(1.0, divisor)
+    # These limits have the codes of whatever lies outside, and need no clamping of `upper`, nor of `lower` below. With a
+    # scale of 0 the residual is 0, and so are both codes.
+    residual = tl.minimum(tl.maximum(x - z, s * -0.5), s * 15.46875)
+    upper = (_divide(residual, divisor, reciprocal) + MAGIC) - MAGIC
+    lower = _divide(residual - upper * s, divisor * 0.0625, reciprocal * 16.0)
+    lower = tl.minimum(lower, 7.0) + (MAGIC + 8.0)
+    return tl.fma(upper, 16.0, lower).to(tl.int32, bitcast=True).to(tl.uint8)
+
+
+@jit
+def _load_exact(
+    own,
+    window,
+    position,
+    channel,
+    mask,
+    first,
+    own_row,
+    own_stride,
+    window_row,
+    window_table_width,
+    window_stride,
+    D: tl.constexpr,
+    W: tl.constexpr,
+):
+    """fp32 [tokens, channels]: `own` from position `first` on (its row `own_row` is position 0), else the window."""
+    fresh = position >= first
+    row = (own_row + position).to(tl.int64)
+    x = tl.load(own + row[:, None] * own_stride + channel, mask=mask & fresh[:, None], other=0.0).to(tl.float32)
+    entry = position // W
+    block = tl.load(window_row + entry, mask=(position < first) & (entry < window_table_width), other=0)
+    at = block.to(tl.int64) * window_stride + position % W * (2 * D)
+    old = mask & (block > 0)[:, None]
+    exact = tl.load(window + at[:, None] + channel, mask=old, other=0.0).to(tl.float32)
+    return tl.where(fresh[:, None], x, exact)
+
+
+@jit
+def _pack(codes):
+    """16 * upper + lower [..., 2], the last dim for the nibbles, -> flat bytes of upper and of lower codes."""
+    even, odd = tl.split(codes)
+    upper = (even >> 4) | (odd & 0xF0)
+    lower = (even & 15) | (odd << 4)
+    return tl.ravel(upper), tl.ravel(lower)
+
+
+@jit
+def _quantize_keys(x, out, piece, D: tl.constexpr, G: tl.constexpr, DRAFT_BYTES: tl.constexpr):
+    """Quantize 32 channels x [G, 32] of a page's head at `out`: column `piece` of the tiles."""
+    scale, minimum = _scale_and_minimum(tl.min(x, axis=0), tl.max(x, axis=0))
+    codes = _codes(x, scale[None, :], minimum[None, :])
+
+    column = tl.arange(0, 32)  # par, b, t, e
+    at = (column // 2) % 4 * (D // 4) + (piece * 2 + column // 16) * 4 + (column // 8) % 2 * 2 + column % 2
+    scales = (out + G * D).to(tl.pointer_type(tl.float16)) + at
+    tl.store(scales, scale)
+    tl.store(scales + D, minimum)
+
+    # (tq, y, g, par, b, t, e) -> (tq, g, t, y, e, par, b)
+    upper, lower = _pack(tl.permute(tl.reshape(codes, (G // 32, 4, 8, 2, 2, 4, 2)), (0, 2, 5, 1, 6, 3, 4)))
+    byte = tl.arange(0, G * 16)
+    at = out + byte // 512 * (D * 16) + piece * 512 + byte % 512
+    tl.store(at, upper)
+    tl.store(at + DRAFT_BYTES, lower)
+
+
+@jit
+def _quantize_values(
+    x, out, piece, D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, VG: tl.constexpr, DRAFT_BYTES: tl.constexpr
+):
+    """Quantize 32 tokens x [32, DP] of a page's head at `out`: column `piece` of the tiles. Channels from D on are 0."""
+    token = tl.arange(0, 32)  # par, b, t, e
+    at = (token // 2) % 4 * (G // 4) + (piece * 2 + token // 16) * 4 + (token // 8) % 2 * 2 + token % 2
+    scales = (out + G * D + 4 * D).to(tl.pointer_type(tl.float16)) + at
+    if VG == DP:
+        scale, minimum = _scale_and_minimum(tl.min(x, axis=1), tl.max(x, axis=1))
+        tl.store(scales, scale)
+        tl.store(scales + G, minimum)
+        codes = _codes(x, scale[:, None], minimum[:, None])
+    else:
+        group = tl.arange(0, DP)[None, :] // VG
+        scale_of = tl.zeros((32, DP), tl.float16)
+        minimum_of = tl.zeros((32, DP), tl.float16)
+        for i in tl.static_range(D // VG):
+            own = group == i
+            low = tl.min(tl.where(own, x, float("inf")), axis=1)
+            high = tl.max(tl.where(own, x, float("-inf")), axis=1)
+            scale, minimum = _scale_and_minimum(low, high)
+            tl.store(scales + i * G, scale)
+            tl.store(scales + (D // VG + i) * G, minimum)
+            scale_of = tl.where(own, scale[:, None], scale_of)
+            minimum_of = tl.where(own, minimum[:, None], minimum_of)
+        codes = _codes(x, scale_of, minimum_of)
+
+    # (par, b, t, e, dq, y, g) -> (dq, g, t, y, e, par, b)
+    upper, lower = _pack(tl.permute(tl.reshape(codes, (2, 2, 4, 2, DP // 32, 4, 8)), (4, 6, 2, 5, 3, 0, 1)))
+    byte = tl.arange(0, DP * 16)
+    at = out + G * D // 2 + piece * (D * 16) + byte
+    mask = byte < D * 16
+    tl.store(at, upper, mask=mask)
+    tl.store(at + DRAFT_BYTES, lower, mask=mask)
+
+
+@jit(**QUANTIZE_OPTIONS)
+def _quantize(
+    key,
+    value,
+    window,
+    pages,
+    query_start_loc,
+    seq_lens,
+    num_unverified,
+    block_table,
+    window_table,
+    key_stride,
+    key_head_stride,
+    value_stride,
+    value_head_stride,
+    window_stride,
+    window_head_stride,
+    page_stride,
+    page_head_stride,
+    table_stride,
+    table_width,
+    window_table_stride,
+    window_table_width,
+    requests,
+    max_unverified,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    G: tl.constexpr,
+    W: tl.constexpr,
+    VG: tl.constexpr,
+    DP: tl.constexpr,
+    RP: tl.constexpr,
+):
+    PIECES: tl.constexpr = D // 32 + G // 32
+    DRAFT_BYTES: tl.constexpr = G * D + 4 * D + 4 * G * (D // VG)
+    # Which pages are due, of all requests: every CTA finds its share without a plan that is written first.
+    r = tl.arange(0, RP)
+    real = r < requests
+    start = tl.load(query_start_loc + r, mask=real, other=0)
+    end = tl.load(query_start_loc + r + 1, mask=real, other=0)
+    seq_len = tl.load(seq_lens + r, mask=real, other=0)
+    drafts = tl.load(num_unverified + r, mask=real, other=0)
+    first = seq_len - (end - start)
+    low = tl.maximum(first - max_unverified, 0) // G
+    high = tl.maximum(seq_len - drafts, 0) // G
+    due = (end > start) & (high > low)
+    if tl.sum(due.to(tl.int32)) == 0:
+        return
+    window_rows = window_table + r.to(tl.int64) * window_table_stride
+    exact = tl.maximum(exact_start(first, window_rows, window_table_width, due, G, W), 0)
+    low = tl.maximum(low, (exact + G - 1) // G)
+    count = tl.where(due, tl.maximum(high - low, 0), 0)
+    until = tl.cumsum(count, 0)
+    total = tl.sum(count) * (H * PIECES)
+    for item in range(tl.program_id(0), total, tl.num_programs(0)):
+        piece = item % PIECES
+        head = item // PIECES % H
+        nth = item // (PIECES * H)
+        owner = tl.sum((until <= nth).to(tl.int32))
+        own = r == owner
+        page = nth + tl.sum(tl.where(own, low - (until - count), 0))
+        page_first = tl.sum(tl.where(own, first, 0))
+        own_row = tl.sum(tl.where(own, start, 0)) - page_first
+        row = owner.to(tl.int64)
+        page_id = tl.load(block_table + row * table_stride + page, mask=page < table_width, other=0)
+        out = pages + page_id.to(tl.int64) * page_stride + head * page_head_stride
+        window_row = window_table + row * window_table_stride
+        head_window = window + head * window_head_stride
+        if piece < D // 32:
+            keys = _load_exact(
+                key + head * key_head_stride,
+                head_window,
+                page * G + tl.arange(0, G),
+                piece * 32 + tl.arange(0, 32)[None, :],
+                tl.full((1, 32), 1, tl.int1),
+                page_first,
+                own_row,
+                key_stride,
+                window_row,
+                window_table_width,
+                window_stride,
+                D,
+                W,
+            )
+            if page_id > 0:  # not earlier: the reads above need not wait for it
+                _quantize_keys(keys, out, piece, D, G, DRAFT_BYTES)
+        else:
+            column = piece - D // 32
+            channel = tl.arange(0, DP)[None, :]
+            values = _load_exact(
+                value + head * value_head_stride,
+                head_window + D,
+                page * G + column * 32 + tl.arange(0, 32),
+                channel,
+                channel < D,
+                page_first,
+                own_row,
+                value_stride,
+                window_row,
+                window_table_width,
+                window_stride,
+                D,
+                W,
+            )
+            if page_id > 0:
+                _quantize_values(values, out, column, D, DP, G, VG, DRAFT_BYTES)
