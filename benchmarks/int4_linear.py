@@ -1,0 +1,288 @@
+"""INT4 linears at decode sizes against BF16 (cuBLAS), Machete and PyTorch's tinygemm. Needs a CUDA GPU.
+
+    python benchmarks/int4_linear.py --json OUT.json --plot OUT.png
+    python benchmarks/int4_linear.py --tune                  # launch configurations of every shape
+
+Times are medians of CUDA graph replays; every launch reads another weight, more than the L2 cache holds in turn.
+"""
+
+import argparse
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from common import write_json
+
+DEVICE = "cuda"
+DTYPE = torch.bfloat16
+GROUP = 128
+LAYERS = 32
+SHAPES = {"qkv": (4096, 6144), "o": (4096, 4096), "gate_up": (4096, 28672), "down": (14336, 4096)}
+LM_HEAD = {"lm_head": (4096, 128256)}
+TOKENS = (1, 2, 4, 5, 8, 16, 32, 64)
+
+
+def median(run, rep=60):
+    from triton.testing import do_bench_cudagraph
+
+    return do_bench_cudagraph(run, rep=rep, return_mode="median") * 1e3
+
+
+def copies(shape, bytes_per_weight):
+    """Weights to take in turn, so that none is still in the L2 cache."""
+    return min(LAYERS, max(2, -(-(256 << 20) // int(shape[0] * shape[1] * bytes_per_weight)) + 1))
+
+
+def random_packed(shape):
+    channels, rows = shape
+    groups = channels // GROUP
+    codes = torch.randint(0, 256, (rows // 16, groups, 1024), dtype=torch.uint8, device=DEVICE)
+    scales = torch.empty(rows // 16, groups, 1, 8, 2, 1, device=DEVICE).uniform_(0.001, 0.002)
+    zeros = torch.randint(128 + 6, 128 + 10, scales.shape, device=DEVICE)
+    return codes, torch.cat((scales, zeros), dim=-1).to(DTYPE)
+
+
+class Ours:
+    name = "ours"
+    bytes_per_weight = 0.5 + 4 / GROUP
+
+    def __init__(self, plan=None):
+        self.plan = plan
+
+    def make(self, shape):
+        return random_packed(shape)
+
+    def __call__(self, x, weight):
+        if self.plan is None:
+            return torch.ops.vllm_quantspec.int4_linear(x, *weight)
+        from vllm_quantspec.kernels import int4_linear
+
+        return int4_linear.launch(x, *weight, None, x.new_empty(len(x), weight[0].shape[0] * 16), self.plan)
+
+
+class Bf16:
+    name = "bf16"
+    bytes_per_weight = 2
+
+    def make(self, shape):
+        return torch.randn(shape[1], shape[0], dtype=DTYPE, device=DEVICE) * 0.02
+
+    def __call__(self, x, weight):
+        return F.linear(x, weight)
+
+
+class Machete:
+    name = "machete"
+    bytes_per_weight = 0.5 + 2.5 / GROUP
+
+    def make(self, shape):
+        from vllm_quantspec.integration.int4_linear import LibraryInt4LinearMethod
+        from vllm_quantspec.weights import QuantizedWeight
+
+        channels, rows = shape
+        method = LibraryInt4LinearMethod(channels, rows, DTYPE, GROUP)
+        self.kernel = type(method.kernel).__name__
+        layer = torch.nn.Module()
+        codes = torch.randint(0, 16, (rows, channels), dtype=torch.uint8, device=DEVICE)
+        scales = torch.empty(rows, channels // GROUP, device=DEVICE).uniform_(0.001, 0.002).to(DTYPE)
+        zeros = torch.randint(6, 10, scales.shape, dtype=torch.uint8, device=DEVICE)
+        method.install(layer, QuantizedWeight(codes, scales, zeros, GROUP))
+        return method, layer
+
+    def __call__(self, x, weight):
+        return weight[0].apply(weight[1], x)
+
+
+class TinyGemm:
+    name = "tinygemm"
+    bytes_per_weight = 0.5 + 4 / GROUP
+
+    def make(self, shape):
+        channels, rows = shape
+        packed = torch.randint(0, 256, (rows, channels // 2), dtype=torch.uint8, device=DEVICE)
+        packed = torch.ops.aten._convert_weight_to_int4pack(packed, 8)
+        scales = torch.empty(channels // GROUP, rows, 2, device=DEVICE).uniform_(0.001, 0.002).to(DTYPE)
+        return packed, scales
+
+    def __call__(self, x, weight):
+        return torch.ops.aten._weight_int4pack_mm(x, weight[0], GROUP, weight[1])
+
+
+def copy_bandwidth():
+    """Bytes per second that a large copy reads and writes."""
+    x = torch.randint(-99, 99, (1 << 29,), dtype=torch.int32, device=DEVICE)
+    y = torch.empty_like(x)
+    return 8 * x.numel() / (median(lambda: torch.neg(x, out=y)) * 1e-6)
+
+
+def weights_of(method, shapes):
+    return {name: [method.make(s) for _ in range(copies(s, method.bytes_per_weight))] for name, s in shapes.items()}
+
+
+def time_model(method, weights, tokens, rep=60):
+    """All linears, layer by layer."""
+    inputs = {name: torch.randn(tokens, SHAPES[name][0], dtype=DTYPE, device=DEVICE) for name in weights}
+    order = [(inputs[name], weights[name][i % len(weights[name])]) for i in range(LAYERS) for name in weights]
+
+    def run():
+        for x, weight in order:
+            method(x, weight)
+
+    run()
+    return median(run, rep)
+
+
+def time_shape(method, weights, shape, tokens, rep=20):
+    x = torch.randn(tokens, shape[0], dtype=DTYPE, device=DEVICE)
+
+    def run():
+        for weight in weights:
+            method(x, weight)
+
+    run()
+    return median(run, rep) / len(weights)
+
+
+def tune(names, tokens):
+    from vllm_quantspec.kernels.int4_linear import Plan, _compile, choose_plan
+
+    architecture = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    for name, shape in (SHAPES | LM_HEAD).items():
+        if names and name not in names:
+            continue
+        weights = weights_of(Ours(), {name: shape})[name]
+        tiles, chunks = weights[0][0].shape[:2]
+        for count in tokens:
+            default, times = choose_plan(tiles, chunks, 1, count, 0), {}
+            options = [default, default._replace(overlap=False)]
+            if count > 8:
+                for per_warp in (1, 2, 4):
+                    blocks = -(-tiles // (8 * per_warp))
+                    for splits in range(1, 17):
+                        ctas = blocks * splits * -(-count // (8 * default.token_tiles))
+                        if per_warp * default.token_tiles <= 16 and 80 <= ctas <= 400 and splits <= chunks:
+                            plan = default._replace(stages=1, tiles=per_warp, splits=splits, blocks=blocks)
+                            stages = min(6, 230000 // plan.shared_bytes(GROUP))
+                            options += [plan._replace(stages=stages), plan._replace(stages=max(2, stages // 2))]
+            # Two or three CTAs per multiprocessor, of one launch or of consecutive ones.
+            for warps, resident, blocks in ((8, 2, 132), (8, 2, 264), (8, 3, 132), (12, 2, 132)) if count <= 8 else ():
+                per_block = -(-tiles // blocks)
+                for passes in range(-(-per_block // 8), -(-per_block // 3) + 1):
+                    per_pass = -(-per_block // passes)
+                    plan = Plan(warps, 0, per_pass, 1, default.token_tiles, 1, blocks, resident)
+                    stages = min(16, (233472 // resident - 2048 - plan.shared_bytes(GROUP)) // (warps * 1088))
+                    options += [plan._replace(stages=stages)] if stages >= 2 else []
+            options = list(dict.fromkeys(options))
+            with ThreadPoolExecutor(16) as pool:
+                list(pool.map(lambda plan: _compile(plan, GROUP, True, architecture), options))
+            for plan in options:
+                try:
+                    times[plan] = time_shape(Ours(plan), weights, shape, count, 4)
+                except RuntimeError as error:
+                    print("failed", plan, str(error)[:300])
+            best = sorted(times, key=times.get)
+            floor = shape[0] * shape[1] * Ours.bytes_per_weight / 4.3e6
+            print(f"{name} M={count} floor {floor:.2f} default {times[default]:.2f} {tuple(default)}")
+            print("   no overlap", f"{times[default._replace(overlap=False)]:.2f}")
+            for plan in best[:6]:
+                print(f"   {times[plan]:.2f}", tuple(plan), flush=True)
+
+
+def plot(rows, gpu, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [r for r in rows if r["weights"] == "8B, 32 layers"]
+    figure, axis = plt.subplots(figsize=(7, 4))
+    for name in ("ours", "machete", "tinygemm"):
+        points = [(r["tokens"], r["bf16_us"] / r[f"{name}_us"]) for r in rows if r.get(f"{name}_us")]
+        if points:
+            axis.plot(*zip(*points, strict=True), marker="o", label=name)
+    axis.plot(
+        [r["tokens"] for r in rows], [r["bf16_us"] / r["floor_us"] for r in rows], "--", color="#666", label="bytes alone"
+    )
+    axis.axhline(1, color="#999", linewidth=0.8)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks([r["tokens"] for r in rows], [str(r["tokens"]) for r in rows])
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("tokens")
+    axis.set_ylabel("times faster than BF16")
+    axis.set_title(f"INT4 linears, all of the 8B shape, {gpu}")
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=140)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the numbers here")
+    parser.add_argument("--plot", type=Path, help="draw the plot here")
+    parser.add_argument("--tune", action="store_true", help="time launch configurations")
+    parser.add_argument("--shapes", nargs="*", help="only these shapes, with --tune")
+    parser.add_argument("--tokens", type=int, nargs="*", help="only these numbers of tokens")
+    parser.add_argument("--methods", nargs="*", help="only these methods")
+    args = parser.parse_args()
+    if args.plot and args.json and not torch.cuda.is_available():
+        results = json.loads(args.json.read_text())
+        return plot(results["rows"], results["machine"]["gpu"], args.plot)
+    import vllm_quantspec.kernels.int4_linear  # noqa: F401  registers the operator
+
+    torch.manual_seed(0)
+    tokens = args.tokens or TOKENS
+    if args.tune:
+        return tune(args.shapes, tokens)
+    bandwidth = copy_bandwidth()
+    print(f"copy: {bandwidth / 1e12:.2f} TB/s")
+    rows, kernels = {}, {}
+    for method in (Bf16(), Ours(), Machete(), TinyGemm()):
+        if args.methods and method.name not in args.methods:
+            continue
+        try:
+            weights = weights_of(method, SHAPES)
+            weights |= weights_of(method, LM_HEAD)
+        except Exception as error:  # a peer that does not work here must not cost the others' numbers
+            print(f"{method.name} left out: {' '.join(str(error).split())[:200]}")
+            continue
+        kernels[method.name] = getattr(method, "kernel", method.name)
+        model = {name: weights[name] for name in SHAPES}
+        for count in tokens:
+            jobs = {"8B, 32 layers": lambda m=model, n=count, f=method: time_model(f, m, n)}
+            for name, shape in (LM_HEAD | (SHAPES if count == 1 else {})).items():
+                jobs[name] = lambda w=weights[name], s=shape, n=count, f=method: time_shape(f, w, s, n)
+            for name, job in jobs.items():
+                sizes = SHAPES.values() if name not in SHAPES | LM_HEAD else [(SHAPES | LM_HEAD)[name]]
+                size = sum(k * n for k, n in sizes) * Ours.bytes_per_weight * (LAYERS if len(sizes) > 1 else 1)
+                row = rows.setdefault((name, count), {"weights": name, "tokens": count, "int4_bytes": int(size)})
+                row["floor_us"] = size / bandwidth * 1e6
+                try:
+                    row[f"{method.name}_us"] = job()
+                except Exception as error:
+                    print(f"{method.name}, {name}, {count} tokens: {' '.join(str(error).split())[:200]}")
+        del weights, model, jobs
+        torch.cuda.empty_cache()
+    for row in rows.values():
+        for name in ("ours", "machete", "tinygemm"):
+            if row.get(f"{name}_us") and row.get("bf16_us"):
+                row[f"{name}_speedup"] = row["bf16_us"] / row[f"{name}_us"]
+        if row.get("ours_us"):
+            row["ours_tb_per_s"] = row["int4_bytes"] / row["ours_us"] / 1e6
+    rows = [{k: round(v, 3) if isinstance(v, float) else v for k, v in r.items()} for r in rows.values()]
+    print(f"{'weights':15}{'M':>4}{'bf16':>9}{'machete':>9}{'tinygemm':>9}{'ours':>9}{'floor':>8}{'ratio':>7}{'TB/s':>6}")
+    for r in sorted(rows, key=lambda r: r["weights"]):
+        times = "".join(f"{r.get(name + '_us', float('nan')):9.1f}" for name in ("bf16", "machete", "tinygemm", "ours"))
+        print(
+            f"{r['weights']:15}{r['tokens']:4}{times}{r['floor_us']:8.1f}{r.get('ours_speedup', 0):7.2f}"
+            f"{r.get('ours_tb_per_s', 0):6.2f}"
+        )
+    if args.json:
+        write_json(args.json, rows, copy_bandwidth_tb_s=round(bandwidth / 1e12, 3), kernels=kernels)
+    if args.plot:
+        plot(rows, torch.cuda.get_device_name(), args.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,528 @@
+// y = x W^T for a few tokens x and a weight W of 4-bit codes in groups. Compiled by NVRTC, no headers.
+//
+// Output rows are the M = 16 of mma.m16n8k16 and tokens its N = 8, so that the bytes of the weight are read once and in
+// the order of the A fragments (see int4_linear.py): a lane's 16 bytes are what it multiplies. Codes become floats by
+// being ORed into the mantissa of MAGIC; a group's scale, its zero point and MAGIC are applied to its sum, in fp32.
+//
+// The warps of a CTA split the input channels in chunks of 128: what they need of one row tile at a time is one run of
+// memory. One more warp brings those runs to a ring in shared memory, so that the bytes in flight cost no registers and
+// the others only multiply; their sums meet in shared memory. (cp.async, since it runs everywhere and a bulk copy was no
+// faster.) Only where there are too few row tiles to go round, CTAs split the chunks as well (SPLITS) and the last one to
+// arrive adds up.
+//
+// The launch overlaps with its predecessor (programmatic dependent launch): the ring is filled before the wait, everything
+// that another kernel may have written or may still read is touched after it.
+//
+// Macros: GROUP_SIZE IS_BF16 WARPS STAGES TILES (row tiles per pass) BATCH (tiles of a stage) TOKEN_TILES (of 8 tokens)
+//         SPLITS MIN_CTAS (CTAs that registers allow on a multiprocessor) WIDE (the kernel for more tokens)
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned char u8;
+typedef long long i64;
+
+constexpr int NW = WARPS, S = STAGES, T = TILES, B = BATCH, NT = TOKEN_TILES, CHAINS = B * NT > 2 ? 1 : 2;
+constexpr int GROUPS = 128 / GROUP_SIZE, STEPS = GROUP_SIZE / 16;  // per chunk; products of k = 16 per group
+constexpr int CODES = 1024, SCALES = 64 * GROUPS;  // bytes of one tile's chunk
+constexpr int STAGE = B * NW * (CODES + SCALES), RING = S * STAGE;
+static_assert(T % B == 0, "a pass is made of whole batches");
+
+extern __shared__ __align__(128) u8 smem[];
+
+struct Params {
+  const u16* x;
+  const u8* codes;
+  const u8* scales;
+  const u16* bias;
+  u16* out;
+  float4* partial;
+  int* arrived;
+  i64 x_stride;
+  int tokens, channels, tiles, chunks;
+};
+
+#define DEV __device__ __forceinline__
+DEV u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+DEV uint4 lds128(u32 a) {
+  uint4 r;
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "r"(a));
+  return r;
+}
+DEV uint2 lds64(u32 a) {
+  uint2 r;
+  asm volatile("ld.shared.v2.u32 {%0,%1},[%2];" : "=r"(r.x), "=r"(r.y) : "r"(a));
+  return r;
+}
+DEV uint4 ldg128(const u16* p) {
+  uint4 r;
+  asm volatile("ld.global.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(p));
+  return r;
+}
+DEV void copy16(u32 to, const void* from) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0],[%1],16;" ::"r"(to), "l"(from) : "memory");
+}
+// ---- Barriers in shared memory: a stage is full or empty -------------------------------------------------------------
+DEV void barrier_init(u32 a, int count) { asm volatile("mbarrier.init.shared.b64 [%0],%1;" ::"r"(a), "r"(count)); }
+DEV void arrive(u32 a) {
+  asm volatile("{.reg .b64 t;\n mbarrier.arrive.shared.b64 t,[%0];}" ::"r"(a) : "memory");
+}
+DEV void wait_for(u32 a, u32 parity) {
+  u32 done;
+  do {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("{.reg .pred p;\n mbarrier.try_wait.parity.shared.b64 p,[%1],%2;\n selp.u32 %0,1,0,p;}"
+#else
+    asm volatile("{.reg .pred p;\n mbarrier.test_wait.parity.shared.b64 p,[%1],%2;\n selp.u32 %0,1,0,p;}"
+#endif
+                 : "=r"(done)
+                 : "r"(a), "r"(parity)
+                 : "memory");
+  } while (!done);
+}
+DEV void wait_for_consumers() { asm volatile("bar.sync 1,%0;" ::"n"(32 * NW) : "memory"); }
+
+DEV void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+#if IS_BF16
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+#else
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+#endif
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <u32 MASK, u32 BITS>
+DEV u32 and_or(u32 w) {
+  u32 r;
+  asm("lop3.b32 %0,%1,%2,%3,0xea;" : "=r"(r) : "r"(w), "n"(MASK), "n"(BITS));
+  return r;
+}
+DEV u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+DEV float low_float(u32 x) {
+#if IS_BF16
+  return __uint_as_float(x << 16);
+#else
+  float r;
+  asm("{.reg .b16 l,h;\n mov.b32 {l,h},%1;\n cvt.f32.f16 %0,l;}" : "=f"(r) : "r"(x));
+  return r;
+#endif
+}
+DEV float high_float(u32 x) {
+#if IS_BF16
+  return __uint_as_float(x & 0xffff0000u);
+#else
+  float r;
+  asm("{.reg .b16 l,h;\n mov.b32 {l,h},%1;\n cvt.f32.f16 %0,h;}" : "=f"(r) : "r"(x));
+  return r;
+#endif
+}
+DEV u16 to_16bit(float x) {
+  u16 r;
+#if IS_BF16
+  asm("cvt.rn.bf16.f32 %0,%1;" : "=h"(r) : "f"(x));
+#else
+  asm("cvt.rn.f16.f32 %0,%1;" : "=h"(r) : "f"(x));
+#endif
+  return r;
+}
+// MAGIC + code: one A fragment from one word.
+DEV void expand(u32 (&a)[4], u32 w) {
+#if IS_BF16
+  a[0] = and_or<0x000f000f, 0x43004300>(w);
+  a[1] = and_or<0x000f000f, 0x43004300>(w >> 4);
+  a[2] = and_or<0x000f000f, 0x43004300>(w >> 8);
+  a[3] = and_or<0x000f000f, 0x43004300>(w >> 12);
+#else
+  a[0] = and_or<0x00f000f0, 0x54005400>(w << 4);
+  a[1] = and_or<0x00f000f0, 0x54005400>(w);
+  a[2] = and_or<0x00f000f0, 0x54005400>(w >> 4);
+  a[3] = and_or<0x00f000f0, 0x54005400>(w >> 8);
+#endif
+}
+
+// One run of memory to shared memory; MOST is what it mostly is.
+template <int MOST>
+DEV void copy(u32 to, const u8* from, int bytes, int lane) {
+  to += lane * 16, from += lane * 16;
+  if (bytes == MOST) {
+#pragma unroll
+    for (int i = 0; i < MOST; i += 512)
+      if (MOST - i >= 512 || lane * 16 < MOST - i) copy16(to + i, from + i);
+  } else {
+    for (int i = 0; i < bytes - lane * 16; i += 512) copy16(to + i, from + i);
+  }
+}
+// A stage is full when the copies of all lanes are there.
+DEV void arrive_copied(u32 full) { asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(full) : "memory"); }
+
+struct Range {
+  int tile_begin, tile_end, chunk_begin, chunk_end;
+};
+
+// The warp that fills the ring, in the order of consumption: pass, NW chunks, batch of tiles.
+DEV void produce(const Params& p, const Range& r, u32 ring, u32 full, u32 empty, int lane) {
+  int slot = 0, round = 0;
+  for (int tile0 = r.tile_begin; tile0 < r.tile_end; tile0 += T) {
+    const int tiles = min(T, r.tile_end - tile0);
+    for (int chunk = r.chunk_begin; chunk < r.chunk_end; chunk += NW) {
+      const int n = min(NW, r.chunk_end - chunk);
+      for (int tile = 0; tile < tiles; tile += B) {
+        const int there = min(B, tiles - tile);
+        if (round > 0) wait_for(empty + slot * 8, (round & 1) ^ 1);
+        const u32 to = ring + slot * STAGE, done = full + slot * 8;
+#pragma unroll
+        for (int i = 0; i < B; i++)
+          if (i < there) {
+            const i64 unit = (i64)(tile0 + tile + i) * p.chunks + chunk;
+            copy<NW * CODES>(to + i * NW * CODES, p.codes + unit * CODES, n * CODES, lane);
+            copy<NW * SCALES>(to + B * NW * CODES + i * NW * SCALES, p.scales + unit * SCALES, n * SCALES, lane);
+          }
+        arrive_copied(done);
+        if (++slot == S) slot = 0, round++;
+      }
+    }
+  }
+}
+
+// B fragments of one chunk: lane 4*g+t holds channels 32*j + 8*t + 0..7 of token g in word quadruple j. Tokens that are
+// not there repeat the last one and are never stored; channels that are not there have a scale of zero.
+DEV void load_x(uint4 (&x)[NT][4], const Params& p, const u16* const (&rows)[NT], int chunk) {
+  const int left = p.channels - chunk * 128;
+#pragma unroll
+  for (int n = 0; n < NT; n++)
+#pragma unroll
+    for (int j = 0; j < 4; j++) x[n][j] = ldg128(rows[n] + chunk * 128 + (j * 32 < left ? j * 32 : 0));
+}
+
+DEV void store(const Params& p, float4 v, int tile, int token0, int lane) {
+  const int row = tile * 16 + (lane >> 2), token = token0 + (lane & 3) * 2;
+  const i64 stride = (i64)p.tiles * 16;
+  float b0 = 0.f, b1 = 0.f;
+  if (p.bias) b0 = low_float(p.bias[row]), b1 = low_float(p.bias[row + 8]);
+  u16* to = p.out + token * stride + row;
+  if (token < p.tokens) to[0] = to_16bit(v.x + b0), to[8] = to_16bit(v.z + b1);
+  if (token + 1 < p.tokens) to[stride] = to_16bit(v.y + b0), to[stride + 8] = to_16bit(v.w + b1);
+}
+
+DEV float4* partial_of(const Params& p, int split, int n, int at) {
+  return p.partial + ((split * gridDim.y + blockIdx.y) * NT + n) * (i64)p.tiles * 32 + at;
+}
+
+// The last CTA to arrive adds up what the splits have left in the workspace, always in the same order.
+DEV void merge_splits(const Params& p, int tile_begin, int tile_end, int token0, int thread) {
+  __shared__ bool last;
+  __threadfence();
+  wait_for_consumers();
+  int* arrived = p.arrived + blockIdx.y * gridDim.x + blockIdx.x;
+  if (thread == 0) {
+    last = atomicAdd(arrived, 1) == SPLITS - 1;
+    if (last) *arrived = 0;  // for the next launch
+  }
+  wait_for_consumers();
+  if (!last) return;
+  __threadfence();
+  for (int n = 0; n < NT; n++)
+    for (int at = tile_begin * 32 + thread; at < tile_end * 32; at += 32 * NW) {
+      if (token0 + n * 8 + (thread & 3) * 2 >= p.tokens) continue;
+      float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+      for (int z = 0; z < SPLITS; z++) {
+        const float4 u = __ldcg(partial_of(p, z, n, at));
+        v.x += u.x, v.y += u.y, v.z += u.z, v.w += u.w;
+      }
+      store(p, v, at / 32, token0 + n * 8, thread & 31);
+    }
+}
+
+#if !WIDE
+extern "C" __global__ void __launch_bounds__(32 * NW + 32, MIN_CTAS) int4_linear(const __grid_constant__ Params p) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+  __shared__ __align__(8) unsigned long long barriers[2 * S];
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  Range r;
+  r.tile_begin = (u32)(p.tiles * blockIdx.x) / gridDim.x, r.tile_end = (u32)(p.tiles * (blockIdx.x + 1)) / gridDim.x;
+  r.chunk_begin = p.chunks * blockIdx.z / SPLITS, r.chunk_end = p.chunks * (blockIdx.z + 1) / SPLITS;
+  const u32 ring = shared_address(smem), full = shared_address(barriers), empty = full + 8 * S;
+  if (threadIdx.x < S) {
+    barrier_init(full + threadIdx.x * 8, 32);
+    barrier_init(empty + threadIdx.x * 8, NW);
+  }
+  __syncthreads();
+  if (warp == NW) return produce(p, r, ring, full, empty, lane);
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+
+  const int tile_begin = r.tile_begin, tile_end = r.tile_end, token0 = blockIdx.y * 8 * NT;
+  const int first = r.chunk_begin + warp, num_chunks = (r.chunk_end - r.chunk_begin + NW - 1) / NW;
+  float4* const sums = reinterpret_cast<float4*>(smem + RING);  // [NW][NT][T][32]
+  const u32 codes_at = ring + warp * CODES + lane * 16;
+  const u32 scale_at = ring + B * NW * CODES + warp * SCALES + (lane >> 2) * 8;
+  uint4 x[NT][4], next_x[NT][4];
+  const u16* rows[NT];
+#pragma unroll
+  for (int n = 0; n < NT; n++)
+    rows[n] = p.x + min(token0 + n * 8 + (lane >> 2), p.tokens - 1) * p.x_stride + (lane & 3) * 8;
+  load_x(next_x, p, rows, min(first, p.chunks - 1));
+  int slot = 0;
+  u32 parity = 0;
+
+#pragma unroll 1
+  for (int tile0 = tile_begin; tile0 < tile_end; tile0 += T) {
+    const int tiles = min(T, tile_end - tile0);
+    float acc[T][NT][4];
+#pragma unroll
+    for (int i = 0; i < T; i++)
+#pragma unroll
+      for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) acc[i][n][e] = 0.f;
+#pragma unroll 1
+    for (int c = 0; c < num_chunks; c++) {
+#pragma unroll
+      for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) x[n][j] = next_x[n][j];
+      load_x(next_x, p, rows, min(c + 1 < num_chunks ? first + (c + 1) * NW : first, p.chunks - 1));
+      float sum_x[GROUPS][NT][4];  // [0..1] the sums of the channels of tokens 2*t, 2*t + 1
+      const u32 one = IS_BF16 ? 0x3f803f80 : 0x3c003c00;
+      const u32 ones[4] = {one, one, one, one};
+#pragma unroll
+      for (int first_tile = 0; first_tile < T; first_tile += B) {
+        if (first_tile >= tiles) break;
+        wait_for(full + slot * 8, parity);
+        uint4 w[B][2];
+        uint2 scale[B][GROUPS];
+#pragma unroll
+        for (int i = 0; i < B; i++) {
+          const u32 at = slot * STAGE + i * NW * CODES;
+          w[i][0] = lds128(codes_at + at), w[i][1] = lds128(codes_at + at + 512);
+#pragma unroll
+          for (int q = 0; q < GROUPS; q++) scale[i][q] = lds64(scale_at + slot * STAGE + i * NW * SCALES + q * 64);
+        }
+        __syncwarp();
+        if (lane == 0) arrive(empty + slot * 8);
+        if (++slot == S) slot = 0, parity ^= 1;
+        if (first + c * NW >= r.chunk_end) continue;
+#pragma unroll
+        for (int q = 0; q < GROUPS; q++) {
+          if (first_tile == 0)
+#pragma unroll
+            for (int n = 0; n < NT; n++)
+#pragma unroll
+              for (int e = 0; e < 4; e++) sum_x[q][n][e] = 0.f;
+          float part[B][NT][CHAINS][4];  // a product waits for its predecessor
+#pragma unroll
+          for (int i = 0; i < B; i++)
+#pragma unroll
+            for (int n = 0; n < NT; n++)
+#pragma unroll
+              for (int e = 0; e < 4 * CHAINS; e++) part[i][n][e / 4][e % 4] = 0.f;
+#pragma unroll
+          for (int s = q * STEPS; s < (q + 1) * STEPS; s++) {
+            // Among other products: a chain of these alone would hold up the warp.
+            if (first_tile == 0)
+#pragma unroll
+              for (int n = 0; n < NT; n++)
+                mma(sum_x[q][n], ones, word(x[n][s / 2], (s & 1) * 2), word(x[n][s / 2], (s & 1) * 2 + 1));
+#pragma unroll
+            for (int i = 0; i < B; i++) {
+              u32 a[4];
+              expand(a, word(w[i][s / 4], s % 4));
+#pragma unroll
+              for (int n = 0; n < NT; n++)
+                mma(part[i][n][s % CHAINS], a, word(x[n][s / 2], (s & 1) * 2), word(x[n][s / 2], (s & 1) * 2 + 1));
+            }
+          }
+#pragma unroll
+          for (int i = 0; i < B; i++) {
+            const float s0 = low_float(scale[i][q].x), z0 = high_float(scale[i][q].x);
+            const float s1 = low_float(scale[i][q].y), z1 = high_float(scale[i][q].y);
+#pragma unroll
+            for (int n = 0; n < NT; n++)
+#pragma unroll
+              for (int e = 0; e < 4; e++) {
+                float sum = part[i][n][0][e];
+                if (CHAINS == 2) sum += part[i][n][CHAINS - 1][e];
+                float& to = acc[first_tile + i][n][e];
+                to = fmaf(e < 2 ? s0 : s1, fmaf(e < 2 ? -z0 : -z1, sum_x[q][n][e & 1], sum), to);
+              }
+          }
+        }
+      }
+    }
+    // The warps' sums, always in the same order.
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+      for (int i = 0; i < T; i++)
+        if (i < tiles)
+          sums[((warp * NT + n) * T + i) * 32 + lane] = make_float4(acc[i][n][0], acc[i][n][1], acc[i][n][2], acc[i][n][3]);
+    wait_for_consumers();
+    for (int at = threadIdx.x; at < NT * T * 32; at += 32 * NW) {
+      const int n = at / (T * 32), i = at / 32 % T, token = token0 + n * 8 + (lane & 3) * 2;
+      if (i >= tiles || token >= p.tokens) continue;
+      float4 v = sums[at];
+#pragma unroll
+      for (int w = 1; w < NW; w++) {
+        const float4 u = sums[w * NT * T * 32 + at];
+        v.x += u.x, v.y += u.y, v.z += u.z, v.w += u.w;
+      }
+      if (SPLITS == 1) store(p, v, tile0 + i, token0 + n * 8, lane);
+      else *partial_of(p, blockIdx.z, n, (tile0 + i) * 32 + lane) = v;
+    }
+    if (tile0 + T < tile_end) wait_for_consumers();
+  }
+
+  if (SPLITS > 1) merge_splits(p, tile_begin, tile_end, token0, warp * 32 + lane);
+}
+#endif
+
+#if WIDE
+// ---- More tokens ----------------------------------------------------------------------------------------------------
+// Here the warps of a CTA share the tokens and have T row tiles each: a stage is a chunk of all their tiles and of x.
+// Codes are scaled before they are multiplied, as a fragment serves many tokens.
+constexpr int PRODUCERS = 4;     // warps
+constexpr int X_ROW = 256 + 64;  // the padding avoids bank conflicts
+constexpr int CTA_TILES = NW * T, X_AT = CTA_TILES * (CODES + SCALES), WIDE_STAGE = X_AT + 8 * NT * X_ROW;
+
+DEV u32 fma2(u32 a, u32 b, u32 c) {
+  u32 r;
+#if IS_BF16
+  asm("fma.rn.bf16x2 %0,%1,%2,%3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+#else
+  asm("fma.rn.f16x2 %0,%1,%2,%3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+#endif
+  return r;
+}
+
+DEV void fill_codes(const Params& p, u32 to, int tile0, int tiles, int chunk, int producer, int lane) {
+#pragma unroll 4
+  for (int i = producer; i < tiles; i += PRODUCERS) {
+    const u8* from = p.codes + ((i64)(tile0 + i) * p.chunks + chunk) * CODES + lane * 16;
+    copy16(to + i * CODES + lane * 16, from);
+    copy16(to + i * CODES + lane * 16 + 512, from + 512);
+  }
+  for (int i = producer * 32 + lane; i < tiles * (SCALES / 16); i += 32 * PRODUCERS) {
+    const int tile = i / (SCALES / 16), piece = i % (SCALES / 16);
+    copy16(to + CTA_TILES * CODES + i * 16, p.scales + ((i64)(tile0 + tile) * p.chunks + chunk) * SCALES + piece * 16);
+  }
+}
+
+DEV void fill_x(const Params& p, u32 to, u32 full, int token0, int chunk, int producer, int lane) {
+#pragma unroll
+  for (int i = producer; i < 4 * NT; i += PRODUCERS) {
+    const int row = i * 2 + lane / 16, token = token0 + row, channel = chunk * 128 + lane % 16 * 8;
+    const bool there = token < p.tokens && channel < p.channels;
+    const u16* from = there ? p.x + token * p.x_stride + channel : p.x;
+    asm volatile("cp.async.cg.shared.global [%0],[%1],16,%2;" ::"r"(to + X_AT + row * X_ROW + lane % 16 * 16), "l"(from),
+                 "r"(there ? 16 : 0)
+                 : "memory");
+  }
+  arrive_copied(full);
+}
+
+extern "C" __global__ void __launch_bounds__(32 * (NW + PRODUCERS), MIN_CTAS) int4_linear(const __grid_constant__ Params p) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+  __shared__ __align__(8) unsigned long long barriers[2 * S];
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int tile0 = blockIdx.x * CTA_TILES, tile_end = min(p.tiles, tile0 + CTA_TILES), token0 = blockIdx.y * 8 * NT;
+  const int chunk_begin = p.chunks * blockIdx.z / SPLITS, chunk_end = p.chunks * (blockIdx.z + 1) / SPLITS;
+  const u32 ring = shared_address(smem), full = shared_address(barriers), empty = full + 8 * S;
+  if (threadIdx.x < S) {
+    barrier_init(full + threadIdx.x * 8, 32 * PRODUCERS);
+    barrier_init(empty + threadIdx.x * 8, NW);
+  }
+  __syncthreads();
+
+  if (warp >= NW) {
+    const int count = chunk_end - chunk_begin;
+    for (int i = 0; i < min(S, count); i++)
+      fill_codes(p, ring + i * WIDE_STAGE, tile0, tile_end - tile0, chunk_begin + i, warp - NW, lane);
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+    int slot = 0;
+    u32 parity = 1;
+    for (int i = 0; i < count; i++) {
+      if (i >= S) {
+        wait_for(empty + slot * 8, parity);
+        fill_codes(p, ring + slot * WIDE_STAGE, tile0, tile_end - tile0, chunk_begin + i, warp - NW, lane);
+      }
+      fill_x(p, ring + slot * WIDE_STAGE, full + slot * 8, token0, chunk_begin + i, warp - NW, lane);
+      if (++slot == S) slot = 0, parity ^= 1;
+    }
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    return;
+  }
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+
+  float acc[T][NT][4];
+#pragma unroll
+  for (int i = 0; i < T; i++)
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) acc[i][n][e] = 0.f;
+  const int mine = tile0 + warp * T;
+  int slot = 0;
+  u32 parity = 0;
+#pragma unroll 1
+  for (int chunk = chunk_begin; chunk < chunk_end; chunk++) {
+    const u32 stage = ring + slot * WIDE_STAGE;
+    wait_for(full + slot * 8, parity);
+    if (mine < tile_end) {
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        uint4 w[T];
+#pragma unroll
+        for (int i = 0; i < T; i++) w[i] = lds128(stage + (warp * T + i) * CODES + h * 512 + lane * 16);
+#pragma unroll
+        for (int j = 2 * h; j < 2 * h + 2; j++) {
+          uint4 x[NT];
+#pragma unroll
+          for (int n = 0; n < NT; n++)
+            x[n] = lds128(stage + X_AT + (n * 8 + (lane >> 2)) * X_ROW + j * 64 + (lane & 3) * 16);
+#pragma unroll
+          for (int i = 0; i < T; i++) {
+            const uint2 sz = lds64(stage + CTA_TILES * CODES + (warp * T + i) * SCALES + j * 32 / GROUP_SIZE * 64 +
+                                   (lane >> 2) * 8);
+            const u32 s0 = __byte_perm(sz.x, 0, 0x1010), z0 = __byte_perm(sz.x, 0, 0x3232) ^ 0x80008000;
+            const u32 s1 = __byte_perm(sz.y, 0, 0x1010), z1 = __byte_perm(sz.y, 0, 0x3232) ^ 0x80008000;
+            const u32 one = IS_BF16 ? 0x3f803f80 : 0x3c003c00;
+#pragma unroll
+            for (int k = 0; k < 2; k++) {
+              u32 a[4];
+              expand(a, word(w[i], (j & 1) * 2 + k));
+#pragma unroll
+              for (int e = 0; e < 4; e++)
+                a[e] = fma2(fma2(a[e], one, e & 1 ? z1 : z0), e & 1 ? s1 : s0, 0x80008000);
+#pragma unroll
+              for (int n = 0; n < NT; n++) mma(acc[i][n], a, word(x[n], 2 * k), word(x[n], 2 * k + 1));
+            }
+          }
+        }
+      }
+    }
+    __syncwarp();
+    if (lane == 0) arrive(empty + slot * 8);
+    if (++slot == S) slot = 0, parity ^= 1;
+  }
+#pragma unroll
+  for (int i = 0; i < T; i++)
+    if (mine + i < tile_end)
+#pragma unroll
+      for (int n = 0; n < NT; n++) {
+        if (token0 + n * 8 + (lane & 3) * 2 >= p.tokens) continue;
+        const float4 v = make_float4(acc[i][n][0], acc[i][n][1], acc[i][n][2], acc[i][n][3]);
+        if (SPLITS == 1) store(p, v, mine + i, token0 + n * 8, lane);
+        else *partial_of(p, blockIdx.z, n, (mine + i) * 32 + lane) = v;
+      }
+  if (SPLITS > 1) merge_splits(p, tile0, tile_end, token0, warp * 32 + lane);
+}
+#endif

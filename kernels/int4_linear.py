@@ -1,0 +1,431 @@
+"""Linear layers with 4-bit weights for a few tokens: ``torch.ops.vllm_quantspec.int4_linear``.
+
+On a GPU a CUDA kernel, compiled by NVRTC when a shape is first used, reads the packed weight once at nearly the
+memory's bandwidth; on the CPU the same operator is plain PyTorch (`reference`). Its idea is in ``int4_linear.cu``.
+
+Packed layout. Rows are cut in tiles of 16, input channels in chunks of 128 (the last one padded). A chunk of a tile is
+what eight mma.m16n8k16 take as their A operand, in fragment order: lane ``4*g + t`` holds the words ``[half][lane][word]``;
+word ``w`` of half ``h`` is product ``s = 4*h + w``, its bits ``4*p..4*p+3`` and ``16+4*p..`` are the two channels of
+register ``p`` of the fragment: row ``g + 8*(p % 2)``, channels ``32*(s//2) + 8*t + 4*(s%2) + 2*(p//2)`` and one more.
+Scales lie beside them as [tile][chunk][group][g][row g or g + 8][scale, MAGIC + zero], in the activations' dtype.
+"""
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from vllm_quantspec.weights import GROUP_SIZES
+
+SOURCE = Path(__file__).with_suffix(".cu")
+MIN_CAPABILITY = (8, 0)
+ROWS, CHUNK = 16, 128
+# Codes become floats by being ORed into this number's mantissa, so zero points are stored with it added.
+MAGIC = {torch.bfloat16: 128, torch.float16: 64}
+# Up to this many tokens the warps of a CTA share row tiles, beyond it tokens.
+MAX_NARROW = 16
+# Up to about this many tokens an H200 is faster with 4 bits than with a BF16 weight.
+MAX_FASTER_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """A 4-bit weight as the kernel reads it; the layout is in the module's docstring.
+
+    codes: uint8 [out / 16, ceil(in / 128), 1024].
+    scales_zeros: bfloat16 or float16, the activations' dtype, [out / 16, ceil(in / 128), 128 / group_size, 8, 2, 2].
+    """
+
+    codes: torch.Tensor
+    scales_zeros: torch.Tensor
+    out_features: int
+    in_features: int
+    group_size: int
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(x.numel() * x.element_size() for x in (self.codes, self.scales_zeros))
+
+
+def supported(
+    in_features: int,
+    out_features: int,
+    group_size: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int] | None = None,
+) -> str | None:
+    """Why the kernel does not take a weight of this (local) shape, or None if it does.
+
+    ``capability`` is the GPU's compute capability; None stands for the CPU, where the operator is plain PyTorch.
+    """
+    if dtype not in MAGIC:
+        return f"INT4 linears take bfloat16 or float16 activations, not {dtype}."
+    if group_size not in GROUP_SIZES:
+        return f"INT4 linears take groups of {', '.join(map(str, GROUP_SIZES))} channels, not {group_size}."
+    if in_features <= 0 or in_features % group_size:
+        return f"{in_features} input channels are not divisible by the group size {group_size}."
+    if out_features <= 0 or out_features % ROWS:
+        return f"{out_features} output channels are not divisible by {ROWS}."
+    if capability is not None and tuple(capability) < MIN_CAPABILITY:
+        return f"INT4 linears need compute capability 8.0 or newer, this GPU has {capability[0]}.{capability[1]}."
+    return None
+
+
+# --- Packing ----------------------------------------------------------------------------------------------------------
+
+# A chunk's codes [row half, g, j, t, s % 2, register // 2, channel % 2] go to [s // 4, g, t, s % 4, channel % 2,
+# register], where a register is a nibble and register = 2 * (register // 2) + row half, s = 2 * j + s % 2.
+_TO_FRAGMENTS = (0, 1, 4, 2, 5, 6, 3, 8, 7, 9)
+
+
+def pack(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, group_size: int) -> PackedLinear:
+    """Bring a quantized weight into the kernel's order, on the tensors' device and with tensor operations only.
+
+    Args:
+        codes: uint8 [out, in], 0..15; out divisible by 16.
+        scales: bfloat16 or float16 [out, in / group_size], in the dtype of the activations.
+        zeros: uint8 [out, in / group_size], 0..15.
+        group_size: 128, 64 or 32.
+
+    Raises:
+        ValueError: the shapes or dtypes do not fit the above.
+    """
+    if codes.dim() != 2 or codes.dtype != torch.uint8:
+        raise ValueError(f"codes must be uint8 [out, in], got {codes.dtype} {list(codes.shape)}.")
+    rows, channels = codes.shape
+    if (reason := supported(channels, rows, group_size, scales.dtype)) is not None:
+        raise ValueError(reason)
+    groups = channels // group_size
+    for name, x in (("scales", scales), ("zeros", zeros)):
+        if x.shape != (rows, groups):
+            raise ValueError(f"{name} must be [out, in / group_size] = {[rows, groups]}, got {list(x.shape)}.")
+    if zeros.dtype != torch.uint8:
+        raise ValueError(f"zeros must be uint8, got {zeros.dtype}.")
+    tiles, chunks = rows // ROWS, -(-channels // CHUNK)
+    codes = F.pad(codes, (0, chunks * CHUNK - channels))
+    #                 tile, half, g, chunk, j, t, s % 2, register // 2, channel % 2
+    codes = codes.view(tiles, 2, 8, chunks, 4, 4, 2, 2, 2).movedim(3, 1)
+    # [tile, chunk, s // 4, g, t, s // 2 % 2, s % 2, channel % 2, register // 2, half]
+    codes = codes.unflatten(4, (2, 2)).permute(0, 1, 4, 3, 6, 5, 7, 9, 8, 2)
+    codes = codes.reshape(tiles, chunks, 2, 32, 4, 8)
+    codes = (codes[..., 0::2] | codes[..., 1::2] << 4).reshape(tiles, chunks, 1024)
+
+    per_chunk = CHUNK // group_size
+    pairs = torch.stack((scales, (zeros + MAGIC[scales.dtype]).to(scales.dtype)), dim=-1)
+    pairs = F.pad(pairs, (0, 0, 0, chunks * per_chunk - groups))
+    pairs = pairs.view(tiles, 2, 8, chunks, per_chunk, 2).permute(0, 3, 4, 2, 1, 5).contiguous()
+    return PackedLinear(codes, pairs, rows, channels, group_size)
+
+
+def unpack(packed: PackedLinear) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """codes, scales and zeros as `pack` took them."""
+    codes, scales, zeros = _unpack(packed.codes, packed.scales_zeros)
+    groups = packed.in_features // packed.group_size
+    return codes[:, : packed.in_features], scales[:, :groups], zeros[:, :groups]
+
+
+def _unpack(codes: torch.Tensor, scales_zeros: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes, scales and zeros with the padding of the last chunk."""
+    tiles, chunks = codes.shape[:2]
+    codes = torch.stack((codes & 15, codes >> 4), dim=-1).view(tiles, chunks, 2, 8, 4, 2, 2, 2, 2, 2)
+    # [tile, chunk, s // 4, g, t, s // 2 % 2, s % 2, channel % 2, register // 2, half]
+    codes = codes.permute(0, 9, 3, 1, 2, 5, 4, 6, 8, 7).reshape(tiles * ROWS, chunks * CHUNK)
+    pairs = scales_zeros.permute(0, 4, 3, 1, 2, 5).reshape(tiles * ROWS, -1, 2)
+    zeros = (pairs[..., 1].float() - MAGIC[scales_zeros.dtype]).clamp_min_(0).to(torch.uint8)
+    return codes, pairs[..., 0].contiguous(), zeros
+
+
+# --- The operator -----------------------------------------------------------------------------------------------------
+
+
+def int4_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales_zeros: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``x W^T + bias`` with the weight of a `PackedLinear`, in fp32 sums.
+
+    A token's result is the same whatever the others, and for any number of them up to 16.
+
+    Can be captured in a CUDA graph, after one run with the same shapes. Launches on a device share a workspace,
+    so they have to follow one another, on one stream or ordered by events. A launch starts to read the weight
+    before the kernel in front of it ends, so that one must not be writing the weight.
+
+    Args:
+        x: [M, in] in the dtype of scales_zeros; rows may be strided.
+        codes, scales_zeros: the tensors of a `PackedLinear`.
+        bias: [out] in the same dtype, or None.
+
+    Returns:
+        [M, out] in the same dtype.
+
+    Raises:
+        ValueError: an argument does not fit the above.
+        RuntimeError: on a GPU older than compute capability 8.0, or where a shape is first seen during a capture.
+    """
+    return torch.ops.vllm_quantspec.int4_linear(x, codes, scales_zeros, bias)
+
+
+def reference(
+    x: torch.Tensor, codes: torch.Tensor, scales_zeros: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`int4_linear` in plain PyTorch, accumulated in fp32."""
+    _check(x, codes, scales_zeros, bias)
+    levels, scales, zeros = _unpack(codes, scales_zeros)
+    levels = levels.view(*scales.shape, -1).float() - zeros.unsqueeze(-1).float()
+    weight = (levels * scales.unsqueeze(-1).float()).view(len(scales), -1)[:, : x.shape[1]]
+    out = x.float() @ weight.t()
+    return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
+def _check(x: torch.Tensor, codes: torch.Tensor, scales_zeros: torch.Tensor, bias: torch.Tensor | None) -> None:
+    if x.dim() != 2 or x.dtype not in MAGIC:
+        raise ValueError(f"x must be bfloat16 or float16 [M, in], got {x.dtype} {list(x.shape)}.")
+    if x.dtype != scales_zeros.dtype:
+        raise ValueError(f"x is {x.dtype} but the weight was packed for {scales_zeros.dtype}.")
+    if codes.dim() != 3 or scales_zeros.dim() != 6 or codes.shape[:2] != scales_zeros.shape[:2]:
+        raise ValueError(
+            f"codes {list(codes.shape)} and scales_zeros {list(scales_zeros.shape)} are not those of a PackedLinear."
+        )
+    channels = x.shape[1]
+    if codes.shape[1] != -(-channels // CHUNK) or channels % (CHUNK // scales_zeros.shape[2]):
+        raise ValueError(f"x has {channels} channels, the weight was packed for another number ({codes.shape[1]} chunks).")
+    if not codes.is_contiguous() or not scales_zeros.is_contiguous():
+        raise ValueError("codes and scales_zeros must be contiguous.")
+    if bias is not None and (bias.shape != (codes.shape[0] * ROWS,) or bias.dtype != x.dtype or not bias.is_contiguous()):
+        raise ValueError(f"bias must be {x.dtype} [{codes.shape[0] * ROWS}], got {bias.dtype} {list(bias.shape)}.")
+
+
+def _cuda(
+    x: torch.Tensor, codes: torch.Tensor, scales_zeros: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    _check(x, codes, scales_zeros, bias)
+    out = x.new_empty(x.shape[0], codes.shape[0] * ROWS)
+    if x.shape[0] == 0:
+        return out
+    return launch(x, codes, scales_zeros, bias, out)
+
+
+def _fake(
+    x: torch.Tensor, codes: torch.Tensor, scales_zeros: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    return x.new_empty(x.shape[0], codes.shape[0] * ROWS)
+
+
+_library = torch.library.Library("vllm_quantspec", "FRAGMENT")
+_library.define("int4_linear(Tensor x, Tensor codes, Tensor scales_zeros, Tensor? bias=None) -> Tensor")
+_library.impl("int4_linear", reference, "CPU")
+_library.impl("int4_linear", _cuda, "CUDA")
+torch.library.register_fake("vllm_quantspec::int4_linear", _fake, lib=_library)
+
+
+# --- Launching --------------------------------------------------------------------------------------------------------
+
+
+class Plan(NamedTuple):
+    """How a launch divides its work; the names are the macros' of the kernel."""
+
+    warps: int  # that multiply; one more fills the ring
+    stages: int
+    tiles: int  # row tiles a CTA adds up in one pass
+    batch: int  # row tiles of a stage
+    token_tiles: int  # tiles of 8 tokens a CTA adds up
+    splits: int  # CTAs that share the input channels of a row tile
+    blocks: int  # CTAs along the rows
+    min_ctas: int = 2  # CTAs that registers allow on a multiprocessor
+    wide: bool = False  # warps share the tokens instead of the row tiles
+    overlap: bool = True  # programmatic dependent launch
+
+    def shared_bytes(self, group_size: int) -> int:
+        unit = 1024 + 64 * (CHUNK // group_size)
+        if self.wide:
+            return self.stages * (self.warps * self.tiles * unit + 8 * self.token_tiles * 320)
+        return self.warps * (self.stages * self.batch * unit + 512 * self.tiles * self.token_tiles)
+
+
+class _Params(ctypes.Structure):
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in ("x", "codes", "scales", "bias", "out", "partial", "arrived")]
+        + [("x_stride", ctypes.c_int64)]
+        + [(name, ctypes.c_int) for name in ("tokens", "channels", "tiles", "chunks")]
+    )
+
+
+def launch(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales_zeros: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    plan: Plan | None = None,
+) -> torch.Tensor:
+    """The kernel on checked arguments, into a contiguous ``out``; ``plan`` overrides the launch, for tuning."""
+    if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
+        x = x.contiguous()
+        if x.data_ptr() % 16:
+            x = x.clone()
+    tokens, channels = x.shape
+    tiles, chunks = codes.shape[:2]
+    device = x.device.index
+    with torch.cuda.device(device):
+        if plan is None:
+            plan = choose_plan(tiles, chunks, scales_zeros.shape[2], tokens, device)
+        function, config = _kernel(plan, CHUNK // scales_zeros.shape[2], x.dtype == torch.bfloat16, device)
+        token_blocks = -(-tokens // (8 * plan.token_tiles))
+        stream = torch.cuda.current_stream().cuda_stream
+        partial, arrived = 0, 0
+        if plan.splits > 1:
+            floats = plan.splits * token_blocks * plan.token_tiles * tiles * 128
+            partial, arrived = (t.data_ptr() for t in _workspace(device, floats, plan.blocks * token_blocks))
+        params = _Params(
+            *(t.data_ptr() for t in (x, codes, scales_zeros)),
+            0 if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            *(partial, arrived, x.stride(0), tokens, channels, tiles, chunks),
+        )
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+        config.gridDimY, config.hStream = token_blocks, stream
+        _call("cuLaunchKernelEx", config, function, ctypes.addressof(pointers), 0)
+    return out
+
+
+@cache
+def choose_plan(tiles: int, chunks: int, groups: int, tokens: int, device: int) -> Plan:
+    """The launch for a weight of ``tiles`` x ``chunks``; sums are in one order up to 16 tokens."""
+    properties = torch.cuda.get_device_properties(device)
+    sms, shared = properties.multi_processor_count, properties.shared_memory_per_multiprocessor
+    if tokens > MAX_NARROW:
+        return _wide_plan(tiles, chunks, groups, tokens, sms, properties.shared_memory_per_block_optin - 1024)
+    warps = 8
+
+    def cost(splits: int) -> float:
+        """Units (a tile's chunk) that the busiest warp reads; adding up across CTAs takes as long as a few."""
+        return -(-tiles // max(1, sms // splits)) * -(-chunks // (splits * warps)) + (3 * (splits > 1))
+
+    splits = min((s for s in range(1, 9) if s <= max(1, chunks // warps)), key=cost)
+    # All multiprocessors take part, or the next launch's CTAs would crowd on those that do not.
+    blocks = min(tiles, max(1, sms // splits))
+    token_tiles = 1 if tokens <= 8 else 2
+    if -(-tiles // blocks) > 8 and token_tiles == 1:
+        blocks *= 2  # a long launch hides its CTAs' latencies behind each other, not behind the next launch
+    per_block = -(-tiles // blocks)
+    per_pass = -(-per_block // -(-per_block // (8 // token_tiles)))
+    plan = Plan(warps, 0, per_pass, 1, token_tiles, splits, blocks, 2 if token_tiles == 1 else 1)
+    # Two CTAs per multiprocessor: the next launch's fills its ring while this one's adds up.
+    budget = shared // 2 - 2048 - plan.shared_bytes(CHUNK // groups)
+    return plan._replace(stages=max(2, min(budget // (warps * (1024 + 64 * groups)), 16)))
+
+
+def _wide_plan(tiles: int, chunks: int, groups: int, tokens: int, sms: int, shared: int) -> Plan:
+    token_tiles = 4 if tokens <= 32 else 8
+    tokens = 1 << (tokens - 1).bit_length()  # few different kernels to compile
+    token_blocks = -(-tokens // (8 * token_tiles))
+    warps = 8
+
+    def cost(option: tuple[int, int]) -> float:
+        """Bytes through the busiest multiprocessor."""
+        per_warp, splits = option
+        ctas = -(-tiles // (warps * per_warp)) * splits * token_blocks
+        stage = warps * per_warp * 1088 + 8 * token_tiles * 256
+        merge = 2 * splits * warps * per_warp * token_tiles * 512 if splits > 1 else 0
+        return -(-ctas // sms) * (-(-chunks // splits) * stage + merge + 30000)
+
+    options = [(t, s) for t in (1, 2, 4) if t * token_tiles <= 16 for s in range(1, min(16, chunks) + 1)]
+    per_warp, splits = min(options, key=cost)
+    plan = Plan(warps, 1, per_warp, 1, token_tiles, splits, -(-tiles // (warps * per_warp)), 1, wide=True)
+    stages = shared // plan.shared_bytes(CHUNK // groups)
+    return plan._replace(stages=max(2, min(stages, 6)))
+
+
+def _call(name: str, *args):
+    from cuda.bindings import driver, nvrtc
+
+    error, *results = getattr(nvrtc if name.startswith("nvrtc") else driver, name)(*args)
+    if int(error):
+        raise RuntimeError(f"{name} failed: {error!r}.")
+    return results[0] if len(results) == 1 else results
+
+
+@cache
+def _kernel(plan: Plan, group_size: int, bf16: bool, device: int):
+    """Compiled function, launch configuration (but for the stream and the tokens)."""
+    from cuda.bindings import driver
+
+    properties = torch.cuda.get_device_properties(device)
+    if (properties.major, properties.minor) < MIN_CAPABILITY:
+        raise RuntimeError(supported(128, 16, 128, torch.bfloat16, (properties.major, properties.minor)))
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("Run int4_linear once with these shapes before capturing it in a CUDA graph.")
+    cubin = _compile(plan, group_size, bf16, f"sm_{properties.major}{properties.minor}")
+    torch.cuda.current_stream()  # makes sure that the primary context is current
+    function = _call("cuModuleGetFunction", _call("cuModuleLoadData", cubin), b"int4_linear")
+    shared_bytes = plan.shared_bytes(group_size)
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    _call("cuFuncSetAttribute", function, attribute, shared_bytes)
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = plan.blocks, 1, plan.splits
+    config.blockDimX, config.blockDimY, config.blockDimZ = 32 * (plan.warps + (4 if plan.wide else 1)), 1, 1
+    config.sharedMemBytes = shared_bytes
+    if plan.overlap and properties.major >= 9:
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        value = driver.CUlaunchAttributeValue()
+        value.programmaticStreamSerializationAllowed = 1
+        attribute.value = value
+        config.attrs, config.numAttrs = [attribute], 1
+    return function, config
+
+
+@cache
+def _compile(plan: Plan, group_size: int, bf16: bool, architecture: str) -> bytes:
+    from cuda.bindings import nvrtc
+
+    macros = {
+        "GROUP_SIZE": group_size,
+        "IS_BF16": int(bf16),
+        "WARPS": plan.warps,
+        "STAGES": plan.stages,
+        "TILES": plan.tiles,
+        "TOKEN_TILES": plan.token_tiles,
+        "SPLITS": plan.splits,
+        "BATCH": plan.batch,
+        "WIDE": int(plan.wide),
+        "MIN_CTAS": plan.min_ctas,
+    }
+    options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{name}={value}" for name, value in macros.items())]
+    options = [x.encode() for x in options]
+    program = _call("nvrtcCreateProgram", SOURCE.read_bytes(), b"int4_linear.cu", 0, [], [])
+    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    if int(error):
+        log = b" " * _call("nvrtcGetProgramLogSize", program)
+        _call("nvrtcGetProgramLog", program, log)
+        raise RuntimeError(f"int4_linear.cu did not compile for {architecture}:\n{log.decode()}")
+    cubin = b" " * _call("nvrtcGetCUBINSize", program)
+    _call("nvrtcGetCUBIN", program, cubin)
+    _call("nvrtcDestroyProgram", program)
+    return cubin
+
+
+_workspaces: dict[int, list[torch.Tensor]] = {}
+_retired: list[list[torch.Tensor]] = []
+
+
+def _workspace(device: int, floats: int, counters: int) -> list[torch.Tensor]:
+    """Partial sums and arrival counters (zero between launches): all launches on a device follow one another."""
+    have = _workspaces.get(device)
+    if have is None or have[0].numel() < floats or have[1].numel() < counters:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("Run int4_linear once with these shapes before capturing it in a CUDA graph.")
+        if have is not None:
+            _retired.append(have)  # graphs captured earlier keep pointing at it
+            floats, counters = max(floats, have[0].numel()), max(counters, have[1].numel())
+        have = _workspaces[device] = [
+            torch.empty(max(floats, 1 << 20), dtype=torch.float32, device=f"cuda:{device}"),
+            torch.zeros(max(counters, 1 << 12), dtype=torch.int32, device=f"cuda:{device}"),
+        ]
+    return have

@@ -1,0 +1,269 @@
+"""INT4 linears: packing and the operator on the CPU, the CUDA kernel against the reference on a GPU."""
+
+import pytest
+import torch
+
+from vllm_quantspec.kernels import int4_linear as module
+from vllm_quantspec.kernels.int4_linear import PackedLinear, int4_linear, pack, reference, supported, unpack
+from vllm_quantspec.weights import QuantizedWeight, quantize_weight
+
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+def random_weight(out_features, in_features, group_size, dtype=BF16, device="cpu", seed=0) -> QuantizedWeight:
+    """Every code and zero point appears; scales differ by row and group."""
+    generator = torch.Generator(device).manual_seed(seed)
+    codes = torch.randint(0, 16, (out_features, in_features), generator=generator, device=device, dtype=torch.uint8)
+    groups = (out_features, in_features // group_size)
+    zeros = torch.randint(0, 16, groups, generator=generator, device=device, dtype=torch.uint8)
+    scales = (0.002 + 0.02 * torch.rand(groups, generator=generator, device=device)).to(dtype)
+    return QuantizedWeight(codes, scales, zeros, group_size)
+
+
+def random_inputs(tokens, channels, dtype=BF16, device="cpu", seed=1) -> torch.Tensor:
+    """Never zero, not centred, with outlier channels as models have them."""
+    generator = torch.Generator(device).manual_seed(seed)
+    x = torch.randn(tokens, channels, generator=generator, device=device) + 0.1
+    x[:, 5::97] *= 50
+    return x.to(dtype)
+
+
+def packed_of(weight: QuantizedWeight) -> PackedLinear:
+    return pack(weight.codes, weight.scales, weight.zeros, weight.group_size)
+
+
+def relative_error(out, expected) -> float:
+    return float((out.double() - expected.double()).norm() / expected.double().norm())
+
+
+# --- CPU --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize(("shape", "group"), [((48, 384), 128), ((16, 192), 64), ((32, 96), 32), ((16, 32), 32)])
+def test_unpack_inverts_pack(shape, group, dtype):
+    weight = random_weight(*shape, group, dtype)
+    packed = packed_of(weight)
+    codes, scales, zeros = unpack(packed)
+    assert torch.equal(codes, weight.codes) and torch.equal(scales, weight.scales) and torch.equal(zeros, weight.zeros)
+    assert (packed.out_features, packed.in_features, packed.group_size) == (*shape, group)
+
+
+def test_packed_weights_take_at_most_30_percent_of_bf16():
+    assert packed_of(random_weight(256, 1024, 128)).num_bytes <= 0.3 * 256 * 1024 * 2
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_cpu_operator_multiplies_by_the_dequantized_weight(group, dtype):
+    original = torch.randn(64, 384, generator=torch.Generator().manual_seed(2)) * 0.05
+    weight = quantize_weight(original, group, scale_dtype=dtype)
+    packed, x = packed_of(weight), random_inputs(7, 384, dtype)
+    bias = torch.linspace(-1, 1, 64).to(dtype)
+    expected = x.float() @ weight.dequantize().t() + bias.float()
+    out = int4_linear(x, packed.codes, packed.scales_zeros, bias)
+    assert out.dtype == dtype and out.shape == (7, 64)
+    torch.testing.assert_close(out.float(), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_operator_can_be_traced():
+    packed = packed_of(random_weight(32, 256, 128))
+    x = random_inputs(3, 256)
+    for bias in (None, torch.ones(32, dtype=BF16)):
+        arguments = (x, packed.codes, packed.scales_zeros, bias)
+        torch.library.opcheck(torch.ops.vllm_quantspec.int4_linear.default, arguments)
+
+
+def test_every_shape_that_engines_ask_for_is_supported():
+    for channels, rows, group in [(4096, 3072, 128), (7168, 4096, 128), (512, 48, 128), (256, 512, 64), (96, 16, 32)]:
+        assert supported(channels, rows, group, BF16, (8, 0)) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((4096, 4096, 128, torch.float32, (9, 0)), "bfloat16 or float16"),
+        ((4096, 4096, 48, BF16, (9, 0)), "groups of"),
+        ((4000, 4096, 128, BF16, (9, 0)), "not divisible by the group size"),
+        ((4096, 4100, 128, BF16, (9, 0)), "not divisible by 16"),
+        ((4096, 4096, 128, BF16, (7, 5)), "compute capability"),
+    ],
+)
+def test_supported_says_why_not(arguments, words):
+    assert words in supported(*arguments)
+
+
+def test_bad_arguments_are_refused():
+    weight = random_weight(32, 256, 128)
+    packed, x = packed_of(weight), random_inputs(2, 256)
+    codes, scales_zeros = packed.codes, packed.scales_zeros
+    with pytest.raises(ValueError, match="packed for"):
+        int4_linear(x.half(), codes, scales_zeros)
+    with pytest.raises(ValueError, match="channels"):
+        int4_linear(x[:, :128], codes, scales_zeros)
+    with pytest.raises(ValueError, match=r"\[M, in\]"):
+        int4_linear(x[0], codes, scales_zeros)
+    with pytest.raises(ValueError, match="bias"):
+        int4_linear(x, codes, scales_zeros, torch.ones(31, dtype=BF16))
+    with pytest.raises(ValueError, match="PackedLinear"):
+        int4_linear(x, codes[:1], scales_zeros)
+    with pytest.raises(ValueError, match="uint8"):
+        pack(weight.codes.int(), weight.scales, weight.zeros, 128)
+    with pytest.raises(ValueError, match="zeros"):
+        pack(weight.codes, weight.scales, weight.zeros[:, :1], 128)
+    with pytest.raises(ValueError, match="divisible by 16"):
+        pack(weight.codes[:8], weight.scales[:8], weight.zeros[:8], 128)
+
+
+# --- GPU --------------------------------------------------------------------------------------------------------------
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+TOLERANCE = {BF16: 6e-3, FP16: 1.5e-3}  # a row may be 16 numbers, rounded to 8 bits
+
+
+def check(out_features, in_features, group, tokens, dtype=BF16, bias=False, x=None):
+    weight = random_weight(out_features, in_features, group, dtype, "cuda")
+    packed = packed_of(weight)
+    x = random_inputs(tokens, in_features, dtype, "cuda") if x is None else x
+    bias = torch.randn(out_features, device="cuda").to(dtype) if bias else None
+    expected = reference(x.cpu(), packed.codes.cpu(), packed.scales_zeros.cpu(), None if bias is None else bias.cpu())
+    torch.empty(tokens, out_features, dtype=dtype, device="cuda").fill_(float("nan"))  # what a reused block may hold
+    out = int4_linear(x, packed.codes, packed.scales_zeros, bias)
+    torch.cuda.synchronize()
+    assert out.shape == expected.shape and out.isfinite().all()
+    for row, right in zip(out.cpu(), expected, strict=True):
+        assert relative_error(row, right) < TOLERANCE[dtype]
+
+
+@gpu
+@pytest.mark.parametrize("tokens", [*range(1, 10), 16, 33, 64, 100, 256])
+def test_kernel_any_number_of_tokens(tokens):
+    check(544, 1408, 128, tokens)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("tokens", [1, 5, 16, 65])
+def test_kernel_groups_and_dtypes(group, dtype, tokens):
+    check(272, 640, group, tokens, dtype, bias=True)
+
+
+@gpu
+@pytest.mark.parametrize(
+    ("channels", "rows", "group"),
+    [(4096, 6144, 128), (4096, 3072, 128), (14336, 4096, 128), (7168, 4096, 128), (512, 256, 128), (256, 512, 64),
+     (96, 16, 32), (32, 48, 32), (160, 4112, 32), (4096, 16, 128), (128, 16, 128), (1024, 40016, 128)],
+)  # fmt: skip
+@pytest.mark.parametrize("tokens", [1, 8, 17])
+def test_kernel_shapes(channels, rows, group, tokens):
+    check(rows, channels, group, tokens)
+
+
+@gpu
+@pytest.mark.parametrize("offset", [0, 3])
+def test_kernel_strided_rows(offset):
+    wide = random_inputs(6, 1024 + 8 + 5, BF16, "cuda")
+    check(64, 1024, 128, 6, x=wide[:, offset : offset + 1024])
+    aligned = random_inputs(6, 1024 + 64, BF16, "cuda")
+    check(64, 1024, 128, 6, x=aligned[:, 32 : 32 + 1024])
+
+
+@gpu
+def test_kernel_survives_large_sums_and_outliers():
+    x = random_inputs(4, 4096, BF16, "cuda") * 4 + 3
+    x[:, 100] = 3000
+    check(256, 4096, 128, 4, x=x)
+
+
+@gpu
+def test_kernel_is_deterministic_and_a_token_does_not_depend_on_its_batch():
+    packed = packed_of(random_weight(3072, 4096, 128, device="cuda"))
+    x = random_inputs(64, 4096, device="cuda")
+    whole = int4_linear(x[:16], packed.codes, packed.scales_zeros)
+    for tokens in (1, 3, 8, 16, 33, 64):
+        out = int4_linear(x[:tokens], packed.codes, packed.scales_zeros)
+        assert torch.equal(out, int4_linear(x[:tokens], packed.codes, packed.scales_zeros))
+        assert tokens > 16 or torch.equal(out, whole[:tokens])
+
+
+@gpu
+def test_launches_of_different_shapes_follow_one_another():
+    """A chain in which every launch overlaps with the one that makes its input, through the same workspace."""
+    shapes = [(1024, 512), (512, 4096), (4096, 256), (256, 1024)]
+    weights = [packed_of(random_weight(n, k, 128, device="cuda", seed=i)) for i, (k, n) in enumerate(shapes)]
+
+    def chain(x, function):
+        for p in weights:
+            x = function(x, p)
+            x = x / x.float().square().mean(-1, keepdim=True).sqrt().to(x.dtype) if p.out_features == 4096 else x
+        return x
+
+    def kernel(x, p):
+        return int4_linear(x, p.codes, p.scales_zeros)
+
+    def slow(x, p):
+        return reference(x, p.codes.cpu(), p.scales_zeros.cpu())
+
+    x = random_inputs(4, 1024, device="cuda")
+    expected = chain(x.cpu(), slow)
+    outs = [chain(x, kernel) for _ in range(50)]
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, outs[0]) for out in outs)
+    assert relative_error(outs[0].cpu(), expected) < 3e-2
+
+
+@gpu
+@pytest.mark.parametrize("tokens", [1, 16, 100])
+def test_cuda_graph(tokens):
+    """Replays read what x holds then; the launch before the operator is of every kind, a join of streams included."""
+    packed = [packed_of(random_weight(n, 1024, 128, device="cuda", seed=n)) for n in (1024, 256)]
+    x = random_inputs(tokens, 1024, device="cuda")
+    static, other = x.clone(), torch.zeros(4096, device="cuda")
+
+    def step():
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            other.mul_(2)
+        y = static + 1
+        torch.cuda.current_stream().wait_stream(side)
+        y = int4_linear(y, packed[0].codes, packed[0].scales_zeros)
+        copied = torch.empty_like(y)
+        copied.copy_(y)
+        return int4_linear(int4_linear(copied, packed[0].codes, packed[0].scales_zeros), packed[1].codes,
+                           packed[1].scales_zeros)  # fmt: skip
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for seed in range(3):
+        static.copy_(random_inputs(tokens, 1024, device="cuda", seed=seed))
+        graph.replay()
+        replayed = out.clone()
+        assert replayed.isfinite().all() and torch.equal(replayed, step())
+
+
+@gpu
+def test_a_shape_first_seen_in_a_capture_is_refused(monkeypatch):
+    packed = packed_of(random_weight(16, 128, 128, device="cuda"))
+    x = random_inputs(1, 128, device="cuda")
+    int4_linear(x, packed.codes, packed.scales_zeros)
+    module._kernel.cache_clear()
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="before capturing"), torch.cuda.graph(graph):
+        int4_linear(x, packed.codes, packed.scales_zeros)
+    torch.cuda.synchronize()
+    int4_linear(x, packed.codes, packed.scales_zeros)
+
+
+@gpu
+def test_compiled_model_calls_the_operator():
+    packed = packed_of(random_weight(256, 512, 128, device="cuda"))
+    x = random_inputs(3, 512, device="cuda")
+
+    def model(x):
+        return torch.relu(int4_linear(x, packed.codes, packed.scales_zeros))
+
+    assert torch.equal(torch.compile(model, fullgraph=True)(x), model(x))
