@@ -9,14 +9,20 @@ from dataclasses import dataclass
 
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.platforms import current_platform
 
 QUANTSPEC_CACHE = {"attention_backend": "QUANTSPEC"}  # the hierarchical cache with speculation off
 
 
 @contextmanager
 def engine(model: str, **kwargs) -> Iterator[LLM]:
-    """An eager engine that frees everything on exit, so that the next one can start in the same process."""
-    kwargs.setdefault("enforce_eager", True)
+    """An engine that frees everything on exit, so that the next one can start in the same process.
+
+    Eager on a CPU, where compiling takes longer than the test; with torch.compile and CUDA graphs on a GPU.
+    """
+    kwargs.setdefault("enforce_eager", current_platform.is_cpu())
+    if not current_platform.is_cpu():
+        kwargs.setdefault("gpu_memory_utilization", 0.2)
     kwargs.setdefault("max_model_len", 4096)
     kwargs.setdefault("max_num_seqs", 16)
     kwargs.setdefault("disable_log_stats", False)

@@ -73,7 +73,7 @@ def test_int4_linear(runner, monkeypatch, in_features, out_features, group_size,
     quantized = quantize_weight(weight, group_size)
     method, reason = choose_int4_method(in_features, out_features, torch.bfloat16, 128)
     assert method is not None, reason
-    assert method.kernel.config.group_size == group_size
+    assert method.group_size == group_size
     layer = torch.nn.Module()
     layer.register_parameter("bias", torch.nn.Parameter(bias.clone(), requires_grad=False))
     method.install(layer, quantized)
@@ -140,7 +140,7 @@ def test_linears_apply_the_dequantized_weight(runner, build):
         weight, _ = _effective_weight(runner.get_model().get_submodule(name), torch.bfloat16)
         linear = draft.model.get_submodule(name)
         applied, _ = _effective_weight(linear, torch.bfloat16)
-        expected = quantize_weight(weight, linear.quant_method.kernel.config.group_size).dequantize()
+        expected = quantize_weight(weight, linear.quant_method.group_size).dequantize()
         assert (applied.float() - expected).norm() < 0.005 * expected.norm()
         assert (applied.float() - weight.float()).norm() < 0.15 * weight.float().norm()
 
@@ -206,3 +206,22 @@ def test_a_cache_that_cannot_be_shared_is_refused(runner):
     )
     with pytest.raises(ValueError, match=r"model\.layers\.0\.mixer is a StateSpace"):
         build_draft_model(config, torch.nn.Sequential(StateSpace()))
+
+
+@pytest.mark.parametrize("num_tokens", [4, 100])
+def test_many_rows_take_the_targets_weight(num_tokens):
+    """The GPU's operator, on its CPU twin: INT4 for a few rows, the loaded weight where that is faster, if it is there."""
+    from vllm_quantspec.integration.int4_linear import draft_linear
+    from vllm_quantspec.kernels import int4_linear
+
+    weight = torch.randn(64, 256).bfloat16()
+    quantized = quantize_weight(weight, 128)
+    packed = int4_linear.pack(quantized.codes, quantized.scales, quantized.zeros, 128)
+    x = torch.randn(num_tokens, 256).bfloat16()
+    in_int4 = (x.float() @ quantized.dequantize().t()).bfloat16()
+    exact = torch.nn.functional.linear(x, weight)
+    torch.testing.assert_close(draft_linear(x, packed.codes, packed.scales_zeros, None, None), in_int4)
+    expected = exact if num_tokens > int4_linear.MAX_FASTER_TOKENS else in_int4
+    operator = torch.ops.vllm_quantspec.draft_linear
+    torch.testing.assert_close(operator(x, packed.codes, packed.scales_zeros, None, weight), expected)
+    torch.library.opcheck(operator, (x, packed.codes, packed.scales_zeros, None, weight))

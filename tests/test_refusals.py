@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_quantspec import register
@@ -152,13 +153,56 @@ def test_kv_connector(books_4m):
     assert "KV connectors" in refusal(books_4m, kv_transfer_config=connector)
 
 
-def test_a_machine_whose_kernels_are_missing(books_4m, monkeypatch):
-    from vllm.platforms import current_platform
+class Gpu:
+    """A platform as `check_gpu` sees it."""
 
-    config = EngineArgs(model=books_4m, max_model_len=1024, attention_backend="QUANTSPEC").create_engine_config()
-    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
-    with pytest.raises(ValueError, match="runs on vLLM's CPU engine only"):
-        checks.check_config(config)
+    device_name = "test device"
+
+    def __init__(self, cuda=True, capability=(9, 0)):
+        self.cuda, self.capability = cuda, capability
+
+    def is_cuda(self):
+        return self.cuda
+
+    def has_device_capability(self, capability):
+        return self.capability >= capability
+
+
+@pytest.fixture(scope="module")
+def config(books_4m):
+    return EngineArgs(model=books_4m, max_model_len=1024, attention_backend="QUANTSPEC").create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("gpu", "change", "what"),
+    [
+        (Gpu(cuda=False), {}, "not on this platform (test device)"),
+        (Gpu(capability=(7, 5)), {}, "compute capability 8.0"),
+        (Gpu(), {"VLLM_USE_V2_MODEL_RUNNER": "0"}, "model runner V2"),
+        (Gpu(), {"max_num_seqs": 2048}, "at most 1024 sequences"),
+        (Gpu(), {"dtype": torch.float32}, "a 16-bit model"),
+    ],
+)
+def test_what_a_gpu_must_have(gpu, change, what, config, monkeypatch):
+    monkeypatch.setattr(checks, "find_spec", lambda name: object())  # this machine may have no CUDA packages
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", change.get("VLLM_USE_V2_MODEL_RUNNER", "1"))
+    monkeypatch.setattr(config.scheduler_config, "max_num_seqs", change.get("max_num_seqs", 16))
+    monkeypatch.setattr(config.model_config, "dtype", change.get("dtype", torch.bfloat16))
+    with pytest.raises(ValueError, match="quantspec: ") as error:
+        checks.check_gpu(config, gpu)
+    assert what in str(error.value) and "; " in str(error.value)
+
+
+def test_a_gpu_that_has_it_all(config, monkeypatch):
+    monkeypatch.setattr(checks, "find_spec", lambda name: object())
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    checks.check_gpu(config, Gpu())
+
+
+def test_a_gpu_without_the_kernel_compiler(config, monkeypatch):
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="cuda-bindings"):
+        checks.check_gpu(config, Gpu())
 
 
 def test_another_vllm_version(books_4m, monkeypatch):

@@ -1,10 +1,11 @@
-"""The attention backend ``QUANTSPEC``: metadata, and the order of work in one layer.
+"""The attention backend ``QUANTSPEC``: what vLLM asks of a backend, and the metadata of a step.
 
 In a layer of the target, for all requests of the step at once:
  1. the step's keys and values go to the recent window;
  2. every page whose last token is verified by now is quantized, from exact values (design rule 2);
  3. decode and verification rows read pages and window; prefill rows read pages, window and their own tokens.
-A layer of the draft does 1 and 3, and reads the upper 4 bits.
+A layer of the draft does 1 and 3, and reads the upper 4 bits. The work itself is in ``attention_gpu.py`` and
+``attention_cpu.py``.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import torch
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
+    AttentionCGSupport,
     AttentionImpl,
     AttentionMetadataBuilder,
     AttentionType,
@@ -28,11 +31,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
 
 from vllm_quantspec.config import GROUP_SIZES, HEAD_SIZES
 from vllm_quantspec.format import PageFormat
-from vllm_quantspec.integration import llvm_scan
 from vllm_quantspec.integration.backend_name import NAME
-from vllm_quantspec.kernels import cpu_decode, reference, step
-
-llvm_scan.install()  # cpu_decode has loaded Numba
 
 WINDOW_SUFFIX = ".window"
 
@@ -42,7 +41,9 @@ class QuantSpecMetadata:
     """One step's batch, decode and verification rows first (the runner reorders).
 
     ``query_start_loc`` [num_reqs + 1] and ``seq_lens`` [num_reqs] int32 count the step's own tokens;
-    ``num_unverified`` [num_reqs] of a request's query tokens, its last ones, are drafts.
+    ``num_unverified`` [num_reqs] int32 of a request's query tokens, its last ones, are drafts. On a GPU the tensors are
+    the runner's persistent buffers, so a captured CUDA graph replays with later contents; ``max_query_len`` of the
+    decode rows and ``prefill`` (the plan of the others, if any) are fixed at capture.
     """
 
     num_actual_tokens: int
@@ -52,8 +53,10 @@ class QuantSpecMetadata:
     block_table: torch.Tensor
     num_decodes: int
     num_decode_tokens: int
-    plan: step.StepPlan | None = field(default=None, repr=False)
-    decode_plan: cpu_decode.DecodePlan | None = field(default=None, repr=False)
+    max_query_len: int = 1
+    prefill: Any = None
+    # What a platform works out once per step and reuses in all layers.
+    shared: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
 @dataclass
@@ -62,36 +65,56 @@ class WindowMetadata:
 
 
 class QuantSpecMetadataBuilder(AttentionMetadataBuilder[QuantSpecMetadata]):
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+    # The kernels derive everything from lengths and tables that live in persistent device buffers.
+    supports_draft_decode_metadata_update: bool = True
+
     def __init__(
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
-        # Set by the runner before each build; drafts cannot be told from recomputed tokens by their number alone.
-        self.num_draft_tokens: torch.Tensor | None = None
+        # Drafts cannot be told from recomputed tokens by their number alone: the runner writes each request's here.
+        self.num_unverified = torch.zeros(vllm_config.scheduler_config.max_num_seqs, dtype=torch.int32, device=device)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> QuantSpecMetadata:
-        num_decodes, _, num_decode_tokens, _ = split_decodes_and_prefills(
-            common_attn_metadata, decode_threshold=self.reorder_batch_threshold
+        common = common_attn_metadata
+        num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(
+            common, decode_threshold=self.reorder_batch_threshold
         )
-        num_reqs = common_attn_metadata.num_reqs
-        num_unverified = torch.zeros(num_reqs, dtype=torch.int32)
-        if self.num_draft_tokens is not None:  # padded requests have no drafts
-            num_unverified[: len(self.num_draft_tokens)] = self.num_draft_tokens[:num_reqs]
+        max_query_len, prefill = common.max_query_len, None
+        if num_prefills:
+            starts = common.query_start_loc_cpu
+            lengths = starts[1 : num_decodes + 1] - starts[:num_decodes]
+            max_query_len = int(lengths.max()) if num_decodes else 0
+            if self.device.type == "cuda":
+                from vllm_quantspec.integration.prefill import plan_prefill
+
+                prefill = plan_prefill(
+                    self.kv_cache_spec, starts[num_decodes:], common.seq_lens_cpu_upper_bound[num_decodes:], self.device
+                )
         return QuantSpecMetadata(
-            num_actual_tokens=common_attn_metadata.num_actual_tokens,
-            query_start_loc=common_attn_metadata.query_start_loc,
-            seq_lens=common_attn_metadata.seq_lens,
-            num_unverified=num_unverified,
-            block_table=common_attn_metadata.block_table_tensor,
+            num_actual_tokens=common.num_actual_tokens,
+            query_start_loc=common.query_start_loc,
+            seq_lens=common.seq_lens,
+            num_unverified=self.num_unverified[: common.num_reqs],
+            block_table=common.block_table_tensor,
             num_decodes=num_decodes,
             num_decode_tokens=num_decode_tokens,
+            max_query_len=max_query_len,
+            prefill=prefill,
         )
+
+    def update_draft_decode_metadata(self, metadata: QuantSpecMetadata) -> None:
+        """Lengths and tables are read on the device when the kernels run: nothing to refresh."""
 
 
 class WindowMetadataBuilder(AttentionMetadataBuilder[WindowMetadata]):
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+    supports_draft_decode_metadata_update: bool = True
+
     def __init__(
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
@@ -102,6 +125,9 @@ class WindowMetadataBuilder(AttentionMetadataBuilder[WindowMetadata]):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> WindowMetadata:
         return WindowMetadata(common_attn_metadata.block_table_tensor)
+
+    def update_draft_decode_metadata(self, metadata: WindowMetadata) -> None:
+        """As above."""
 
 
 class QuantSpecBackend(AttentionBackend):
@@ -211,6 +237,12 @@ class QuantSpecImpl(AttentionImpl):
         )
         self.num_speculative_tokens = num_speculative_tokens(vllm_config)
         self.draft_kv = getattr(vllm_config.speculative_config, "draft_kv", "int4")
+        if current_platform.is_cpu():
+            from vllm_quantspec.integration import attention_cpu as attention
+        else:
+            from vllm_quantspec.integration import attention_gpu as attention
+        self.attention = attention
+        attention.prepare(self)
 
     def forward(
         self,
@@ -233,69 +265,25 @@ class QuantSpecImpl(AttentionImpl):
         """
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("quantspec: fused output quantization is not supported.")
-        if attn_metadata is None:  # profiling and warm-up
+        if attn_metadata is None:  # memory profiling
+            self.attention.reserve(self, query)
             return output
-        target_name = layer.kv_sharing_target_layer_name
+        owner = layer.kv_sharing_target_layer_name
         context = get_forward_context()
-        window_name = (target_name or layer.layer_name) + WINDOW_SUFFIX
-        window_table = context.attn_metadata[window_name].block_table
-        pages = kv_cache.squeeze(2)
-        window = context.no_compile_layers[window_name].kv_cache.view(self.format.dtype)
-
-        md = attn_metadata
-        num_tokens = md.num_actual_tokens
-        query, key, value = query[:num_tokens], key[:num_tokens], value[:num_tokens]
-        if md.plan is None:
-            md.plan = step.plan_step(
-                self.format,
-                md.query_start_loc,
-                md.seq_lens,
-                md.num_unverified,
-                md.block_table,
-                window_table,
-                max_unverified=self.num_speculative_tokens,
-                quantize=target_name is None,
-            )
-        plan = md.plan
-        reference.write_window(self.format, window, plan.window_slots, key, value)
-        step.quantize_completed(self.format, plan, pages, window, key, value)
-
-        if md.num_decodes:
-            reads_upper_only = target_name is not None and self.draft_kv == "int4"
-            if md.decode_plan is None:
-                md.decode_plan = cpu_decode.plan_decode(
-                    self.format,
-                    md.query_start_loc[: md.num_decodes + 1],
-                    md.seq_lens[: md.num_decodes],
-                    md.block_table[: md.num_decodes],
-                    window_table[: md.num_decodes],
-                    self.num_heads,
-                )
-            output[: md.num_decode_tokens] = cpu_decode.run_decode(
-                self.format,
-                md.decode_plan,
-                pages,
-                window,
-                query[: md.num_decode_tokens],
-                self.scale,
-                "draft" if reads_upper_only else "target",
-            )
-        for request in range(md.num_decodes, md.seq_lens.shape[0]):
-            start, end = md.query_start_loc[request].item(), md.query_start_loc[request + 1].item()
-            if start == end:
-                continue
-            output[start:end] = reference.prefill_attention(
-                self.format,
-                pages,
-                window,
-                query[start:end],
-                key[start:end],
-                value[start:end],
-                md.seq_lens[request].item(),
-                md.block_table[request],
-                window_table[request],
-                self.scale,
-            )
+        window_name = (owner or layer.layer_name) + WINDOW_SUFFIX
+        num_tokens = attn_metadata.num_actual_tokens
+        self.attention.attend(
+            self,
+            attn_metadata,
+            kv_cache.squeeze(2),
+            context.no_compile_layers[window_name].kv_cache.view(self.format.dtype),
+            context.attn_metadata[window_name].block_table,
+            query[:num_tokens],
+            key[:num_tokens],
+            value[:num_tokens],
+            output[:num_tokens],
+            is_draft=owner is not None,
+        )
         return output
 
 

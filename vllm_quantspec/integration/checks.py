@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from vllm_quantspec.config import GROUP_SIZES, HEAD_SIZES
 from vllm_quantspec.integration.version import check_version
+from vllm_quantspec.kernels.decode_attention import MAX_REQUESTS, MIN_CAPABILITY
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -96,12 +98,44 @@ def check_config(config: VllmConfig) -> None:
             "drop --disable-hybrid-kv-cache-manager."
         )
     if not current_platform.is_cpu():
-        raise ValueError(
-            "quantspec: this version runs on vLLM's CPU engine only, its GPU kernels are not part of the engine yet; "
-            "run without quantspec on this machine."
-        )
+        check_gpu(config, current_platform)
     if config.speculative_config is not None:
         check_speculation(config)
+
+
+def check_gpu(config: VllmConfig, platform) -> None:
+    """What the GPU kernels need beyond the CPU engine."""
+    if not platform.is_cuda():
+        raise ValueError(
+            "quantspec: its kernels run on NVIDIA GPUs and on vLLM's CPU engine, not on this platform "
+            f"({platform.device_name}); run without quantspec here."
+        )
+    for missing, what, remedy in (
+        (
+            not platform.has_device_capability(MIN_CAPABILITY),
+            f"a GPU of compute capability {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} (Ampere) or newer",
+            "run without quantspec on this GPU",
+        ),
+        (
+            find_spec("cuda") is None or find_spec("cuda.bindings") is None,
+            "the Python package cuda-bindings, which compiles its kernels",
+            "install it (it comes with PyTorch for CUDA)",
+        ),
+        (config.model_config.dtype.itemsize != 2, "a 16-bit model on a GPU", "set --dtype bfloat16 or float16"),
+        (
+            not config.use_v2_model_runner,
+            "vLLM's model runner V2 on a GPU",
+            "unset VLLM_USE_V2_MODEL_RUNNER, or drop what vLLM's log says V2 does not support",
+        ),
+        (config.parallel_config.use_ubatching, "one batch at a time", "drop --enable-dbo and --ubatch-size"),
+        (
+            config.scheduler_config.max_num_seqs > MAX_REQUESTS,
+            f"at most {MAX_REQUESTS} sequences per step",
+            f"set --max-num-seqs to {MAX_REQUESTS} or less",
+        ),
+    ):
+        if missing:
+            raise ValueError(f"quantspec: it needs {what}; {remedy}.")
 
 
 def check_speculation(config: VllmConfig) -> None:

@@ -229,12 +229,12 @@ class _Builder:
         moments = self.second_moments(name) if self.second_moments is not None else None
         quantized = quantize_weight(
             weight,
-            method.kernel.config.group_size,
+            method.group_size,
             method=self.rounding if moments is None else "gptq",
             scale_dtype=self.dtype,
             second_moments=moments,
         )
-        method.install(clone, quantized)
+        method.install(clone, quantized, original=weight if weight.data_ptr() == _data_ptr(layer) else None)
         self.draft.quantized.append(name)
         self.draft.int4_bytes += int4_bytes(clone)
         self.draft.target_bytes += _loaded_bytes(layer)
@@ -317,6 +317,11 @@ def _loaded_bytes(layer: nn.Module) -> int:
         in_features, out_features = _local_shape(layer)
         return in_features * out_features * layer.params_dtype.itemsize
     return sum(p.numel() * p.element_size() for p in layer.parameters(recurse=False))
+
+
+def _data_ptr(layer: nn.Module) -> int | None:
+    weight = getattr(layer, "weight", None)
+    return weight.data_ptr() if isinstance(weight, torch.Tensor) else None
 
 
 def _effective_weight(layer: nn.Module, dtype: torch.dtype) -> tuple[torch.Tensor, nn.Parameter | None]:

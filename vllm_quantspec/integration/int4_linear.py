@@ -1,16 +1,23 @@
-"""INT4 linears on vLLM's own mixed-precision kernels (CPUWNA16, Marlin, Machete, ...)."""
+"""INT4 linears of the draft: on our decode-size kernel on a GPU, else on vLLM's mixed-precision kernels.
+
+vLLM's kernels (CPUWNA16, Marlin, Machete, ...) serve the CPU, and the shapes that ours does not take.
+"""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from vllm.model_executor.kernels.linear import MPLinearKernel, MPLinearLayerConfig, choose_mp_linear_kernel
 from vllm.model_executor.layers.linear import LinearMethodBase
 from vllm.model_executor.parameter import GroupQuantScaleParameter, PackedvLLMParameter
+from vllm.platforms import current_platform
 from vllm.scalar_type import scalar_types
+from vllm.utils.torch_utils import direct_register_custom_op
 
+from vllm_quantspec.kernels import int4_linear
 from vllm_quantspec.weights import QuantizedWeight, fit_group_size
 
-WEIGHT, SCALES, ZEROS = "int4_weight", "int4_scales", "int4_zeros"
+WEIGHT, SCALES, ZEROS, ORIGINAL = "int4_weight", "int4_scales", "int4_zeros", "target_weight"
 
 
 class Int4LinearMethod(LinearMethodBase):
@@ -20,12 +27,90 @@ class Int4LinearMethod(LinearMethodBase):
         in_features, out_features: shape of the layer's *local* shard.
         dtype: dtype of activations and of the stored scales.
         group_size: input channels per scale.
+    """
+
+    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype, group_size: int) -> None:
+        self.in_features, self.out_features, self.dtype, self.group_size = in_features, out_features, dtype, group_size
+
+    def create_weights(self, layer: torch.nn.Module, *args, **kwargs) -> None:
+        raise NotImplementedError("INT4 draft weights are computed from a loaded layer: use install().")
+
+    def install(self, layer: torch.nn.Module, weight: QuantizedWeight, original: torch.Tensor | None = None) -> None:
+        """Give ``layer`` the parameters of ``weight`` ([out, in], the local shard) and make this its linear method.
+
+        ``original``, the target's own tensor, may serve where it is the faster one.
+        """
+        if tuple(weight.codes.shape) != (self.out_features, self.in_features) or weight.group_size != self.group_size:
+            raise ValueError(
+                f"The quantized weight {tuple(weight.codes.shape)} in groups of {weight.group_size} does not fit a linear "
+                f"of {self.out_features} x {self.in_features} in groups of {self.group_size}."
+            )
+        self._install(layer, weight, original)
+        layer.quant_method = self
+
+    def _install(self, layer: torch.nn.Module, weight: QuantizedWeight, original: torch.Tensor | None) -> None:
+        raise NotImplementedError
+
+
+def draft_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales_zeros: torch.Tensor,
+    bias: torch.Tensor | None,
+    original: torch.Tensor | None,
+) -> torch.Tensor:
+    """``int4_linear``; with the target's own weight ([out, in] or None) from as many rows on as that is faster.
+
+    One operator, because torch.compile must not see a choice that depends on the number of tokens.
+    """
+    if original is not None and x.shape[0] > int4_linear.MAX_FASTER_TOKENS:
+        return F.linear(x, original, bias)
+    return int4_linear.int4_linear(x, codes, scales_zeros, bias)
+
+
+def _draft_linear_fake(x, codes, scales_zeros, bias, original):
+    return x.new_empty(x.shape[0], codes.shape[0] * int4_linear.ROWS)
+
+
+library = torch.library.Library("vllm_quantspec", "FRAGMENT")
+direct_register_custom_op("draft_linear", draft_linear, fake_impl=_draft_linear_fake, target_lib=library)
+
+
+class FastInt4LinearMethod(Int4LinearMethod):
+    """On ``kernels/int4_linear``, which is near the memory's bandwidth at the few tokens of a draft step.
+
+    Raises:
+        ValueError: the kernel does not take this shape on this GPU; the message says why.
+    """
+
+    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype, group_size: int) -> None:
+        super().__init__(in_features, out_features, dtype, group_size)
+        capability = current_platform.get_device_capability()
+        reason = int4_linear.supported(in_features, out_features, group_size, dtype, (capability.major, capability.minor))
+        if reason is not None:
+            raise ValueError(reason)
+
+    def _install(self, layer: torch.nn.Module, weight: QuantizedWeight, original: torch.Tensor | None) -> None:
+        packed = int4_linear.pack(weight.codes, weight.scales.to(self.dtype), weight.zeros, weight.group_size)
+        for name, tensor in ((WEIGHT, packed.codes), (SCALES, packed.scales_zeros), (ORIGINAL, original)):
+            layer.register_parameter(name, None if tensor is None else torch.nn.Parameter(tensor, requires_grad=False))
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        rows = x.reshape(-1, self.in_features)
+        codes, scales, original = (getattr(layer, name) for name in (WEIGHT, SCALES, ORIGINAL))
+        out = torch.ops.vllm_quantspec.draft_linear(rows, codes, scales, bias, original)
+        return out.view(*x.shape[:-1], self.out_features)
+
+
+class LibraryInt4LinearMethod(Int4LinearMethod):
+    """On the kernel that vLLM chooses for the shape.
 
     Raises:
         ValueError: vLLM has no kernel for this shape on this device; the message says which and why.
     """
 
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype, group_size: int) -> None:
+        super().__init__(in_features, out_features, dtype, group_size)
         if dtype not in (torch.bfloat16, torch.float16):
             raise ValueError(f"INT4 kernels take bfloat16 or float16 activations, not {dtype}.")
         # The shard was quantized on its own, so it is the whole layer as far as the kernel is concerned.
@@ -39,14 +124,8 @@ class Int4LinearMethod(LinearMethodBase):
         )
         self.kernel: MPLinearKernel = choose_mp_linear_kernel(config)(config, WEIGHT, SCALES, ZEROS)
 
-    def create_weights(self, layer: torch.nn.Module, *args, **kwargs) -> None:
-        raise NotImplementedError("INT4 draft weights are computed from a loaded layer: use install().")
-
-    def install(self, layer: torch.nn.Module, weight: QuantizedWeight) -> None:
-        """Give ``layer`` the parameters of ``weight`` ([out, in], the local shard) and make this its linear method."""
+    def _install(self, layer: torch.nn.Module, weight: QuantizedWeight, original: torch.Tensor | None) -> None:
         config = self.kernel.config
-        if tuple(weight.codes.shape) != config.partition_weight_shape[::-1] or weight.group_size != config.group_size:
-            raise ValueError(f"The quantized weight {tuple(weight.codes.shape)} does not fit the kernel's {config}.")
         # The layout of compressed-tensors checkpoints, which every kernel knows how to repack.
         codes, zeros = _pack(weight.codes), _pack(weight.zeros.t().contiguous()).t()
         layout = {"input_dim": 1, "output_dim": 0, "weight_loader": _no_loader}
@@ -56,7 +135,6 @@ class Int4LinearMethod(LinearMethodBase):
             ZEROS, PackedvLLMParameter(data=zeros.contiguous(), packed_dim=0, packed_factor=8, **layout)
         )
         self.kernel.process_weights_after_loading(layer)
-        layer.quant_method = self
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return self.kernel.apply_weights(layer, x, bias)
@@ -69,12 +147,14 @@ def choose_int4_method(
 
     Returns ``(method, "")``, or ``(None, reason)`` when the layer has to stay as it is.
     """
+    methods = (FastInt4LinearMethod, LibraryInt4LinearMethod) if current_platform.is_cuda() else (LibraryInt4LinearMethod,)
     reason = f"{in_features} input channels are not divisible by a group of {group_size} or less"
     while (fitting := fit_group_size(in_features, group_size)) is not None:
-        try:
-            return Int4LinearMethod(in_features, out_features, dtype, fitting), ""
-        except ValueError as error:
-            reason = " ".join(str(error).split())
+        for method in methods:
+            try:
+                return method(in_features, out_features, dtype, fitting), ""
+            except ValueError as error:
+                reason = " ".join(str(error).split())
         group_size = fitting // 2
     return None, reason
 

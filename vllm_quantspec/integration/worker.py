@@ -4,14 +4,18 @@ vLLM imports it by itself, because the engine's configuration names it as ``work
 without QuantSpec never do. A user's own extension keeps working: its path travels in the name, see ``extension_path``.
 """
 
+from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
-from vllm_quantspec.integration import cpu_generators, cpu_rejection_sampler, platform_cpu, runner_v1
+if current_platform.is_cpu():
+    from vllm_quantspec.integration import cpu_generators, cpu_rejection_sampler, platform_cpu, runner_v1
 
-platform_cpu.install()
-cpu_rejection_sampler.install()
-cpu_generators.install()
-runner_v1.install()
+    for hook in (platform_cpu, cpu_rejection_sampler, cpu_generators, runner_v1):
+        hook.install()
+else:
+    from vllm_quantspec.integration import runner_v2
+
+    runner_v2.install()
 
 
 class WorkerExtension:

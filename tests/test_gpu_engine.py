@@ -1,0 +1,192 @@
+"""The engine on a GPU: CUDA graphs, torch.compile and async scheduling on. The rules that the CPU tests check in depth,
+checked again where the kernels, the model runner and the speculator are other ones."""
+
+import gc
+import math
+
+import pytest
+import torch
+from conftest import shared_path
+from engine_tools import (
+    QUANTSPEC_CACHE,
+    Answer,
+    assert_same_or_tied,
+    divergence,
+    engine,
+    generate,
+    quantspec,
+    speculation_counts,
+)
+from vllm import SamplingParams
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+G = 128
+LENGTHS = [1, 5, G - 1, G, G + 1, 2 * G - 1, 2 * G, 3 * G - 3, 1000, 3000]
+MAX_TOKENS = 150
+SIZE = {"max_model_len": 20000, "max_num_seqs": 16, "enable_prefix_caching": False}
+# One rounding step of bfloat16 logits of about 16, as in test_lossless.py; reading by rule 3, as in test_prefix_caching.py.
+TIE, RULE_3 = 0.125, 0.25
+MODELS = ["books_4m", "books_30m"]  # head size 64 and 128
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request) -> str:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="module")
+def prompts(model, passage) -> list[list[int]]:
+    from transformers import AutoTokenizer
+
+    tokens = AutoTokenizer.from_pretrained(model).encode(passage)
+    long = tokens + tokens[4000:] + tokens
+    return [tokens[37 * i : 37 * i + n] for i, n in enumerate(LENGTHS)] + [long[500 : 500 + 12000]]
+
+
+@pytest.fixture(scope="module")
+def expected(model, prompts) -> list[Answer]:
+    """The cache with speculation off; and the same engine is itself on another batch, up to ties."""
+    with engine(model, **SIZE, **QUANTSPEC_CACHE) as llm:
+        answers = generate(llm, prompts, MAX_TOKENS)
+        alone = [generate(llm, [p], MAX_TOKENS)[0] for p in prompts[-3:]]
+        assert_same_or_tied(answers[-3:], alone, TIE, "alone, off")
+    return answers
+
+
+@pytest.fixture(scope="module")
+def llm(model, expected):
+    with engine(model, **(SIZE | {"enable_prefix_caching": True}), **quantspec(4)) as llm:
+        assert llm.llm_engine.vllm_config.scheduler_config.async_scheduling
+        assert llm.llm_engine.vllm_config.use_v2_model_runner
+        yield llm
+    gc.collect()
+
+
+def speculator_of(llm):
+    found = []
+    llm.collective_rpc(lambda worker: found.append(worker.model_runner.speculator))
+    return found[0]
+
+
+def test_the_draft_loop_is_captured(llm):
+    speculator = speculator_of(llm)
+    assert speculator.supports_decode_metadata_update
+    assert speculator.decode_cudagraph_manager.graphs
+
+
+def test_lossless(llm, prompts, expected):
+    before = speculation_counts(llm)
+    answers = generate(llm, prompts, MAX_TOKENS)
+    after = speculation_counts(llm)
+    assert_same_or_tied(expected, answers, TIE, "batch")
+    alone = [generate(llm, [p], MAX_TOKENS)[0] for p in prompts[-3:]]
+    assert_close(expected[-3:], alone)  # these were prefix-cache hits
+    assert after[1][0] - before[1][0] > 0.6 * (after[0] - before[0])
+
+
+def test_lossless_with_a_draft_that_is_often_wrong(llm, prompts, expected, monkeypatch):
+    """Rejections of every kind: a random token in a random position of most drafts."""
+    speculator = speculator_of(llm)
+    propose = type(speculator).propose
+    generator = torch.Generator(device="cuda").manual_seed(0)
+
+    def propose_with_errors(*args, **kwargs):
+        drafts = propose(speculator, *args, **kwargs)
+        wrong = torch.randint(100, 4000, drafts.shape, generator=generator, device="cuda")
+        drafts.copy_(torch.where(torch.rand(drafts.shape, generator=generator, device="cuda") < 0.2, wrong, drafts))
+        return drafts
+
+    monkeypatch.setattr(speculator, "propose", propose_with_errors)
+    llm.reset_prefix_cache()
+    before = speculation_counts(llm)
+    answers = generate(llm, prompts, MAX_TOKENS)
+    after = speculation_counts(llm)
+    assert_same_or_tied(expected, answers, TIE, "wrong drafts")
+    drafts, accepted = after[0] - before[0], [b - a for a, b in zip(before[1], after[1], strict=True)]
+    assert 0.1 * drafts < accepted[-1] < 0.8 * drafts
+
+
+def assert_close(expected: list[Answer], actual: list[Answer]) -> None:
+    for e, a in zip(expected, actual, strict=True):
+        different = divergence(e, a)
+        assert different is None or different[1] <= RULE_3, different
+        for step in range(different[0] if different else len(e.tokens)):
+            token = e.tokens[step]
+            assert math.isclose(e.top[step][token], a.top[step][token], abs_tol=RULE_3)
+
+
+def test_prefix_caching(llm, prompts):
+    """Of a prompt, of an answer that drafts helped to write, and of a request that is gone already."""
+    llm.reset_prefix_cache()
+    prompt = prompts[-2][: 3 * G - 4]
+    (first,) = generate(llm, [prompt], 2 * G + 30)
+    longer = prompt + first.tokens
+    (cached,) = generate(llm, [longer], 24)
+    assert cached.num_cached_tokens >= 4 * G
+    llm.reset_prefix_cache()
+    (fresh,) = generate(llm, [longer], 24)
+    assert fresh.num_cached_tokens == 0
+    assert_close([fresh], [cached])
+    for answer_tokens in range(1, 8):
+        llm.reset_prefix_cache()
+        (first,) = generate(llm, [prompt], answer_tokens)
+        longer = prompt + first.tokens + prompts[-1][:20]
+        (cached,) = generate(llm, [longer], 16)
+        llm.reset_prefix_cache()
+        (fresh,) = generate(llm, [longer], 16)
+        assert cached.num_cached_tokens in (2 * G, 3 * G)
+        assert_close([fresh], [cached])
+
+
+def test_sampling_with_a_seed_repeats(llm, prompts):
+    params = SamplingParams(temperature=0.8, seed=3, max_tokens=60, ignore_eos=True)
+    prompt = {"prompt_token_ids": prompts[-2][:700]}
+    runs = [llm.generate([prompt], params, use_tqdm=False)[0].outputs[0].token_ids for _ in range(3)]
+    assert runs[1] == runs[2]  # the first filled the prefix cache, and had no hit itself
+    assert all(0 <= t < 4096 or t < llm.llm_engine.model_config.get_vocab_size() for t in runs[0])
+
+
+def test_up_to_the_models_length(llm, prompts):
+    limit = llm.llm_engine.model_config.max_model_len
+    long = (prompts[-1] * 2)[:limit]
+    answers = generate(llm, [long[: limit - 9], long[50 : limit - 40 + 50], prompts[-1][:30]], [100, 100, 20])
+    assert [len(a.tokens) for a in answers] == [9, 40, 20]
+
+
+@pytest.mark.parametrize(("gamma", "group_size"), [(1, 128), (8, 64)])
+def test_other_lengths_of_draft(model, prompts, expected, gamma, group_size):
+    if group_size != G:
+        with engine(model, block_size=group_size, **SIZE, **QUANTSPEC_CACHE) as llm:
+            expected = generate(llm, prompts, MAX_TOKENS)
+    with engine(model, **SIZE, **quantspec(gamma, group_size=group_size)) as llm:
+        assert_same_or_tied(expected, generate(llm, prompts, MAX_TOKENS), TIE, f"γ={gamma}")
+
+
+def test_preemption(model, prompts):
+    """A pool too small for the load: requests are preempted, recompute, and finish with the output they have alone."""
+    prompts = [prompts[-1][60 * i : 60 * i + 500 + 130 * i] for i in range(6)]
+    size = {"max_model_len": 2048, "max_num_seqs": 6, "enable_prefix_caching": False}
+    with engine(model, num_gpu_blocks_override=60, **size, **quantspec(4)) as crowded:
+        alone = [generate(crowded, [p], 260)[0] for p in prompts]
+        together = generate(crowded, prompts, 260)
+        metrics = {m.name: m.value for m in crowded.get_metrics() if hasattr(m, "value")}
+        assert metrics["vllm:num_preemptions"] > 0
+    assert [len(a.tokens) for a in together] == [260] * 6
+    assert_same_or_tied(alone, together, RULE_3)
+
+
+def test_acceptance_on_novels(books_30m):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(books_30m)
+    prompts = []
+    for novel in ("dracula", "emma", "martin-eden"):
+        tokens = tokenizer.encode(shared_path(f"data/books/{novel}.txt").read_text(encoding="utf-8"))
+        prompts += [tokens[i * 20000 : i * 20000 + 16000] for i in range(3)]
+    with engine(books_30m, **SIZE, **quantspec(4)) as llm:
+        generate(llm, prompts, 200)
+        drafts, accepted = speculation_counts(llm)
+    rates = [a / drafts for a in accepted]
+    print(f"16k tokens, {drafts} drafts: {[round(r, 3) for r in rates]}")
+    assert rates[0] >= 0.9 and sum(rates) / 4 >= 0.8 and rates[-1] < 1

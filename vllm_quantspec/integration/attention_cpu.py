@@ -1,0 +1,91 @@
+"""One layer's attention on vLLM's CPU engine: a compiled decode kernel, PyTorch for the rest."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllm_quantspec.integration import llvm_scan
+from vllm_quantspec.kernels import cpu_decode, reference, step
+
+if TYPE_CHECKING:
+    from vllm_quantspec.integration.backend import QuantSpecImpl, QuantSpecMetadata
+
+llvm_scan.install()  # cpu_decode has loaded Numba
+
+
+def prepare(impl: QuantSpecImpl) -> None:
+    """Nothing to check: the reference takes every shape."""
+
+
+def reserve(impl: QuantSpecImpl, query: torch.Tensor) -> None:
+    """The CPU engine does not measure memory."""
+
+
+def attend(
+    impl: QuantSpecImpl,
+    md: QuantSpecMetadata,
+    pages: torch.Tensor,
+    window: torch.Tensor,
+    window_table: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    *,
+    is_draft: bool,
+) -> None:
+    """Store, quantize, attend; see ``QuantSpecImpl.forward`` for the shapes."""
+    fmt = impl.format
+    plan = md.shared.get("plan")
+    if plan is None:
+        plan = md.shared["plan"] = step.plan_step(
+            fmt,
+            md.query_start_loc,
+            md.seq_lens,
+            md.num_unverified,
+            md.block_table,
+            window_table,
+            max_unverified=impl.num_speculative_tokens,
+            quantize=not is_draft,
+        )
+    reference.write_window(fmt, window, plan.window_slots, key, value)
+    step.quantize_completed(fmt, plan, pages, window, key, value)
+
+    if md.num_decodes:
+        decode_plan = md.shared.get("decode_plan")
+        if decode_plan is None:
+            decode_plan = md.shared["decode_plan"] = cpu_decode.plan_decode(
+                fmt,
+                md.query_start_loc[: md.num_decodes + 1],
+                md.seq_lens[: md.num_decodes],
+                md.block_table[: md.num_decodes],
+                window_table[: md.num_decodes],
+                impl.num_heads,
+            )
+        output[: md.num_decode_tokens] = cpu_decode.run_decode(
+            fmt,
+            decode_plan,
+            pages,
+            window,
+            query[: md.num_decode_tokens],
+            impl.scale,
+            "draft" if is_draft and impl.draft_kv == "int4" else "target",
+        )
+    for request in range(md.num_decodes, md.seq_lens.shape[0]):
+        start, end = md.query_start_loc[request].item(), md.query_start_loc[request + 1].item()
+        if start == end:
+            continue
+        output[start:end] = reference.prefill_attention(
+            fmt,
+            pages,
+            window,
+            query[start:end],
+            key[start:end],
+            value[start:end],
+            md.seq_lens[request].item(),
+            md.block_table[request],
+            window_table[request],
+            impl.scale,
+        )

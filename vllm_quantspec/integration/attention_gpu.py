@@ -1,0 +1,104 @@
+"""One layer's attention on an NVIDIA GPU: every step is a kernel of ours or vLLM's FlashAttention.
+
+Decode and verification rows, the first of a step, are captured in CUDA graphs: all shapes and host numbers of their
+launches are fixed then, everything else is read on the device.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+
+from vllm_quantspec.integration import prefill
+from vllm_quantspec.kernels import cache_update
+from vllm_quantspec.kernels.decode_attention import decode_attention
+
+if TYPE_CHECKING:
+    from vllm_quantspec.integration.backend import QuantSpecImpl, QuantSpecMetadata
+
+
+def prepare(impl: QuantSpecImpl) -> None:
+    """Raises ValueError where FlashAttention, which prefill needs, cannot run."""
+    impl.fa_version = get_flash_attn_version(head_size=impl.head_size)
+    if impl.fa_version is None:
+        raise ValueError(
+            "quantspec: prefill uses vLLM's FlashAttention, which is not available here; install a vLLM built for this "
+            "GPU, or run without quantspec."
+        )
+
+
+def reserve(impl: QuantSpecImpl, query: torch.Tensor) -> None:
+    """Let memory profiling see what a prefill step allocates for a moment."""
+    prefill.reserve(impl.format, query)
+
+
+def attend(
+    impl: QuantSpecImpl,
+    md: QuantSpecMetadata,
+    pages: torch.Tensor,
+    window: torch.Tensor,
+    window_table: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    *,
+    is_draft: bool,
+) -> None:
+    """Store, quantize, attend; see ``QuantSpecImpl.forward`` for the shapes."""
+    fmt, n = impl.format, md.num_decodes
+    num_reqs = md.seq_lens.shape[0]
+    groups = [(slice(0, n), slice(0, n + 1), md.max_query_len)] if n else []
+    if md.prefill is not None:
+        groups.append((slice(n, num_reqs), slice(n, num_reqs + 1), md.prefill.max_query_len))
+    for rows, bounds, max_query_len in groups:
+        starts, seq_lens, table = md.query_start_loc[bounds], md.seq_lens[rows], window_table[rows]
+        cache_update.store(fmt, window, key, value, starts, seq_lens, table, max_query_len=max_query_len)
+        if not is_draft:
+            cache_update.quantize(
+                fmt,
+                pages,
+                window,
+                key,
+                value,
+                starts,
+                seq_lens,
+                md.num_unverified[rows],
+                md.block_table[rows],
+                table,
+                max_query_len=max_query_len,
+                max_unverified=impl.num_speculative_tokens,
+            )
+    if n:
+        decode_attention(
+            fmt,
+            pages,
+            window,
+            query[: md.num_decode_tokens],
+            md.query_start_loc[: n + 1],
+            md.seq_lens[:n],
+            md.block_table[:n],
+            window_table[:n],
+            impl.scale,
+            "draft" if is_draft and impl.draft_kv == "int4" else "target",
+            max_query_len=md.max_query_len,
+            out=output[: md.num_decode_tokens],
+        )
+    if md.prefill is not None:
+        first = md.num_decode_tokens
+        prefill.prefill_attention(
+            fmt,
+            md.prefill,
+            pages,
+            window,
+            query[first:],
+            key[first:],
+            value[first:],
+            md.block_table[n:],
+            window_table[n:],
+            impl.scale,
+            impl.fa_version,
+            output[first:],
+        )

@@ -1,0 +1,67 @@
+"""Hooks into model runner V2 (the GPU engine's): the window's cache, the number of drafts per row, the speculator.
+
+vLLM has no public hook for any of the three in 0.32; each replaces one function, and does nothing for other engines.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.worker.gpu import model_runner
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+from vllm_quantspec.integration.backend import QuantSpecMetadataBuilder
+from vllm_quantspec.integration.speculative_config import QuantSpecConfig
+from vllm_quantspec.integration.speculator import QuantSpecSpeculator
+from vllm_quantspec.integration.window_layers import add_window_specs
+
+
+def set_draft_counts(runner: GPUModelRunner, num_draft_tokens: np.ndarray | None) -> None:
+    """Tell the metadata builders how many tokens of each row are drafts: ``num_draft_tokens`` [num_reqs], None for none.
+
+    The builders' tensors are what CUDA graphs read, so they are written in place, on the runner's stream.
+    """
+    for groups in runner.attn_groups:
+        for group in groups:
+            for builder in group.metadata_builders:
+                if not isinstance(builder, QuantSpecMetadataBuilder):
+                    continue
+                if num_draft_tokens is None:
+                    builder.num_unverified.zero_()
+                    continue
+                counts = np.zeros(len(builder.num_unverified), dtype=np.int32)
+                counts[: len(num_draft_tokens)] = num_draft_tokens
+                async_tensor_h2d(counts, out=builder.num_unverified)
+
+
+def install() -> None:
+    """Replace the three functions, once per process."""
+    if getattr(GPUModelRunner, "_quantspec_installed", False):
+        return
+    GPUModelRunner._quantspec_installed = True
+
+    get_kv_cache_spec = GPUModelRunner.get_kv_cache_spec
+    prepare_inputs = GPUModelRunner.prepare_inputs
+    init_speculator = model_runner.init_speculator
+
+    @functools.wraps(get_kv_cache_spec)
+    def get_kv_cache_spec_with_windows(self):
+        return add_window_specs(self.vllm_config, get_kv_cache_spec(self))
+
+    @functools.wraps(prepare_inputs)
+    def prepare_inputs_with_draft_counts(self, *args, **kwargs):
+        input_batch = prepare_inputs(self, *args, **kwargs)
+        set_draft_counts(self, input_batch.num_draft_tokens_per_req)
+        return input_batch
+
+    @functools.wraps(init_speculator)
+    def init_quantspec_speculator(vllm_config, device, req_states):
+        if isinstance(vllm_config.speculative_config, QuantSpecConfig):
+            return QuantSpecSpeculator(vllm_config, device)
+        return init_speculator(vllm_config, device, req_states)
+
+    GPUModelRunner.get_kv_cache_spec = get_kv_cache_spec_with_windows
+    GPUModelRunner.prepare_inputs = prepare_inputs_with_draft_counts
+    model_runner.init_speculator = init_quantspec_speculator

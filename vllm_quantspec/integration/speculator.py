@@ -1,0 +1,218 @@
+"""The speculator of model runner V2: the target's INT4 view, on the target's own KV cache, drafting in one CUDA graph.
+
+It starts where the target stopped: every verified token's keys and values are in the cache, so there is nothing to
+prefill, and all draft steps are alike: one query token per request, the first the one just sampled. vLLM's base class
+captures such a loop, sampling included; here it begins at draft position 0 rather than 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.compilation.backends import set_model_tag
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.forward_context import BatchDescriptor, set_forward_context
+from vllm.logger import init_logger
+from vllm.v1.worker.gpu.dp_utils import DPSyncState, dispatch_cg_and_sync_dp
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
+from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import SpeculatorCudaGraphManager
+from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator import (
+    TargetDependentARSpeculator,
+    prepare_decode_inputs,
+)
+
+from vllm_quantspec.integration.backend import WINDOW_SUFFIX
+from vllm_quantspec.integration.draft_model import build_draft_model
+
+logger = init_logger("vllm.quantspec.speculator")
+
+
+class QuantSpecSpeculator(TargetDependentARSpeculator):
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        super().__init__(vllm_config, device)
+        # The base class carries hidden states from step to step; a row per request is all that it touches here.
+        self.hidden_states = self.hidden_states[: self.max_num_reqs].clone()
+        self.draft_to_target: dict[str, str] = {}
+
+    def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
+        config = self.speculative_config
+        with set_model_tag("quantspec_draft"):
+            draft = build_draft_model(
+                self.vllm_config,
+                target_model,
+                draft_weights=config.draft_weights,
+                weight_group_size=config.weight_group_size,
+                quantize_lm_head=config.quantize_lm_head,
+            )
+        self.draft_to_target = draft.attention_layers
+        return draft.model
+
+    def set_attn(self, *args, **kwargs) -> None:
+        # The draft reads the target's windows, so it needs their block tables in its metadata as well.
+        self.draft_attn_layer_names |= {target + WINDOW_SUFFIX for target in self.draft_to_target.values()}
+        super().set_attn(*args, **kwargs)
+
+    def _configure_decode_metadata_update(self) -> None:
+        DraftModelSpeculator._configure_decode_metadata_update(self)  # one draft step is a loop here, too
+
+    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        full = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
+        mode = CUDAGraphMode.FULL_DECODE_ONLY if full else CUDAGraphMode.NONE
+        self.decode_cudagraph_manager = SpeculatorCudaGraphManager(self.vllm_config, self.device, mode, decode_query_len=1)
+
+    def capture(self) -> None:
+        assert self.decode_cudagraph_manager is not None
+        self.idx_mapping.zero_()
+        self.decode_cudagraph_manager.capture(
+            self._generate_fused_drafts,
+            self.model_state,
+            self.input_buffers,
+            self.block_tables,
+            self.attn_groups,
+            self.kv_cache_config,
+            progress_bar_desc="Capturing draft CUDA graphs",
+            specialize_spec_tokens=self.speculative_config.uses_dynamic_speculative_decoding(),
+        )
+
+    @torch.inference_mode()
+    def propose(
+        self,
+        input_batch: InputBatch,
+        attn_metadata: dict[str, Any],
+        slot_mappings: dict[str, torch.Tensor],
+        last_hidden_states: torch.Tensor,
+        aux_hidden_states: list[torch.Tensor] | None,
+        num_sampled: torch.Tensor,
+        num_rejected: torch.Tensor,
+        last_sampled: torch.Tensor,
+        next_prefill_tokens: torch.Tensor,
+        temperature: torch.Tensor,
+        seeds: torch.Tensor,
+        dp_sync_state: DPSyncState | None = None,
+        dummy_run: bool = False,
+        skip_attn_for_dummy_run: bool = False,
+        mm_inputs=None,
+        is_profile: bool = False,
+        num_speculative_tokens: int | None = None,
+    ) -> torch.Tensor:
+        """Draft ``num_speculative_tokens`` tokens for each request; int64 [num_reqs, num_speculative_steps].
+
+        Args as in vLLM's ``BaseSpeculator.propose``; the target's hidden states and metadata are not needed.
+        """
+        num_reqs = input_batch.num_reqs
+        if num_speculative_tokens is None:
+            num_speculative_tokens = self.num_speculative_steps
+        if num_speculative_tokens == 0:
+            self.draft_tokens[:num_reqs].fill_(-1)
+            return self.draft_tokens[:num_reqs]
+        seq_lens_upper_bound = input_batch.seq_lens_cpu_upper_bound
+        self.draft_max_seq_len = min(int(seq_lens_upper_bound[:num_reqs].max()) + num_speculative_tokens, self.max_model_len)
+        self._copy_request_inputs(num_reqs, input_batch.idx_mapping, temperature, seeds, dummy_run=dummy_run)
+        self._prepare_first_step(input_batch, num_sampled, num_rejected, last_sampled, next_prefill_tokens)
+
+        sync, num_batch_tokens = None, num_reqs
+        if dp_sync_state is not None:
+            sync, num_batch_tokens = self._build_uniform_batch_dp_sync(dp_sync_state, num_reqs, num_query_per_req=1)
+        batch_desc, sync = dispatch_cg_and_sync_dp(
+            self.decode_cudagraph_manager,
+            num_reqs,
+            num_batch_tokens,
+            uniform_token_count=1,
+            dp_size=self.dp_size,
+            dp_rank=self.dp_rank,
+            need_eager=is_profile,
+            dp_sync_state=sync,
+        )
+        if self.decode_cudagraph_manager is not None:
+            batch_desc = self.decode_cudagraph_manager.specialize_spec_tokens(batch_desc, num_speculative_tokens)
+        self._fused_multi_step_decode(
+            num_reqs,
+            dummy_run and skip_attn_for_dummy_run,
+            batch_desc,
+            None if sync is None else sync.num_tokens_across_dp,
+            seq_lens_upper_bound,
+            num_speculative_tokens,
+        )
+        return self.draft_tokens[:num_reqs]
+
+    def _prepare_first_step(
+        self,
+        input_batch: InputBatch,
+        num_sampled: torch.Tensor,
+        num_rejected: torch.Tensor,
+        last_sampled: torch.Tensor,
+        next_prefill_tokens: torch.Tensor,
+    ) -> None:
+        """Write the draft's input buffers: the newest token of each request, at the position after its verified ones.
+
+        A request in the middle of its prompt has sampled nothing; its drafts are thrown away, whatever they are.
+        """
+        num_reqs, rows = input_batch.num_reqs, input_batch.idx_mapping
+        tokens = torch.where(num_sampled[:num_reqs] > 0, last_sampled.view(-1)[rows], next_prefill_tokens[0][rows])
+        last_verified = input_batch.seq_lens[:num_reqs] - num_rejected[:num_reqs] - 1
+        # vLLM's kernel advances both by one, as between two draft steps, and pads every buffer for CUDA graphs.
+        self.input_buffers.positions[:num_reqs] = last_verified
+        self.sample_src_positions[:num_reqs] = last_verified
+        self.current_draft_step.zero_()
+        prepare_decode_inputs(
+            tokens,
+            input_batch.seq_lens,
+            num_rejected,
+            self.input_buffers,
+            self.sample_src_positions,
+            self.max_model_len,
+            self.max_num_reqs,
+        )
+
+    def _generate_fused_drafts(
+        self,
+        num_reqs: int,
+        num_tokens_padded: int,
+        attn_metadata: dict[str, Any] | None,
+        slot_mappings: dict[str, torch.Tensor] | None,
+        num_tokens_across_dp: torch.Tensor | None,
+        cudagraph_runtime_mode: CUDAGraphMode,
+        num_speculative_steps: int,
+    ) -> None:
+        """All draft steps; what one CUDA graph captures. The kernels derive slots from positions: no slot mapping."""
+        for step in range(num_speculative_steps):
+            self.current_draft_step.fill_(step)
+            self._generate_draft(
+                num_reqs,
+                num_tokens_padded,
+                attn_metadata,
+                slot_mappings,
+                num_tokens_across_dp,
+                cudagraph_runtime_mode,
+                num_speculative_steps,
+            )
+
+    @torch.inference_mode()
+    def _run_model(
+        self,
+        num_tokens: int,
+        attn_metadata: dict[str, Any] | None,
+        slot_mappings: dict[str, torch.Tensor] | None,
+        num_tokens_across_dp: torch.Tensor | None,
+        cudagraph_runtime_mode: CUDAGraphMode = CUDAGraphMode.NONE,
+        mm_inputs=None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        with set_forward_context(
+            attn_metadata,
+            self.vllm_config,
+            num_tokens=num_tokens,
+            cudagraph_runtime_mode=cudagraph_runtime_mode,
+            num_tokens_across_dp=num_tokens_across_dp,
+            slot_mapping=slot_mappings,
+            batch_descriptor=BatchDescriptor(num_tokens=num_tokens),
+        ):
+            hidden_states = self.model(
+                input_ids=self.input_buffers.input_ids[:num_tokens],
+                positions=self.input_buffers.positions[:num_tokens],
+                inputs_embeds=None,
+            )
+        return hidden_states, hidden_states
