@@ -26,7 +26,36 @@ def build_parser() -> argparse.ArgumentParser:
         "--num-speculative-tokens", type=positive, default=4, metavar="N", help="tokens drafted per step; default: 4"
     )
     demo.add_argument("-v", "--verbose", action="store_true", help="show vLLM's own log")
+    add_estimate(commands)
     return parser
+
+
+def add_estimate(commands) -> None:
+    estimate = commands.add_parser(
+        "estimate",
+        help="memory and speed to expect of a model, from its config.json",
+        description="Say what a model needs on a GPU with and without QuantSpec, how many requests fit, and what speed "
+        "to expect. Speeds come from a cost model that was fitted to measurements on an H200.",
+    )
+    add = estimate.add_argument
+    add("model", metavar="MODEL", help="a config.json, the folder of one, or a hub id")
+    add("--gpu-memory", type=float, default=139.8, metavar="GIB", help="of one GPU; default: 139.8 (an H200)")
+    add("--bandwidth", type=float, default=4.26, metavar="TB/S", help="of a copy on it; default: 4.26 (an H200)")
+    add("--gpu-memory-utilization", type=float, default=0.92, metavar="F", help="as in vLLM; default: 0.92")
+    add("--tensor-parallel-size", type=positive, default=1, metavar="N", help="number of GPUs; default: 1")
+    add("--overhead", type=float, default=2.5, metavar="GIB", help="activations, CUDA graphs and so on; default: 2.5")
+    add("--context", type=positive, default=32768, metavar="N", help="tokens per request; default: 32768")
+    add("--batch", type=positive, default=1, metavar="N", help="requests at the same time; default: 1")
+    add("--group-size", type=int, choices=(64, 128), default=128, help="default: 128")
+    add("--acceptance", type=probability, default=0.93, metavar="P", help="accepted drafts per token; default: 0.93")
+    add("--num-speculative-tokens", type=positive, nargs="+", metavar="N", help="default: the best of 1 to 8")
+
+
+def probability(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError("must be between 0 and 1")
+    return value
 
 
 def positive(text: str) -> int:
@@ -67,6 +96,8 @@ def read_prompt(path: Path | None) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns its status: 0 done, 1 an engine failed, 2 wrong arguments, 130 interrupted."""
     arguments = build_parser().parse_args(argv)
+    if arguments.command == "estimate":
+        return run_estimate(arguments)
     try:
         model, prompt = resolve_model(arguments.model), read_prompt(arguments.prompt_file)
     except ValueError as error:
@@ -79,6 +110,17 @@ def main(argv: list[str] | None = None) -> int:
         return demo.run(job, verbose=arguments.verbose)
     except KeyboardInterrupt:
         return 130
+
+
+def run_estimate(arguments: argparse.Namespace) -> int:
+    from vllm_quantspec import estimate  # torch is not needed for --help
+
+    try:
+        estimate.report(arguments)
+    except ValueError as error:
+        print(f"vllm-quantspec: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":

@@ -10,12 +10,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from vllm.platforms import current_platform
 from vllm.utils.torch_utils import async_tensor_h2d
-from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 
 from vllm_quantspec.format import PageFormat
 from vllm_quantspec.kernels.gather_context import gather_context
+
+if current_platform.is_cuda():
+    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 
 # Dequantized keys and values of one piece of context, of all requests together.
 WORKSPACE_BYTES = 256 << 20

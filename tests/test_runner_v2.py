@@ -1,0 +1,88 @@
+"""The hooks into model runner V2 that can be checked without a GPU."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.worker.gpu import model_runner
+
+from vllm_quantspec.format import PageFormat
+from vllm_quantspec.integration import runner_v2
+from vllm_quantspec.integration.backend import QuantSpecMetadataBuilder, WindowMetadataBuilder
+from vllm_quantspec.integration.specs import make_specs
+from vllm_quantspec.integration.speculative_config import QuantSpecConfig
+
+
+@pytest.fixture
+def builder():
+    pages, _ = make_specs(PageFormat(2, 64), 4)
+    speculation = SimpleNamespace(num_speculative_tokens=4, parallel_drafting=False)
+    config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_seqs=8),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+        speculative_config=speculation,
+        num_speculative_tokens=4,
+    )
+    return QuantSpecMetadataBuilder(pages, ["layer"], config, torch.device("cpu"))
+
+
+def test_draft_counts_go_into_the_tensor_that_graphs_read(builder):
+    window = object.__new__(WindowMetadataBuilder)
+    groups = [[SimpleNamespace(metadata_builders=[builder])], [SimpleNamespace(metadata_builders=[window])], []]
+    runner = SimpleNamespace(attn_groups=groups)
+    address = builder.num_unverified.data_ptr()
+    runner_v2.set_draft_counts(runner, np.array([4, 0, 2], dtype=np.int32))
+    assert builder.num_unverified.tolist() == [4, 0, 2, 0, 0, 0, 0, 0]
+    runner_v2.set_draft_counts(runner, np.array([1], dtype=np.int32))
+    assert builder.num_unverified.tolist() == [1] + 7 * [0]
+    runner_v2.set_draft_counts(runner, None)
+    assert builder.num_unverified.tolist() == 8 * [0]
+    assert builder.num_unverified.data_ptr() == address
+
+
+def step(query_lens, seq_lens) -> CommonAttentionMetadata:
+    starts = torch.tensor([0, *np.cumsum(query_lens)], dtype=torch.int32)
+    return CommonAttentionMetadata(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
+        seq_lens_cpu_upper_bound=torch.tensor(seq_lens, dtype=torch.int32),
+        max_seq_len=max(seq_lens),
+        num_reqs=len(query_lens),
+        num_actual_tokens=sum(query_lens),
+        max_query_len=max(query_lens),
+        block_table_tensor=torch.zeros(len(query_lens), 8, dtype=torch.int32),
+        slot_mapping=torch.zeros(sum(query_lens), dtype=torch.int64),
+    )
+
+
+@pytest.mark.parametrize(
+    ("query_lens", "num_decodes", "max_query_len"),
+    [([5, 5, 5], 3, 5), ([5, 3, 1], 3, 5), ([5, 1, 40], 2, 5), ([2, 700, 9], 1, 2), ([6, 9], 0, 0)],
+)
+def test_rows_of_a_step(builder, query_lens, num_decodes, max_query_len):
+    """Up to 1 + num_speculative_tokens query tokens are a decode row; their number bounds the captured launch."""
+    metadata = builder.build(0, step(query_lens, [1000 + n for n in query_lens]))
+    assert (metadata.num_decodes, metadata.max_query_len) == (num_decodes, max_query_len)
+    assert metadata.num_decode_tokens == sum(query_lens[:num_decodes])
+    assert metadata.num_unverified.data_ptr() == builder.num_unverified.data_ptr()
+
+
+def test_only_quantspec_gets_our_speculator(monkeypatch):
+    built = []
+    original = model_runner.init_speculator
+    monkeypatch.setattr(runner_v2, "QuantSpecSpeculator", lambda *args: built.append(args) or "ours")
+    monkeypatch.setattr(model_runner, "init_speculator", lambda *args: "vllm's")
+    for name in ("get_kv_cache_spec", "prepare_inputs"):
+        monkeypatch.setattr(model_runner.GPUModelRunner, name, getattr(model_runner.GPUModelRunner, name))
+    monkeypatch.setattr(model_runner.GPUModelRunner, "_quantspec_installed", False, raising=False)
+    runner_v2.install()
+    ours = SimpleNamespace(speculative_config=object.__new__(QuantSpecConfig))
+    assert model_runner.init_speculator(ours, "cuda", None) == "ours" and built == [(ours, "cuda")]
+    assert model_runner.init_speculator(SimpleNamespace(speculative_config=object()), "cuda", None) == "vllm's"
+    installed = model_runner.init_speculator
+    runner_v2.install()
+    assert model_runner.init_speculator is installed  # once per process
+    assert original is not installed

@@ -1,0 +1,265 @@
+"""What a model needs with and without QuantSpec, and what it gains: arithmetic on a model's config.json.
+
+Memory is counted, speed is modelled: a step reads its bytes at a fraction of the GPU's bandwidth, and each layer costs a
+fixed time on top. The constants below reproduce benchmarks/results/end_to_end-8b.json (an H200) within 6 %.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from vllm_quantspec.format import PageFormat
+
+GIB = 2**30
+# A 16-bit scale and zero point per group of 128 weights.
+INT4_BITS = 4 + 32 / 128
+# Exact tokens that vLLM reserves room for per running request, as RecentWindowSpec does: two windows, and drafts.
+WINDOW_GROUPS, WINDOW_DRAFTS = 4, 8
+# Fractions of the copy bandwidth that each kind of reading reaches, and microseconds that it costs beside.
+LINEAR, LM_HEAD, INT4_LINEAR = 0.88, 1.0, 0.55
+ATTENTION = {"exact": (0.99, 12), "draft": (0.99, 10), "target, 1 row tile": (0.98, 11), "target": (0.835, 17)}
+# Norms, activations, rotary embedding, stores and launches, per layer; sampling and verification, per step.
+OTHER_US, VERIFY_MS = 18, 0.2
+
+
+@dataclass(frozen=True)
+class Model:
+    """Sizes of a dense decoder-only transformer; ``linear_weights`` and ``head_weights`` are numbers of weights."""
+
+    name: str
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    linear_weights: int
+    head_weights: int
+    embedding_weights: int
+    dtype: torch.dtype
+
+
+def read_model(path: str) -> Model:
+    """The sizes in a config.json (a file, its folder, or a hub id).
+
+    Raises:
+        ValueError: one sentence, where there is no configuration or it is not that of a dense decoder.
+    """
+    file = Path(path).expanduser()
+    file = file / "config.json" if file.is_dir() else file
+    if file.is_file():
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: not a JSON file ({error}).") from error
+    elif file.exists() or path.startswith(("/", ".", "~")) or path.count("/") > 1:
+        raise ValueError(f"{path}: no config.json there; give a config.json, its folder, or a hub id such as owner/name.")
+    else:
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(path).to_dict()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: its configuration cannot be loaded ({str(error).splitlines()[0]}).") from error
+    return model_from(config, path)
+
+
+def model_from(config: dict, name: str) -> Model:
+    """As ``read_model``, from the parsed configuration."""
+    text = config.get("text_config") or config
+    c = SimpleNamespace(**text)
+    missing = [
+        key
+        for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+        if not isinstance(text.get(key), int)
+    ]
+    experts = next((k for k in ("num_local_experts", "num_experts", "n_routed_experts") if text.get(k)), None)
+    if missing or experts:
+        what = f"no {missing[0]}" if missing else "a mixture of experts"
+        raise ValueError(f"{name}: the configuration has {what}; estimates are for dense decoder-only transformers.")
+    kv_heads = text.get("num_key_value_heads") or c.num_attention_heads
+    head_size = text.get("head_dim") or c.hidden_size // c.num_attention_heads
+    attention = c.hidden_size * head_size * (2 * c.num_attention_heads + 2 * kv_heads)
+    vocabulary = c.vocab_size * c.hidden_size
+    dtype = getattr(torch, str(text.get("dtype") or text.get("torch_dtype") or "bfloat16"), torch.bfloat16)
+    return Model(
+        name,
+        c.num_hidden_layers,
+        c.num_attention_heads,
+        kv_heads,
+        head_size,
+        c.num_hidden_layers * (attention + 3 * c.hidden_size * c.intermediate_size),
+        vocabulary,
+        0 if text.get("tie_word_embeddings") else vocabulary,
+        dtype if dtype.itemsize == 2 else torch.bfloat16,
+    )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU, and how many tokens fit."""
+
+    weights: float
+    int4_weights: float
+    kv_bytes_per_token: float
+    quantspec_bytes_per_token: float
+    window_bytes_per_request: float
+    free: float
+    free_with_draft: float
+
+    def requests(self, context: int, *, quantspec: bool, draft: bool = True) -> int:
+        """Requests of ``context`` tokens that are held at once."""
+        if not quantspec:
+            return max(0, int(self.free // (self.kv_bytes_per_token * context)))
+        free = self.free_with_draft if draft else self.free
+        return max(0, int(free // (self.quantspec_bytes_per_token * context + self.window_bytes_per_request)))
+
+
+def memory(
+    model: Model, gpu_memory: float, utilization: float, tensor_parallel_size: int, group_size: int, overhead: float
+) -> Memory:
+    """Memory of one of ``tensor_parallel_size`` GPUs with ``gpu_memory`` bytes.
+
+    Args:
+        utilization: vLLM's ``--gpu-memory-utilization``.
+        overhead: bytes for activations, CUDA graphs and the rest.
+
+    Raises:
+        ValueError: the KV heads do not divide among the GPUs.
+    """
+    tp = tensor_parallel_size
+    if model.num_kv_heads % tp and tp % model.num_kv_heads:
+        raise ValueError(f"{model.num_kv_heads} KV heads do not divide among {tp} GPUs; choose another number.")
+    fmt = PageFormat(max(1, model.num_kv_heads // tp), model.head_size, group_size, model.dtype)
+    weights = (model.linear_weights + model.head_weights + model.embedding_weights) * model.dtype.itemsize / tp
+    int4 = model.linear_weights * INT4_BITS / 8 / tp
+    free = gpu_memory * utilization - weights - overhead
+    window_blocks = -(-(WINDOW_GROUPS * group_size + WINDOW_DRAFTS) // fmt.window_block_size) + 1
+    return Memory(
+        weights,
+        int4,
+        model.num_layers * fmt.num_kv_heads * 2 * model.head_size * model.dtype.itemsize,
+        model.num_layers * fmt.bytes_per_token("target"),
+        model.num_layers * window_blocks * fmt.page_bytes,
+        max(0.0, free),
+        max(0.0, free - int4),
+    )
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Milliseconds per token and sequence."""
+
+    exact: float
+    cache: float
+    draft_step: float
+    cycle: float
+    tokens_per_cycle: float
+
+    @property
+    def quantspec(self) -> float:
+        return self.cycle / self.tokens_per_cycle
+
+
+def speed(
+    model: Model,
+    bandwidth: float,
+    context: int,
+    batch: int,
+    tensor_parallel_size: int,
+    group_size: int,
+    acceptance: float,
+    num_speculative_tokens: int,
+) -> Speed:
+    """Decode times by the cost model: bytes over bandwidth plus fixed costs; communication is not in it.
+
+    Args:
+        bandwidth: bytes per second that a copy on this GPU reads and writes (an H200: 4.26e12).
+        acceptance: probability that a draft is accepted, given that those before it were.
+    """
+    tp, rows = tensor_parallel_size, num_speculative_tokens + 1
+    fmt = PageFormat(max(1, model.num_kv_heads // tp), model.head_size, group_size, model.dtype)
+    other = OTHER_US * model.num_layers / 1e3
+
+    def read_ms(num_bytes: float, fraction: float) -> float:
+        return num_bytes / tp / (bandwidth * fraction) * 1e3
+
+    def attention_ms(kind: str, bytes_per_token: float) -> float:
+        fraction, fixed = ATTENTION[kind]
+        return model.num_layers * (context * batch * bytes_per_token / (bandwidth * fraction) * 1e3 + fixed / 1e3)
+
+    linears = read_ms(model.linear_weights * model.dtype.itemsize, LINEAR)
+    head = read_ms(model.head_weights * model.dtype.itemsize, LM_HEAD)
+    base = linears + head + other
+    exact_bytes = fmt.num_kv_heads * 2 * model.head_size * model.dtype.itemsize
+    # Up to 8 query rows of one KV head are one tile of the tensor cores.
+    few = rows * model.num_heads // model.num_kv_heads <= 8
+    target, draft = fmt.bytes_per_token("target"), fmt.bytes_per_token("draft")
+    draft_step = read_ms(model.linear_weights * INT4_BITS / 8, INT4_LINEAR) + head + other + attention_ms("draft", draft)
+    verify = base + VERIFY_MS + attention_ms("target, 1 row tile" if few else "target", target)
+    expected = rows if acceptance == 1 else (1 - acceptance**rows) / (1 - acceptance)
+    return Speed(
+        exact=base + attention_ms("exact", exact_bytes),
+        cache=base + attention_ms("target, 1 row tile", target),
+        draft_step=draft_step,
+        cycle=num_speculative_tokens * draft_step + verify,
+        tokens_per_cycle=expected,
+    )
+
+
+def report(arguments, file=None) -> None:
+    """Print the estimate for the command line's arguments (see ``cli.py``)."""
+    file = file or sys.stdout
+    model = read_model(arguments.model)
+    tp, group = arguments.tensor_parallel_size, arguments.group_size
+    m = memory(model, arguments.gpu_memory * GIB, arguments.gpu_memory_utilization, tp, group, arguments.overhead * GIB)
+
+    def line(label: str, text: str) -> None:
+        print(f"  {label:<34}{text}", file=file)
+
+    print(f"{model.name} on {tp} GPU{'s' * (tp > 1)} with {arguments.gpu_memory:g} GiB each\n", file=file)
+    print("memory, per GPU", file=file)
+    line("weights", f"{m.weights / GIB:.2f} GiB")
+    line("INT4 copy for drafting", f"{m.int4_weights / GIB:.2f} GiB (none with draft_weights=target)")
+    line("KV cache, 16 bits", f"{m.kv_bytes_per_token / 1024:.1f} KiB per token")
+    line("KV cache, QuantSpec", f"{m.quantspec_bytes_per_token / 1024:.1f} KiB per token")
+    line("recent window, QuantSpec", f"{m.window_bytes_per_request / 2**20:.0f} MiB per running request")
+    line("free for the cache", f"{m.free / GIB:.1f} GiB, {m.free_with_draft / GIB:.1f} GiB beside the INT4 copy")
+    if m.free_with_draft == 0:
+        print("\nThe model does not fit; use more GPUs or larger ones.", file=file)
+        return
+    context, batch = arguments.context, arguments.batch
+    print(f"\nrequests of {context} tokens that fit", file=file)
+    for label, kwargs in (
+        ("16 bits", {"quantspec": False}),
+        ("QuantSpec's cache alone", {"quantspec": True, "draft": False}),
+        ("QuantSpec", {"quantspec": True}),
+    ):
+        line(label, str(m.requests(context, **kwargs)))
+    if m.requests(context, quantspec=True) < batch:
+        line("", f"fewer than --batch {batch}: requests will wait or be preempted")
+    print(
+        f"\ndecoding {batch} x {context} tokens at {arguments.bandwidth:g} TB/s, predicted (ms per token of each request)",
+        file=file,
+    )
+    times = {}
+    for gamma in arguments.num_speculative_tokens or range(1, 9):
+        times[gamma] = speed(
+            model, arguments.bandwidth * 1e12, context, batch, tp, group, arguments.acceptance, gamma
+        )  # fmt: skip
+    best = min(times, key=lambda g: times[g].quantspec)
+    t = times[best]
+    line("16 bits, FlashAttention", f"{t.exact:.2f}")
+    line("QuantSpec's cache alone", f"{t.cache:.2f}, {t.exact / t.cache:.2f}x")
+    line(
+        f"QuantSpec, {best} tokens drafted",
+        f"{t.quantspec:.2f}, {t.exact / t.quantspec:.2f}x at {arguments.acceptance:g} accepted per token "
+        f"({t.tokens_per_cycle:.2f} tokens per verification)",
+    )
+    line("one draft step", f"{t.draft_step:.2f}, {t.exact / t.draft_step:.2f}x less than a step in 16 bits")
+    if t.quantspec > min(t.exact, t.cache):
+        print("\nDrafting does not pay here; the cache alone (--attention-backend QUANTSPEC) may.", file=file)
