@@ -5,14 +5,11 @@ Acceptance at position i: of all drafts verified, the share whose first i tokens
 KL: of the next-token distributions of the QUANTSPEC cache from those of vLLM's exact cache, over the same text.
 
     python benchmarks/acceptance.py [--model DIR] [--contexts 4096 16384] [--excerpts 8] [--tokens 256] [--temperature T]
-        [--draft-weights target] [--draft-kv int8] [--weight-group-size 64] [--kl]
+        [--draft-weights target] [--draft-kv int8] [--weight-group-size 64] [--group-size 64] [--kl]
 """
 
 import argparse
-import gc
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the model is at hand, for --kl
@@ -20,27 +17,10 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 import torch
-from common import write_json
+from common import TEXT_HELP, engine, excerpts, read_texts, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
-
-
-@contextmanager
-def engine(model: str, max_model_len: int, **kwargs) -> Iterator:
-    """An engine that frees everything on exit: the next one starts in the same process."""
-    from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    size = {"max_model_len": max_model_len, "max_num_seqs": 8, "enforce_eager": True, "disable_log_stats": False}
-    llm = LLM(model, **{**size, **kwargs})
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
 
 
 # --- Acceptance -------------------------------------------------------------------------------------------------------
@@ -51,12 +31,6 @@ def counts(llm) -> list[int]:
     metrics = {m.name: m for m in llm.get_metrics() if m.name.startswith("vllm:spec_decode")}
     accepted = metrics["vllm:spec_decode_num_accepted_tokens_per_pos"].values
     return [int(metrics["vllm:spec_decode_num_drafts"].value), *map(int, accepted)]
-
-
-def excerpts(tokens: list[int], context: int, number: int) -> list[list[int]]:
-    """``number`` excerpts of ``context`` tokens, spread evenly over a text (they overlap where it is short)."""
-    last = max(len(tokens) - context, 0)
-    return [tokens[start : start + context] for start in (last * (2 * i + 1) // (2 * number) for i in range(number))]
 
 
 def measure(llm, prompts: list[list[int]], num_tokens: int, temperature: float) -> list[int]:
@@ -142,7 +116,7 @@ def show(row: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=SHARED / "models/books-30m")
-    parser.add_argument("--text", type=Path, default=SHARED / "data/books", help="a folder of *.txt")
+    parser.add_argument("--text", type=Path, default=SHARED / "data/books", help=TEXT_HELP)
     parser.add_argument("--contexts", type=int, nargs="+", default=[4096, 16384])
     parser.add_argument("--excerpts", type=int, default=8, help="of each novel")
     parser.add_argument("--tokens", type=int, default=256, help="generated from each excerpt")
@@ -151,6 +125,7 @@ def main() -> None:
     parser.add_argument("--draft-weights", choices=["int4", "target"], default="int4")
     parser.add_argument("--draft-kv", choices=["int4", "int8"], default="int4")
     parser.add_argument("--weight-group-size", type=int, default=128)
+    parser.add_argument("--group-size", type=int, default=128, help="tokens per page, and per group of keys")
     parser.add_argument("--quantize-lm-head", action="store_true")
     parser.add_argument("--kl", action="store_true", help="measure the cache's error, not acceptance")
     parser.add_argument("--kl-tokens", type=int, default=16384)
@@ -161,7 +136,7 @@ def main() -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    novels = {p.stem: tokenizer.encode(p.read_text(encoding="utf-8")) for p in sorted(args.text.glob("*.txt"))}
+    novels = {name: tokenizer.encode(text) for name, text in read_texts(args.text).items()}
     kind = "cache_error" if args.kl else "acceptance"
     output = args.output or ROOT / f"benchmarks/results/{kind}-{args.model.name}.json"
 
@@ -187,6 +162,7 @@ def main() -> None:
         "draft_weights": args.draft_weights,
         "draft_kv": args.draft_kv,
         "weight_group_size": args.weight_group_size,
+        "group_size": args.group_size,
         "quantize_lm_head": args.quantize_lm_head,
     }
     rows = []
