@@ -101,6 +101,12 @@ def check_config(config: VllmConfig) -> None:
         check_gpu(config, current_platform)
     if config.speculative_config is not None:
         check_speculation(config)
+    if current_platform.is_cpu() and config.parallel_config.pipeline_parallel_size > 1:
+        # Its runner never allocates what a later stage receives (GPUModelRunner.intermediate_tensors).
+        raise ValueError(
+            "quantspec: vLLM's CPU engine fails at the first request with pipeline parallelism, whatever the KV cache; "
+            "drop --pipeline-parallel-size, or use --tensor-parallel-size."
+        )
 
 
 def check_gpu(config: VllmConfig, platform) -> None:

@@ -1,0 +1,102 @@
+"""Engines of two workers say what one of one says: as processes, and as actors of Ray on two nodes."""
+
+import secrets
+import sys
+from importlib.util import find_spec
+
+import pytest
+from engine_tools import assert_same_or_tied, engine, generate, quantspec, speculation_counts
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+
+pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="two workers of the CPU engine; GPUs are not shared")
+
+TIE = 0.125  # nats; two workers add up bfloat16 products in another order
+MAX_TOKENS = 40
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cores():
+    """Two workers that both want the same core wait for each other most of the time: bind neither."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def expected(books_4m, passage):
+    """Prompts below one page, of some pages and of many, and what an engine of one worker answers."""
+    with engine(books_4m, **quantspec()) as llm:
+        encode = llm.get_tokenizer().encode
+        prompts = [encode(passage[700 * i : 700 * i + size]) for i, size in enumerate((300, 1500, 6000))]
+        return prompts, generate(llm, prompts, MAX_TOKENS)
+
+
+def check(model, expected, what, **kwargs):
+    prompts, answers = expected
+    with engine(model, tensor_parallel_size=2, **kwargs, **quantspec()) as llm:
+        actual = generate(llm, prompts, MAX_TOKENS)
+        drafts, accepted = speculation_counts(llm)
+    assert_same_or_tied(answers, actual, TIE, what)
+    assert accepted[0] > drafts / 2  # each worker quantized its own half of the weights
+
+
+def test_processes(books_4m, expected):
+    check(books_4m, expected, "mp")
+
+
+def place_workers_by_cpu(setattr=setattr):
+    """vLLM's Ray executor asks for an accelerator per worker and its CPU platform names none: let it ask for a CPU."""
+    import ray
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.executor.ray_executor_v2 import RayExecutorV2, RayWorkerProc
+
+    setattr(CpuPlatform, "ray_device_key", "CPU")
+    setattr(RayExecutorV2, "_get_actor_resource_kwargs", staticmethod(lambda: {"num_gpus": 0}))
+    setattr(RayWorkerProc, "get_node_and_physical_gpu_ids", lambda self: (ray.get_runtime_context().get_node_id(), []))
+
+
+@pytest.fixture
+def ray_cluster(monkeypatch):
+    """A Ray cluster of two nodes on this machine, one CPU each: one worker shares the engine's memory, one does not."""
+    if find_spec("ray") is None:
+        pytest.skip("Ray is not installed: pip install 'vllm-quantspec[ray]'")
+    import ray
+    from ray._raylet import AuthenticationTokenLoader, Config
+    from ray.cluster_utils import Cluster
+
+    def read_environment():  # Ray did, when vLLM imported it
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
+
+    # Its ports are open to the network; and a token from here leaves the home directory's alone.
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    read_environment()
+
+    place_workers_by_cpu(monkeypatch.setattr)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers do not find the tests
+    node = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=node)
+    try:
+        cluster.add_node(**node)
+        ray.init(address=cluster.address, runtime_env={"worker_process_setup_hook": place_workers_by_cpu})
+        yield ray
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+        ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+        monkeypatch.undo()
+        read_environment()
+
+
+def test_ray(books_4m, expected, ray_cluster):
+    assert [node["Resources"]["CPU"] for node in ray_cluster.nodes()] == [1, 1]
+    check(books_4m, expected, "Ray", distributed_executor_backend="ray")
+
+
+def test_pipeline_stages_are_refused(books_4m):
+    """vLLM 0.32's CPU engine dies at the first request of any pipeline, whatever the cache."""
+    with pytest.raises(ValueError, match="^quantspec: [^\n]*pipeline parallelism[^\n]*; drop --pipeline-parallel-size"):
+        EngineArgs(model=books_4m, attention_backend="QUANTSPEC", pipeline_parallel_size=2).create_engine_config()
