@@ -1,11 +1,14 @@
-"""Two repairs of vLLM 0.32's rejection sampler on the CPU, without which drafts are only right at temperature 0.
+"""Three repairs of vLLM 0.32's rejection sampler on the CPU, without which drafts are only right at temperature 0.
 
 - `expand_batch_to_tokens` gives each draft token its request's temperature, top-k or top-p. The CPU's kernel for it writes
   into an integer copy of its output, so the sampler divides the logits by uninitialized memory.
 - `apply_sampling_constraints` with top-k alone fails in a step without drafts: it asks for the maximum of nothing.
+- `_rejection_random_sample` must reject a placeholder (-1: the scheduler expected a draft and nobody made one). The CPU's
+  kernel reads the number before the placeholder's row as its probability: it may accept it, and a wrong token follows.
 """
 
 import functools
+import math
 
 import torch
 from vllm.v1.sample import rejection_sampler
@@ -20,8 +23,32 @@ def expand_batch_to_tokens(
     return x.repeat_interleave(counts, output_size=num_tokens)
 
 
+class RejectPlaceholders:
+    """Launches vLLM's `_rejection_random_sample`; an object because vLLM asks that launcher for other things as well."""
+
+    def __init__(self, launcher):
+        self.launcher = launcher
+
+    def __getattr__(self, name):
+        return getattr(self.launcher, name)
+
+    def __call__(self, output_token_ids, cu_num_draft_tokens, draft_token_ids, draft_probs, target_probs, *args):
+        bonus_token_ids, recovered_token_ids, uniform_probs, *others = args
+        self.launcher(
+            output_token_ids,
+            cu_num_draft_tokens,
+            draft_token_ids.clamp_min(0),
+            draft_probs,
+            target_probs,
+            bonus_token_ids,
+            recovered_token_ids,
+            uniform_probs.masked_fill(draft_token_ids < 0, math.inf),  # no ratio of probabilities reaches it
+            *others,
+        )
+
+
 def install() -> None:
-    """Replace the two functions where the platform is the CPU, once per process."""
+    """Replace the three functions where the platform is the CPU, once per process."""
     from vllm.platforms import current_platform
 
     original = rejection_sampler.apply_sampling_constraints
@@ -35,5 +62,6 @@ def install() -> None:
         return original(logits, cu_num_draft_tokens, sampling_metadata)
 
     apply_sampling_constraints._quantspec = True
+    rejection_sampler._rejection_random_sample = RejectPlaceholders(rejection_sampler._rejection_random_sample)
     rejection_sampler.apply_sampling_constraints = apply_sampling_constraints
     rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens

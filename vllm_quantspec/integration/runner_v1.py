@@ -1,6 +1,6 @@
-"""Hooks into model runner V1 (the CPU engine's): the window's cache, the number of drafts per row, the proposer.
+"""Hooks into model runner V1 (the CPU engine's): the window's cache, the drafts of each row, the proposer.
 
-vLLM has no public hook for any of the three in 0.32; each replaces one method, and does nothing for other engines.
+vLLM has no public hook for any of them in 0.32; each replaces one method, and does nothing for other engines.
 """
 
 from __future__ import annotations
@@ -31,14 +31,31 @@ def set_draft_counts(runner, scheduler_output) -> None:
             builder.num_unverified[: len(counts)] = counts
 
 
+def give_placeholders_probs(runner, num_draft_tokens: list[int]) -> None:
+    """Give requests that nobody drafted for a row of draft probabilities: zero, which rejects every token.
+
+    The scheduler pads a request that has one token left to compute after a prefix-cache hit with placeholders for drafts.
+    vLLM finds no probabilities for it, and then verifies the whole batch without: fewer drafts are accepted.
+    """
+    probs, known = runner._draft_probs, runner._draft_prob_req_ids
+    if probs is None or known is None:
+        return
+    rows = zip(runner.input_batch.req_ids, num_draft_tokens, strict=False)
+    missing = [req_id for req_id, num_draft in rows if num_draft and req_id not in known]
+    if missing:
+        runner._draft_probs = torch.cat([probs, probs.new_zeros(len(missing), *probs.shape[1:])])
+        runner._draft_prob_req_ids = [*known, *missing]
+
+
 def install() -> None:
-    """Replace the three methods, once per process."""
+    """Replace the four methods, once per process."""
     if getattr(GPUModelRunner, "_quantspec_installed", False):
         return
     GPUModelRunner._quantspec_installed = True
 
     get_kv_cache_spec = GPUModelRunner.get_kv_cache_spec
     prepare_inputs = GPUModelRunner._prepare_inputs
+    get_draft_probs = GPUModelRunner._get_spec_decode_draft_probs
 
     @functools.wraps(get_kv_cache_spec)
     def get_kv_cache_spec_with_windows(self):
@@ -53,10 +70,16 @@ def install() -> None:
         set_draft_counts(self, scheduler_output)
         return prepare_inputs(self, scheduler_output, *args, **kwargs)
 
+    @functools.wraps(get_draft_probs)
+    def get_draft_probs_of_all(self, spec_decode_metadata):
+        give_placeholders_probs(self, spec_decode_metadata.num_draft_tokens)
+        return get_draft_probs(self, spec_decode_metadata)
+
     def new_proposer(cls, vllm_config, *args, **kwargs):
         ours = cls is DraftModelProposer and isinstance(vllm_config.speculative_config, QuantSpecConfig)
         return object.__new__(QuantSpecProposer if ours else cls)
 
     GPUModelRunner.get_kv_cache_spec = get_kv_cache_spec_with_windows
     GPUModelRunner._prepare_inputs = prepare_inputs_with_draft_counts
+    GPUModelRunner._get_spec_decode_draft_probs = get_draft_probs_of_all
     DraftModelProposer.__new__ = new_proposer
