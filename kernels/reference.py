@@ -29,6 +29,8 @@ from vllm_quantspec.format import (
 
 # fp32 codes that one chunk of `decode_attention` unpacks at a time; keys, then values, stay in the L2 cache.
 CHUNK_BYTES = 2 << 20
+# Multiples to which a CPU prefill pads its queries, and the tokens before them.
+PREFILL_PADDING, CONTEXT_PADDING = 64, 256
 # Attention scores that one block of `prefill_attention` may hold, in elements of one query head.
 PREFILL_SCORES = 1 << 25
 
@@ -444,12 +446,25 @@ def _causal_suffix(q, k, v, softmax_scale):
 
 
 def _causal_suffix_cpu(q, k, v, softmax_scale):
-    """The same without a mask: what lies before q, and q itself, by the fused kernel, joined by their log-sum-exps."""
+    """The same without a mask: what lies before q, and q itself, by the fused kernel, joined by their log-sum-exps.
+
+    Lengths are padded, since PyTorch keeps what it has compiled for each length: a server's memory would grow with every
+    new one.
+    """
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    first = k.shape[2] - q.shape[2]
-    own, own_lse = flash(q, k[:, :, first:], v[:, :, first:], 0.0, True, scale=softmax_scale)
-    if first == 0:
-        return own
-    old, old_lse = flash(q, k[:, :, :first], v[:, :, :first], 0.0, False, scale=softmax_scale)
-    weight = torch.sigmoid(own_lse - old_lse)[..., None]
-    return torch.lerp(old.float(), own.float(), weight).to(q.dtype)
+    num_tokens = q.shape[2]
+    first = k.shape[2] - num_tokens
+    own = (0, 0, 0, -num_tokens % PREFILL_PADDING)
+    # Rows and keys past the end come after all others: no row sees them that is not cut off again.
+    q, own_k, own_v = (F.pad(x, own) for x in (q, k[:, :, first:], v[:, :, first:]))
+    out, own_lse = flash(q, own_k, own_v, 0.0, True, scale=softmax_scale)
+    if first:
+        pad = -first % CONTEXT_PADDING
+        old_k, old_v = (F.pad(x[:, :, :first], (0, 0, 0, pad)) for x in (k, v))
+        mask = torch.zeros(first + pad, dtype=q.dtype)
+        mask[first:] = -torch.inf
+        mask = mask.expand(1, 1, q.shape[2], -1) if pad else None
+        old, old_lse = flash(q, old_k, old_v, 0.0, False, attn_mask=mask, scale=softmax_scale)
+        weight = torch.sigmoid(own_lse - old_lse)[..., None]
+        out = torch.lerp(old.float(), out.float(), weight).to(q.dtype)
+    return out[:, :, :num_tokens]
