@@ -33,6 +33,11 @@ from vllm_quantspec.config import GROUP_SIZES, HEAD_SIZES
 from vllm_quantspec.format import PageFormat
 from vllm_quantspec.integration.backend_name import NAME
 
+if current_platform.is_cpu():
+    from vllm_quantspec.integration import attention_cpu as attention
+else:
+    from vllm_quantspec.integration import attention_gpu as attention
+
 WINDOW_SUFFIX = ".window"
 
 
@@ -237,11 +242,6 @@ class QuantSpecImpl(AttentionImpl):
         )
         self.num_speculative_tokens = num_speculative_tokens(vllm_config)
         self.draft_kv = getattr(vllm_config.speculative_config, "draft_kv", "int4")
-        if current_platform.is_cpu():
-            from vllm_quantspec.integration import attention_cpu as attention
-        else:
-            from vllm_quantspec.integration import attention_gpu as attention
-        self.attention = attention
         attention.prepare(self)
 
     def forward(
@@ -266,13 +266,13 @@ class QuantSpecImpl(AttentionImpl):
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("quantspec: fused output quantization is not supported.")
         if attn_metadata is None:  # memory profiling
-            self.attention.reserve(self, query)
+            attention.reserve(self, query)
             return output
         owner = layer.kv_sharing_target_layer_name
         context = get_forward_context()
         window_name = (owner or layer.layer_name) + WINDOW_SUFFIX
         num_tokens = attn_metadata.num_actual_tokens
-        self.attention.attend(
+        attention.attend(
             self,
             attn_metadata,
             kv_cache.squeeze(2),
