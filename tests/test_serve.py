@@ -244,7 +244,8 @@ def test_structured_output(servers, tokens, name):
     body = {"max_tokens": 60, "structured_outputs": constraint}
     for prompt in prompts:
         on, off = (server.complete(prompt, **body, **LOGPROBS) for server in servers)
-        assert on["choices"][0]["finish_reason"] == "stop" and obeys(on["choices"][0]["text"]), on["choices"]
+        (choice,) = on["choices"]  # a small model may repeat itself until max_tokens, here as without speculation
+        assert choice["finish_reason"] == "length" or obeys(choice["text"]), choice["text"]
         assert_same_or_tied(answers(off), answers(on), FROM_CACHE, name)
     server = servers[0]
     with ThreadPoolExecutor(8) as pool:
