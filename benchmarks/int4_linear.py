@@ -146,7 +146,8 @@ def time_shape(method, weights, shape, tokens, rep=20):
 
 
 def tune(names, tokens):
-    from vllm_quantspec.kernels.int4_linear import Plan, _compile, choose_plan
+    from vllm_quantspec.kernels.int4_linear import SOURCE, Plan, choose_plan, macros_of
+    from vllm_quantspec.kernels.nvrtc import compile_source
 
     architecture = "sm_{}{}".format(*torch.cuda.get_device_capability())
     for name, shape in (SHAPES | LM_HEAD).items():
@@ -176,7 +177,8 @@ def tune(names, tokens):
                     options += [plan._replace(stages=stages)] if stages >= 2 else []
             options = list(dict.fromkeys(options))
             with ThreadPoolExecutor(16) as pool:
-                list(pool.map(lambda plan: _compile(plan, GROUP, True, architecture), options))
+                macros = [tuple(macros_of(plan, GROUP, True).items()) for plan in options]
+                list(pool.map(lambda m: compile_source(SOURCE, m, architecture), macros))
             for plan in options:
                 try:
                     times[plan] = time_shape(Ours(plan), weights, shape, count, 4)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from vllm_quantspec.format import PageFormat
+from vllm_quantspec.kernels import nvrtc
 
 SOURCE = Path(__file__).with_suffix(".cu")
 MAX_REQUESTS = 1024
@@ -94,7 +95,7 @@ def decode_attention(
         )
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
         stream = torch.cuda.current_stream().cuda_stream
-        _call("cuLaunchKernel", function, grid, 1, 1, block, 1, 1, shared_bytes, stream, ctypes.addressof(pointers), 0)
+        nvrtc.call("cuLaunchKernel", function, grid, 1, 1, block, 1, 1, shared_bytes, stream, ctypes.addressof(pointers), 0)
     return out
 
 
@@ -139,15 +140,6 @@ def _check(
 
 
 # --- Compiling --------------------------------------------------------------------------------------------------------
-
-
-def _call(name: str, *args):
-    from cuda.bindings import driver, nvrtc
-
-    error, *results = getattr(nvrtc if name.startswith("nvrtc") else driver, name)(*args)
-    if int(error):
-        raise RuntimeError(f"{name} failed: {error!r}.")
-    return results[0] if len(results) == 1 else results
 
 
 def _bytes_per_warp(fmt: PageFormat, code_bits: int, tiles: int, stages: int) -> int:
@@ -207,35 +199,11 @@ def _kernel(
         "STAGES": stages,
         "IS_BF16": int(fmt.dtype == torch.bfloat16),
     }
-    cubin = _compile(tuple(macros.items()), f"sm_{properties.major}{properties.minor}")
-    torch.cuda.current_stream()  # makes sure that the primary context is current
-    function = _call("cuModuleGetFunction", _call("cuModuleLoadData", cubin), b"decode_attention")
     shared_bytes = warps * _bytes_per_warp(fmt, code_bits, tiles, stages)
-    from cuda.bindings import driver
-
-    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    _call("cuFuncSetAttribute", function, attribute, shared_bytes)
+    function = nvrtc.load(SOURCE, macros, device, shared_bytes)
     grid, rows = properties.multi_processor_count, 8 * tiles
     sizes = grid * 2 * rows * (fmt.head_size + 2), grid * warps * rows * (fmt.head_size + 4)
     return function, grid, 32 * warps, shared_bytes, sizes
-
-
-@cache
-def _compile(macros: tuple[tuple[str, int], ...], architecture: str) -> bytes:
-    from cuda.bindings import nvrtc
-
-    options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{name}={value}" for name, value in macros)]
-    options = [x.encode() for x in options]
-    program = _call("nvrtcCreateProgram", SOURCE.read_bytes(), b"decode_attention.cu", 0, [], [])
-    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
-    if int(error):
-        log = b" " * _call("nvrtcGetProgramLogSize", program)
-        _call("nvrtcGetProgramLog", program, log)
-        raise RuntimeError(f"decode_attention.cu did not compile for {architecture}:\n{log.decode()}")
-    cubin = b" " * _call("nvrtcGetCUBINSize", program)
-    _call("nvrtcGetCUBIN", program, cubin)
-    _call("nvrtcDestroyProgram", program)
-    return cubin
 
 
 _workspaces: dict[int, list[torch.Tensor]] = {}

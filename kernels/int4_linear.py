@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from vllm_quantspec.kernels import nvrtc
 from vllm_quantspec.weights import GROUP_SIZES
 
 SOURCE = Path(__file__).with_suffix(".cu")
@@ -290,7 +291,7 @@ def launch(
         )
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
         config.gridDimY, config.hStream = token_blocks, stream
-        _call("cuLaunchKernelEx", config, function, ctypes.addressof(pointers), 0)
+        nvrtc.call("cuLaunchKernelEx", config, function, ctypes.addressof(pointers), 0)
     return out
 
 
@@ -342,13 +343,20 @@ def _wide_plan(tiles: int, chunks: int, groups: int, tokens: int, sms: int, shar
     return plan._replace(stages=max(2, min(stages, 6)))
 
 
-def _call(name: str, *args):
-    from cuda.bindings import driver, nvrtc
-
-    error, *results = getattr(nvrtc if name.startswith("nvrtc") else driver, name)(*args)
-    if int(error):
-        raise RuntimeError(f"{name} failed: {error!r}.")
-    return results[0] if len(results) == 1 else results
+def macros_of(plan: Plan, group_size: int, bf16: bool) -> dict[str, int]:
+    """What the kernel's source is compiled with."""
+    return {
+        "GROUP_SIZE": group_size,
+        "IS_BF16": int(bf16),
+        "WARPS": plan.warps,
+        "STAGES": plan.stages,
+        "TILES": plan.tiles,
+        "TOKEN_TILES": plan.token_tiles,
+        "SPLITS": plan.splits,
+        "BATCH": plan.batch,
+        "WIDE": int(plan.wide),
+        "MIN_CTAS": plan.min_ctas,
+    }
 
 
 @cache
@@ -361,12 +369,8 @@ def _kernel(plan: Plan, group_size: int, bf16: bool, device: int):
         raise RuntimeError(supported(128, 16, 128, torch.bfloat16, (properties.major, properties.minor)))
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError("Run int4_linear once with these shapes before capturing it in a CUDA graph.")
-    cubin = _compile(plan, group_size, bf16, f"sm_{properties.major}{properties.minor}")
-    torch.cuda.current_stream()  # makes sure that the primary context is current
-    function = _call("cuModuleGetFunction", _call("cuModuleLoadData", cubin), b"int4_linear")
     shared_bytes = plan.shared_bytes(group_size)
-    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    _call("cuFuncSetAttribute", function, attribute, shared_bytes)
+    function = nvrtc.load(SOURCE, macros_of(plan, group_size, bf16), device, shared_bytes)
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = plan.blocks, 1, plan.splits
     config.blockDimX, config.blockDimY, config.blockDimZ = 32 * (plan.warps + (4 if plan.wide else 1)), 1, 1
@@ -379,36 +383,6 @@ def _kernel(plan: Plan, group_size: int, bf16: bool, device: int):
         attribute.value = value
         config.attrs, config.numAttrs = [attribute], 1
     return function, config
-
-
-@cache
-def _compile(plan: Plan, group_size: int, bf16: bool, architecture: str) -> bytes:
-    from cuda.bindings import nvrtc
-
-    macros = {
-        "GROUP_SIZE": group_size,
-        "IS_BF16": int(bf16),
-        "WARPS": plan.warps,
-        "STAGES": plan.stages,
-        "TILES": plan.tiles,
-        "TOKEN_TILES": plan.token_tiles,
-        "SPLITS": plan.splits,
-        "BATCH": plan.batch,
-        "WIDE": int(plan.wide),
-        "MIN_CTAS": plan.min_ctas,
-    }
-    options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{name}={value}" for name, value in macros.items())]
-    options = [x.encode() for x in options]
-    program = _call("nvrtcCreateProgram", SOURCE.read_bytes(), b"int4_linear.cu", 0, [], [])
-    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
-    if int(error):
-        log = b" " * _call("nvrtcGetProgramLogSize", program)
-        _call("nvrtcGetProgramLog", program, log)
-        raise RuntimeError(f"int4_linear.cu did not compile for {architecture}:\n{log.decode()}")
-    cubin = b" " * _call("nvrtcGetCUBINSize", program)
-    _call("nvrtcGetCUBIN", program, cubin)
-    _call("nvrtcDestroyProgram", program)
-    return cubin
 
 
 _workspaces: dict[int, list[torch.Tensor]] = {}

@@ -1,0 +1,60 @@
+"""Compiling and loading a kernel, against stand-ins for NVRTC, the driver and the GPU."""
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from vllm_quantspec.kernels import decode_attention, int4_linear, nvrtc
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The functions of the bindings that were called; compiling fails where a macro BROKEN is defined."""
+    seen = []
+
+    def compile_program(program, count, options):
+        seen.append(("nvrtcCompileProgram", options))
+        return (int(b"-DBROKEN=1" in options),)
+
+    def function(name, *results):
+        return lambda *args: seen.append((name, *args)) or (0, *results)
+
+    driver, compiler = ModuleType("cuda.bindings.driver"), ModuleType("cuda.bindings.nvrtc")
+    driver.CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared")
+    driver.cuModuleLoadData, driver.cuModuleGetFunction = function("load", "module"), function("get", "kernel")
+    driver.cuFuncSetAttribute = function("set")
+    driver.cuFails = lambda: (700,)
+    compiler.nvrtcCreateProgram, compiler.nvrtcDestroyProgram = function("create", "program"), function("destroy")
+    compiler.nvrtcCompileProgram = compile_program
+    for what in ("ProgramLog", "CUBIN"):
+        setattr(compiler, f"nvrtcGet{what}Size", function("size", 3))
+        setattr(compiler, f"nvrtcGet{what}", function("bytes"))
+    bindings = ModuleType("cuda.bindings")
+    bindings.driver, bindings.nvrtc = driver, compiler
+    monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9, minor=0))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    nvrtc.compile_source.cache_clear()
+    yield seen
+    nvrtc.compile_source.cache_clear()
+
+
+@pytest.mark.parametrize("module", [decode_attention, int4_linear])
+def test_a_kernel_is_compiled_once_and_loaded_by_its_name(module, calls):
+    for shared_bytes in (1000, 2000):
+        assert nvrtc.load(module.SOURCE, {"A": 1, "B": 2}, 0, shared_bytes) == "kernel"
+        assert calls[-2:] == [("get", "module", module.SOURCE.stem.encode()), ("set", "kernel", "shared", shared_bytes)]
+    assert [c for c in calls if c[0] == "nvrtcCompileProgram"] == [
+        ("nvrtcCompileProgram", [b"--gpu-architecture=sm_90", b"--std=c++17", b"-DA=1", b"-DB=2"])
+    ]
+    assert b'extern "C"' in module.SOURCE.read_bytes() and module.SOURCE.stem.encode() + b"(" in module.SOURCE.read_bytes()
+
+
+def test_what_fails_says_so(calls):
+    with pytest.raises(RuntimeError, match="int4_linear.cu did not compile for sm_90"):
+        nvrtc.load(int4_linear.SOURCE, {"BROKEN": 1}, 0, 0)
+    with pytest.raises(RuntimeError, match="cuFails failed: 700"):
+        nvrtc.call("cuFails")
