@@ -22,6 +22,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from common import write_json
+
+from vllm_quantspec.estimate import expected_tokens
+
 RESULTS = Path(__file__).parent / "results"
 SHAPES = {
     "8b": dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256),
@@ -203,11 +207,6 @@ def child(args) -> None:
         print("ROW " + json.dumps(engine | {"context": context, "batch": batch} | row), flush=True)
 
 
-def expected_tokens(acceptance: float, gamma: int) -> float:
-    """Mean tokens of a verification: (1 - a^(gamma + 1)) / (1 - a)."""
-    return (1 - acceptance ** (gamma + 1)) / (1 - acceptance)
-
-
 def add_ratios(rows: list[dict]) -> None:
     """Speedup over BF16 KV of the same context and batch, and what it would be at 0.97 per token."""
     for row in rows:
@@ -293,17 +292,11 @@ def main() -> None:
         if process.wait():
             print(f"{config} failed:\n" + "".join(tail), flush=True)
         add_ratios(rows)
-        write(path, args, rows)
+        write_json(path, rows, shape=args.shape, acceptance=args.acceptance)
     for row in sorted(rows, key=lambda r: (r["batch"], r["context"])):
         if "speedup" in row:
             where = f"{row['config']:>6} {row['context']:>7} batch {row['batch']:>2}"
             print(f"{where}: {row['ms_per_token']:.2f} ms, {row['speedup']:.2f}x")
-
-
-def write(path: Path, args, rows: list[dict]) -> None:
-    from common import write_json
-
-    write_json(path, rows, shape=args.shape, acceptance=args.acceptance)
 
 
 if __name__ == "__main__":

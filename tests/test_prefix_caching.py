@@ -1,14 +1,10 @@
 """Prefix caching under speculation. A hit starts without an exact copy of its prefix (design rule 3): those tokens are read
 in 8 bits even where they are recent. The difference this makes is bounded below; nothing else may differ."""
 
-import math
-
 import pytest
-from engine_tools import Answer, assert_same_or_tied, divergence, engine, generate, quantspec
+from engine_tools import assert_close, assert_same_or_tied, engine, generate, quantspec
 
 G = 128
-# Rule 3 moves logits by the 8-bit error of the newest tokens: at most this much at a step's likeliest token (nats).
-RULE_3 = 0.25
 
 
 @pytest.fixture(scope="module")
@@ -31,16 +27,6 @@ def uncached(books_4m, tokens):
 def llm(books_4m, uncached):  # one engine at a time in a process: the other is gone by now
     with engine(books_4m, enable_prefix_caching=True, **quantspec(4)) as llm:
         yield llm
-
-
-def assert_close(expected: list[Answer], actual: list[Answer]) -> None:
-    """Same tokens up to the rule-3 difference; and where both wrote the same so far, the same probabilities up to it."""
-    for e, a in zip(expected, actual, strict=True):
-        different = divergence(e, a)
-        assert different is None or different[1] <= RULE_3, different
-        for step in range(different[0] if different else len(e.tokens)):
-            token = e.tokens[step]
-            assert math.isclose(e.top[step][token], a.top[step][token], abs_tol=RULE_3)
 
 
 def test_after_the_first_has_finished(llm, uncached, tokens):

@@ -165,6 +165,12 @@ class Speed:
         return self.cycle / self.tokens_per_cycle
 
 
+def expected_tokens(acceptance: float, num_speculative_tokens: int) -> float:
+    """Mean tokens of a verification, (1 - a^(n + 1)) / (1 - a): each draft is accepted with a if those before it were."""
+    tokens = num_speculative_tokens + 1
+    return tokens if acceptance == 1 else (1 - acceptance**tokens) / (1 - acceptance)
+
+
 def speed(
     model: Model,
     bandwidth: float,
@@ -201,13 +207,12 @@ def speed(
     target, draft = fmt.bytes_per_token("target"), fmt.bytes_per_token("draft")
     draft_step = read_ms(model.linear_weights * INT4_BITS / 8, INT4_LINEAR) + head + other + attention_ms("draft", draft)
     verify = base + VERIFY_MS + attention_ms("target, 1 row tile" if few else "target", target)
-    expected = rows if acceptance == 1 else (1 - acceptance**rows) / (1 - acceptance)
     return Speed(
         exact=base + attention_ms("exact", exact_bytes),
         cache=base + attention_ms("target, 1 row tile", target),
         draft_step=draft_step,
         cycle=num_speculative_tokens * draft_step + verify,
-        tokens_per_cycle=expected,
+        tokens_per_cycle=expected_tokens(acceptance, num_speculative_tokens),
     )
 
 

@@ -10,6 +10,9 @@ from vllm_quantspec.integration import llvm_scan
 from vllm_quantspec.kernels import cpu_decode, reference, step
 
 if TYPE_CHECKING:
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.kv_cache_interface import AttentionSpec
+
     from vllm_quantspec.integration.backend import QuantSpecImpl, QuantSpecMetadata
 
 llvm_scan.install()  # cpu_decode has loaded Numba
@@ -21,6 +24,10 @@ def prepare(impl: QuantSpecImpl) -> None:
 
 def reserve(impl: QuantSpecImpl, query: torch.Tensor) -> None:
     """The CPU engine does not measure memory."""
+
+
+def plan_prefill(spec: AttentionSpec, common: CommonAttentionMetadata, num_decodes: int) -> None:
+    """The reference takes a step's prefill rows as they are."""
 
 
 def attend(

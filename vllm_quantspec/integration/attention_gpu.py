@@ -16,6 +16,9 @@ from vllm_quantspec.kernels import cache_update
 from vllm_quantspec.kernels.decode_attention import decode_attention
 
 if TYPE_CHECKING:
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.kv_cache_interface import AttentionSpec
+
     from vllm_quantspec.integration.backend import QuantSpecImpl, QuantSpecMetadata
 
 
@@ -32,6 +35,16 @@ def prepare(impl: QuantSpecImpl) -> None:
 def reserve(impl: QuantSpecImpl, query: torch.Tensor) -> None:
     """Let memory profiling see what a prefill step allocates for a moment."""
     prefill.reserve(impl.format, query)
+
+
+def plan_prefill(spec: AttentionSpec, common: CommonAttentionMetadata, num_decodes: int) -> prefill.PrefillPlan:
+    """Plan the rows of a step after its first ``num_decodes``, from what the host knows of them."""
+    return prefill.plan_prefill(
+        spec,
+        common.query_start_loc_cpu[num_decodes:],
+        common.seq_lens_cpu_upper_bound[num_decodes:],
+        common.query_start_loc.device,
+    )
 
 
 def attend(

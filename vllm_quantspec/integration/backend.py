@@ -94,12 +94,7 @@ class QuantSpecMetadataBuilder(AttentionMetadataBuilder[QuantSpecMetadata]):
             starts = common.query_start_loc_cpu
             lengths = starts[1 : num_decodes + 1] - starts[:num_decodes]
             max_query_len = int(lengths.max()) if num_decodes else 0
-            if self.device.type == "cuda":
-                from vllm_quantspec.integration.prefill import plan_prefill
-
-                prefill = plan_prefill(
-                    self.kv_cache_spec, starts[num_decodes:], common.seq_lens_cpu_upper_bound[num_decodes:], self.device
-                )
+            prefill = attention.plan_prefill(self.kv_cache_spec, common, num_decodes)
         return QuantSpecMetadata(
             num_actual_tokens=common.num_actual_tokens,
             query_start_loc=common.query_start_loc,

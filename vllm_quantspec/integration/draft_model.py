@@ -122,6 +122,19 @@ def build_draft_model(
     return draft
 
 
+def build_configured_draft(vllm_config: VllmConfig, target_model: nn.Module) -> DraftModel:
+    """``build_draft_model`` with the options of the engine's ``QuantSpecConfig``."""
+    config = vllm_config.speculative_config
+    with backends.set_model_tag("quantspec_draft"):
+        return build_draft_model(
+            vllm_config,
+            target_model,
+            draft_weights=config.draft_weights,
+            weight_group_size=config.weight_group_size,
+            quantize_lm_head=config.quantize_lm_head,
+        )
+
+
 class _Builder:
     def __init__(
         self,

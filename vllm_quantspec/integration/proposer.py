@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from vllm.compilation.backends import set_model_tag
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -19,7 +18,7 @@ from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
 from vllm_quantspec.integration.backend import WINDOW_SUFFIX, QuantSpecMetadata, WindowMetadata
-from vllm_quantspec.integration.draft_model import build_draft_model
+from vllm_quantspec.integration.draft_model import build_configured_draft
 
 
 class QuantSpecProposer(DraftModelProposer):
@@ -32,15 +31,7 @@ class QuantSpecProposer(DraftModelProposer):
         self.draft_to_target: dict[str, str] = {}
 
     def load_model(self, target_model: nn.Module) -> None:
-        config = self.speculative_config
-        with set_model_tag("quantspec_draft"):
-            draft = build_draft_model(
-                self.vllm_config,
-                target_model,
-                draft_weights=config.draft_weights,
-                weight_group_size=config.weight_group_size,
-                quantize_lm_head=config.quantize_lm_head,
-            )
+        draft = build_configured_draft(self.vllm_config, target_model)
         self.model = draft.model
         self.draft_to_target = draft.attention_layers
         self._draft_attn_layer_names = set(self.draft_to_target)

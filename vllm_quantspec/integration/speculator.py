@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.compilation.backends import set_model_tag
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor, set_forward_context
@@ -26,7 +25,7 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator import (
 )
 
 from vllm_quantspec.integration.backend import WINDOW_SUFFIX
-from vllm_quantspec.integration.draft_model import build_draft_model
+from vllm_quantspec.integration.draft_model import build_configured_draft
 
 logger = init_logger("vllm.quantspec.speculator")
 
@@ -39,15 +38,7 @@ class QuantSpecSpeculator(TargetDependentARSpeculator):
         self.draft_to_target: dict[str, str] = {}
 
     def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
-        config = self.speculative_config
-        with set_model_tag("quantspec_draft"):
-            draft = build_draft_model(
-                self.vllm_config,
-                target_model,
-                draft_weights=config.draft_weights,
-                weight_group_size=config.weight_group_size,
-                quantize_lm_head=config.quantize_lm_head,
-            )
+        draft = build_configured_draft(self.vllm_config, target_model)
         self.draft_to_target = draft.attention_layers
         return draft.model
 
