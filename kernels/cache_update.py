@@ -10,6 +10,7 @@ them. Run each function once with the same shapes before capturing: Triton compi
 import torch
 
 from vllm_quantspec.format import PageFormat
+from vllm_quantspec.kernels.nvrtc import OVERLAP_CAPABILITY
 
 try:
     import triton
@@ -100,6 +101,7 @@ def store(
         HP=power_of_two(fmt.num_kv_heads),
         DP=power_of_two(fmt.head_size),
         num_warps=STORE_WARPS,
+        **_overlap(window),
     )
 
 
@@ -187,7 +189,18 @@ def quantize(
         RP=next((n for n in (16, 64, 256) if n >= requests), power_of_two(requests)),
         num_warps=QUANTIZE_WARPS,
         maxnreg=QUANTIZE_REGISTERS if dim <= 128 else None,
+        **_overlap(window),
     )
+
+
+def _overlap(x: torch.Tensor) -> dict[str, bool]:
+    """Arguments of a launch that may begin under the end of the one before it (programmatic dependent launch).
+
+    Its kernel waits before it uses what that one writes, and releases its successor after that, so that whoever runs ahead
+    finds all but its direct predecessor complete.
+    """
+    overlaps = x.is_cuda and torch.cuda.get_device_capability(x.device) >= OVERLAP_CAPABILITY
+    return {"OVERLAP": True, "launch_pdl": True} if overlaps else {"OVERLAP": False}
 
 
 # --- Argument checks --------------------------------------------------------------------------------------------------
@@ -285,12 +298,16 @@ def _store(
     TOKENS: tl.constexpr,
     HP: tl.constexpr,
     DP: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     r = tl.program_id(0)
     start = tl.load(query_start_loc + r)
     end = tl.load(query_start_loc + r + 1)
     seq_len = tl.load(seq_lens + r)
     newest = tl.program_id(1) * TOKENS  # counted from the newest token back
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     if newest >= end - start:
         return
     row = tl.arange(0, TOKENS * HP)
@@ -481,6 +498,7 @@ def _quantize(
     VG: tl.constexpr,
     DP: tl.constexpr,
     RP: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     PIECES: tl.constexpr = D // 32 + G // 32
     DRAFT_BYTES: tl.constexpr = G * D + 4 * D + 4 * G * (D // VG)
@@ -495,6 +513,9 @@ def _quantize(
     low = tl.maximum(first - max_unverified, 0) // G
     high = tl.maximum(seq_len - drafts, 0) // G
     due = (end > start) & (high > low)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     if tl.sum(due.to(tl.int32)) == 0:
         return
     window_rows = window_table + r.to(tl.int64) * window_table_stride

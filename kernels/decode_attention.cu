@@ -15,6 +15,10 @@
 // through the workspace: its CTAs wait for each other, then each merges a part of the output. One CTA per
 // multiprocessor and no more CTAs than those, so all of them are running or will be.
 //
+// The launch overlaps with its predecessor (programmatic dependent launch): pages are read before the wait; the window is
+// read and everything is written after it. The successor is released after the wait, so that whoever runs ahead finds all
+// but its direct predecessor complete.
+//
 // Macros: HEAD_SIZE GROUP_SIZE VALUE_GROUP_SIZE WINDOW_BLOCK CODE_BITS (4 draft, 8 target) IS_BF16 WARPS STAGES
 //         QUERY_GROUP (query heads per KV head) ROW_TILES (of 8 rows, in one pass) PASSES (row tiles' passes)
 
@@ -71,6 +75,16 @@ DEV void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N>
 DEV void wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+DEV void wait_for_predecessor() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+DEV void release_successor() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 DEV void mma_f16(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
@@ -622,6 +636,7 @@ DEV void attend(State& st, const Params& p, const Segment& seg, int begin, int e
 
   const int token_b = max(start + recent_b * 16, low & ~15), token_e = min(start + recent_e * 16, seg.last + 1);
   if (token_b < token_e) {
+    wait_for_predecessor();
     const unsigned char* pool = p.window + seg.head * p.window_head_stride;
     int loaded = token_b;
     auto load_next = [&](int slot) {
@@ -840,7 +855,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(const 
   const int total = scan_requests(p, warp, lane);
   const int per_cta = max((total + (int)gridDim.x - 1) / (int)gridDim.x, p.min_units);
   const int cta_b = min(total, (int)blockIdx.x * per_cta), cta_e = min(total, cta_b + per_cta);
-  if (cta_b >= cta_e) return;
+  if (cta_b >= cta_e) return wait_for_predecessor();
   auto begin_of = [&](int w) { return cta_b + (int)((u32)((cta_e - cta_b) * w) / NW); };
   if (threadIdx.x <= NW) warp_begin[threadIdx.x] = begin_of(threadIdx.x);
   if (threadIdx.x < 2 * NW) part_of[threadIdx.x / NW][threadIdx.x % NW] = -1;
@@ -855,6 +870,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(const 
     const bool whole = unit == seg.begin && stop == seg.end, last = stop == end;
     State st;
     attend(st, p, seg, unit, stop, shared_address(own), shared_address(own + RING), lane);
+    wait_for_predecessor();  // it may be reading what is written from here on
+    release_successor();
     store_part(st, p, seg, whole, last, own, p.spill + (i64)(blockIdx.x * NW + warp) * ROWS * (D + 4), warp, lane);
     if (!whole && lane == 0) part_of[last][warp] = seg.begin;
     unit = stop;

@@ -45,11 +45,15 @@ def decode_attention(
     max_query_len: int,
     out: torch.Tensor | None = None,
     warps_and_stages: tuple[int, int] | None = None,
+    overlap: bool = True,
 ) -> torch.Tensor:
     """Causal attention of a few query tokens per request; the step's own keys and values are in the window already.
 
     Lengths, positions and tables are read on the device: a captured CUDA graph replays with any that fit the
     shapes. Run once with the same shapes before capturing.
+
+    The launch may begin under the end of the kernel launched before it, and then reads all but the window: that kernel may
+    write the window (``cache_update.store`` does), but not the query, lengths, tables, or the pages that are read.
 
     Args:
         pages: uint8 [num_blocks, H, head_bytes], 16-byte aligned; the strides of blocks and heads are free.
@@ -63,6 +67,7 @@ def decode_attention(
         max_query_len: no request has more query tokens than this.
         out: [T, Hq, D] like query; rows outside query_start_loc are left as they are.
         warps_and_stages: overrides the launch configuration, for tuning.
+        overlap: False for a launch that begins when the one before has ended, whatever that one writes.
 
     Returns:
         [T, Hq, D] in the query's dtype.
@@ -79,9 +84,7 @@ def decode_attention(
     device = query.device.index
     with torch.cuda.device(device):
         code_bits = 4 if read == "draft" else 8
-        function, grid, block, shared_bytes, sizes = _kernel(
-            fmt, code_bits, per_head, tiles, passes, device, warps_and_stages
-        )
+        kernel, warps, sizes = _kernel(fmt, code_bits, per_head, tiles, passes, device, warps_and_stages, overlap)
         requests = seq_lens.shape[0]
         partial, spill, arrived = _workspace(device, *sizes, 2 * requests * fmt.num_kv_heads * passes)
         params = _Params(
@@ -90,12 +93,10 @@ def decode_attention(
             *(query.stride(0), out.stride(0), pages.stride(0), pages.stride(1)),
             *(window.stride(i) * window.element_size() for i in (0, 1)),
             *(block_table.stride(0), window_block_table.stride(0), requests, fmt.num_kv_heads),
-            block // 32,
+            warps,
             softmax_scale * math.log2(math.e),
         )
-        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-        stream = torch.cuda.current_stream().cuda_stream
-        nvrtc.call("cuLaunchKernel", function, grid, 1, 1, block, 1, 1, shared_bytes, stream, ctypes.addressof(pointers), 0)
+        nvrtc.launch(kernel, params)
     return out
 
 
@@ -179,8 +180,9 @@ def _kernel(
     passes: int,
     device: int,
     warps_and_stages: tuple[int, int] | None,
-):
-    """Compiled function, grid, threads per CTA, shared memory in bytes, floats of partial and of spilled outputs."""
+    overlap: bool,
+) -> tuple[nvrtc.Kernel, int, tuple[int, int]]:
+    """The kernel, warps per CTA, floats of partial and of spilled outputs."""
     properties = torch.cuda.get_device_properties(device)
     if (properties.major, properties.minor) < MIN_CAPABILITY:
         raise RuntimeError(f"decode_attention needs compute capability 8.0 or newer, {properties.name} has less.")
@@ -200,10 +202,12 @@ def _kernel(
         "IS_BF16": int(fmt.dtype == torch.bfloat16),
     }
     shared_bytes = warps * _bytes_per_warp(fmt, code_bits, tiles, stages)
-    function = nvrtc.load(SOURCE, macros, device, shared_bytes)
     grid, rows = properties.multi_processor_count, 8 * tiles
+    kernel = nvrtc.load(
+        SOURCE, macros, device, grid=(grid, 1), threads=32 * warps, shared_bytes=shared_bytes, overlap=overlap
+    )
     sizes = grid * 2 * rows * (fmt.head_size + 2), grid * warps * rows * (fmt.head_size + 4)
-    return function, grid, 32 * warps, shared_bytes, sizes
+    return kernel, warps, sizes
 
 
 _workspaces: dict[int, list[torch.Tensor]] = {}

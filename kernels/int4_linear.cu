@@ -11,7 +11,8 @@
 // arrive adds up.
 //
 // The launch overlaps with its predecessor (programmatic dependent launch): the ring is filled before the wait, everything
-// that another kernel may have written or may still read is touched after it.
+// that another kernel may have written or may still read is touched after it. The successor is released after the wait, so
+// that whoever runs ahead finds all but its direct predecessor complete (torch.compile's kernels count on that).
 //
 // Macros: GROUP_SIZE IS_BF16 WARPS STAGES TILES (row tiles per pass) BATCH (tiles of a stage) TOKEN_TILES (of 8 tokens)
 //         SPLITS MIN_CTAS (CTAs that registers allow on a multiprocessor) WIDE (the kernel for more tokens)
@@ -60,6 +61,16 @@ DEV uint4 ldg128(const u16* p) {
 }
 DEV void copy16(u32 to, const void* from) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0],[%1],16;" ::"r"(to), "l"(from) : "memory");
+}
+DEV void wait_for_predecessor() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+DEV void release_successor() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 // ---- Barriers in shared memory: a stage is full or empty -------------------------------------------------------------
 DEV void barrier_init(u32 a, int count) { asm volatile("mbarrier.init.shared.b64 [%0],%1;" ::"r"(a), "r"(count)); }
@@ -235,9 +246,6 @@ DEV void merge_splits(const Params& p, int tile_begin, int tile_end, int token0,
 
 #if !WIDE
 extern "C" __global__ void __launch_bounds__(32 * NW + 32, MIN_CTAS) int4_linear(const __grid_constant__ Params p) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
   __shared__ __align__(8) unsigned long long barriers[2 * S];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   Range r;
@@ -250,9 +258,8 @@ extern "C" __global__ void __launch_bounds__(32 * NW + 32, MIN_CTAS) int4_linear
   }
   __syncthreads();
   if (warp == NW) return produce(p, r, ring, full, empty, lane);
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+  wait_for_predecessor();
+  release_successor();
 
   const int tile_begin = r.tile_begin, tile_end = r.tile_end, token0 = blockIdx.y * 8 * NT;
   const int first = r.chunk_begin + warp, num_chunks = (r.chunk_end - r.chunk_begin + NW - 1) / NW;
@@ -424,9 +431,6 @@ DEV void fill_x(const Params& p, u32 to, u32 full, int token0, int chunk, int pr
 }
 
 extern "C" __global__ void __launch_bounds__(32 * (NW + PRODUCERS), MIN_CTAS) int4_linear(const __grid_constant__ Params p) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
   __shared__ __align__(8) unsigned long long barriers[2 * S];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int tile0 = blockIdx.x * CTA_TILES, tile_end = min(p.tiles, tile0 + CTA_TILES), token0 = blockIdx.y * 8 * NT;
@@ -442,9 +446,7 @@ extern "C" __global__ void __launch_bounds__(32 * (NW + PRODUCERS), MIN_CTAS) in
     const int count = chunk_end - chunk_begin;
     for (int i = 0; i < min(S, count); i++)
       fill_codes(p, ring + i * WIDE_STAGE, tile0, tile_end - tile0, chunk_begin + i, warp - NW, lane);
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+    wait_for_predecessor();
     int slot = 0;
     u32 parity = 1;
     for (int i = 0; i < count; i++) {
@@ -458,9 +460,8 @@ extern "C" __global__ void __launch_bounds__(32 * (NW + PRODUCERS), MIN_CTAS) in
     asm volatile("cp.async.wait_all;" ::: "memory");
     return;
   }
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+  wait_for_predecessor();
+  release_successor();
 
   float acc[T][NT][4];
 #pragma unroll

@@ -276,9 +276,8 @@ def launch(
     with torch.cuda.device(device):
         if plan is None:
             plan = choose_plan(tiles, chunks, scales_zeros.shape[2], tokens, device)
-        function, config = _kernel(plan, CHUNK // scales_zeros.shape[2], x.dtype == torch.bfloat16, device)
+        kernel = _kernel(plan, CHUNK // scales_zeros.shape[2], x.dtype == torch.bfloat16, device)
         token_blocks = -(-tokens // (8 * plan.token_tiles))
-        stream = torch.cuda.current_stream().cuda_stream
         partial, arrived = 0, 0
         if plan.splits > 1:
             floats = plan.splits * token_blocks * plan.token_tiles * tiles * 128
@@ -289,9 +288,7 @@ def launch(
             out.data_ptr(),
             *(partial, arrived, x.stride(0), tokens, channels, tiles, chunks),
         )
-        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-        config.gridDimY, config.hStream = token_blocks, stream
-        nvrtc.call("cuLaunchKernelEx", config, function, ctypes.addressof(pointers), 0)
+        nvrtc.launch(kernel, params, token_blocks)
     return out
 
 
@@ -360,29 +357,21 @@ def macros_of(plan: Plan, group_size: int, bf16: bool) -> dict[str, int]:
 
 
 @cache
-def _kernel(plan: Plan, group_size: int, bf16: bool, device: int):
-    """Compiled function, launch configuration (but for the stream and the tokens)."""
-    from cuda.bindings import driver
-
-    properties = torch.cuda.get_device_properties(device)
-    if (properties.major, properties.minor) < MIN_CAPABILITY:
-        raise RuntimeError(supported(128, 16, 128, torch.bfloat16, (properties.major, properties.minor)))
+def _kernel(plan: Plan, group_size: int, bf16: bool, device: int) -> nvrtc.Kernel:
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        raise RuntimeError(supported(128, 16, 128, torch.bfloat16, capability))
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError("Run int4_linear once with these shapes before capturing it in a CUDA graph.")
-    shared_bytes = plan.shared_bytes(group_size)
-    function = nvrtc.load(SOURCE, macros_of(plan, group_size, bf16), device, shared_bytes)
-    config = driver.CUlaunchConfig()
-    config.gridDimX, config.gridDimY, config.gridDimZ = plan.blocks, 1, plan.splits
-    config.blockDimX, config.blockDimY, config.blockDimZ = 32 * (plan.warps + (4 if plan.wide else 1)), 1, 1
-    config.sharedMemBytes = shared_bytes
-    if plan.overlap and properties.major >= 9:
-        attribute = driver.CUlaunchAttribute()
-        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        value = driver.CUlaunchAttributeValue()
-        value.programmaticStreamSerializationAllowed = 1
-        attribute.value = value
-        config.attrs, config.numAttrs = [attribute], 1
-    return function, config
+    return nvrtc.load(
+        SOURCE,
+        macros_of(plan, group_size, bf16),
+        device,
+        grid=(plan.blocks, plan.splits),
+        threads=32 * (plan.warps + (4 if plan.wide else 1)),
+        shared_bytes=plan.shared_bytes(group_size),
+        overlap=plan.overlap,
+    )
 
 
 _workspaces: dict[int, list[torch.Tensor]] = {}

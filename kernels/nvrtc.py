@@ -1,9 +1,13 @@
 """CUDA source to a kernel that can be launched: NVRTC and the driver, through ``cuda.bindings`` (part of CUDA PyTorch)."""
 
+import ctypes
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+
+OVERLAP_CAPABILITY = (9, 0)  # the first that has programmatic dependent launch
 
 
 def call(name: str, *args):
@@ -20,17 +24,54 @@ def call(name: str, *args):
     return results[0] if len(results) == 1 else results
 
 
-def load(source: Path, macros: dict[str, int], device: int, shared_bytes: int):
-    """The kernel named like ``source``, on ``device``, with ``shared_bytes`` of dynamic shared memory."""
+class Kernel(NamedTuple):
+    """A loaded function and its launch configuration, but for the stream."""
+
+    function: object
+    config: object
+
+
+def load(
+    source: Path,
+    macros: dict[str, int],
+    device: int,
+    *,
+    grid: tuple[int, int],
+    threads: int,
+    shared_bytes: int,
+    overlap: bool,
+) -> Kernel:
+    """The kernel named like ``source``, on ``device``, with ``shared_bytes`` of dynamic shared memory.
+
+    ``grid`` is along x and z; along y a launch chooses. With ``overlap`` a launch may begin under the end of the one before
+    (programmatic dependent launch, where the GPU has it): the kernel itself waits before it uses what that one writes.
+    """
     from cuda.bindings import driver
 
-    properties = torch.cuda.get_device_properties(device)
-    cubin = compile_source(source, tuple(macros.items()), f"sm_{properties.major}{properties.minor}")
+    architecture = torch.cuda.get_device_capability(device)
+    cubin = compile_source(source, tuple(macros.items()), "sm_{}{}".format(*architecture))
     torch.cuda.current_stream()  # makes sure that the primary context is current
     function = call("cuModuleGetFunction", call("cuModuleLoadData", cubin), source.stem.encode())
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     call("cuFuncSetAttribute", function, attribute, shared_bytes)
-    return function
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = grid[0], 1, grid[1]
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.sharedMemBytes = shared_bytes
+    if overlap and architecture >= OVERLAP_CAPABILITY:
+        launch_attribute, value = driver.CUlaunchAttribute(), driver.CUlaunchAttributeValue()
+        launch_attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        value.programmaticStreamSerializationAllowed = 1
+        launch_attribute.value = value
+        config.attrs, config.numAttrs = [launch_attribute], 1
+    return Kernel(function, config)
+
+
+def launch(kernel: Kernel, params: ctypes.Structure, grid_y: int = 1) -> None:
+    """Launch on PyTorch's current stream, with ``params`` as the kernel's only argument."""
+    pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+    kernel.config.gridDimY, kernel.config.hStream = grid_y, torch.cuda.current_stream().cuda_stream
+    call("cuLaunchKernelEx", kernel.config, kernel.function, ctypes.addressof(pointers), 0)
 
 
 @cache

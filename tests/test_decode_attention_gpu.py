@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vllm_quantspec.format import PageFormat
-from vllm_quantspec.kernels import reference
+from vllm_quantspec.kernels import cache_update, reference
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
@@ -152,6 +152,35 @@ def test_cuda_graph_replays_other_lengths():
         graph.replay()
         expected = case.expected("draft").float()
         assert (out.float() - expected).norm() / expected.norm() < 1e-2
+
+
+@pytest.mark.parametrize("read", ["draft", "target"])
+def test_overlaps_with_the_stores_around_it(read):
+    """Layer after layer, each storing into the same window: attention reads its own, and the next waits until it has."""
+    query_lens = [1] * 5 if read == "draft" else [5] * 5
+    case = Case(PageFormat(2, 128), 8, [9000, 200, 3000, 70, 513], query_lens)
+    layers, tokens = 24, sum(query_lens)
+    new = torch.randn(layers, 2, tokens, 2, 128, device=DEVICE).to(case.fmt.dtype)
+    queries = torch.randn(layers, *case.query.shape, device=DEVICE).to(case.fmt.dtype)
+
+    def run(outs, overlap):
+        for (key, value), query, out in zip(new, queries, outs, strict=True):
+            lengths = (case.query_start_loc, case.seq_lens, case.window_block_table)
+            cache_update.store(case.fmt, case.window, key, value, *lengths, max_query_len=case.max_query_len)
+            case.query = query
+            options = {"max_query_len": case.max_query_len, "out": out, "overlap": overlap}
+            decode_attention(*case.arguments(read), **options)
+
+    expected, outs = torch.empty_like(queries), torch.empty_like(queries)
+    run(expected, False)
+    run(outs, True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(outs, True)
+    for _ in range(20):
+        outs.zero_()
+        graph.replay()
+        assert torch.equal(outs, expected)
 
 
 def test_repeated_runs_agree():

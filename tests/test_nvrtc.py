@@ -8,9 +8,17 @@ import torch
 
 from vllm_quantspec.kernels import decode_attention, int4_linear, nvrtc
 
+SIZES = {"grid": (132, 2), "threads": 288, "shared_bytes": 0, "overlap": True}
+
 
 @pytest.fixture
-def calls(monkeypatch):
+def capability():
+    """The GPU's, in a list that a test may change."""
+    return [(9, 0)]
+
+
+@pytest.fixture
+def calls(monkeypatch, capability):
     """The functions of the bindings that were called; compiling fails where a macro BROKEN is defined."""
     seen = []
 
@@ -26,6 +34,10 @@ def calls(monkeypatch):
     driver.cuModuleLoadData, driver.cuModuleGetFunction = function("load", "module"), function("get", "kernel")
     driver.cuFuncSetAttribute = function("set")
     driver.cuFails = lambda: (700,)
+    driver.cuLaunchKernelEx = function("launch")
+    for name in ("CUlaunchConfig", "CUlaunchAttribute", "CUlaunchAttributeValue"):
+        setattr(driver, name, SimpleNamespace)
+    driver.CUlaunchAttributeID = SimpleNamespace(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION="overlap")
     compiler.nvrtcCreateProgram, compiler.nvrtcDestroyProgram = function("create", "program"), function("destroy")
     compiler.nvrtcCompileProgram = compile_program
     for what in ("ProgramLog", "CUBIN"):
@@ -35,8 +47,8 @@ def calls(monkeypatch):
     bindings.driver, bindings.nvrtc = driver, compiler
     monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
     monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9, minor=0))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=77))
     nvrtc.compile_source.cache_clear()
     yield seen
     nvrtc.compile_source.cache_clear()
@@ -45,7 +57,8 @@ def calls(monkeypatch):
 @pytest.mark.parametrize("module", [decode_attention, int4_linear])
 def test_a_kernel_is_compiled_once_and_loaded_by_its_name(module, calls):
     for shared_bytes in (1000, 2000):
-        assert nvrtc.load(module.SOURCE, {"A": 1, "B": 2}, 0, shared_bytes) == "kernel"
+        kernel = nvrtc.load(module.SOURCE, {"A": 1, "B": 2}, 0, **(SIZES | {"shared_bytes": shared_bytes}))
+        assert kernel.function == "kernel"
         assert calls[-2:] == [("get", "module", module.SOURCE.stem.encode()), ("set", "kernel", "shared", shared_bytes)]
     assert [c for c in calls if c[0] == "nvrtcCompileProgram"] == [
         ("nvrtcCompileProgram", [b"--gpu-architecture=sm_90", b"--std=c++17", b"-DA=1", b"-DB=2"])
@@ -55,6 +68,19 @@ def test_a_kernel_is_compiled_once_and_loaded_by_its_name(module, calls):
 
 def test_what_fails_says_so(calls):
     with pytest.raises(RuntimeError, match="int4_linear.cu did not compile for sm_90"):
-        nvrtc.load(int4_linear.SOURCE, {"BROKEN": 1}, 0, 0)
+        nvrtc.load(int4_linear.SOURCE, {"BROKEN": 1}, 0, **SIZES)
     with pytest.raises(RuntimeError, match="cuFails failed: 700"):
         nvrtc.call("cuFails")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "overlap", "overlaps"), [((9, 0), True, True), ((9, 0), False, False), ((8, 9), True, False)]
+)
+def test_a_launch_overlaps_where_it_may_and_can(gpu, overlap, overlaps, capability, calls):
+    capability[0] = gpu
+    kernel = nvrtc.load(int4_linear.SOURCE, {}, 0, **(SIZES | {"overlap": overlap}))
+    nvrtc.launch(kernel, int4_linear._Params(tokens=5), grid_y=3)
+    (name, config, function, *_), c = calls[-1], kernel.config
+    assert (name, config, function) == ("launch", c, "kernel")
+    assert (c.gridDimX, c.gridDimY, c.gridDimZ, c.blockDimX, c.hStream) == (132, 3, 2, 288, 77)
+    assert ("overlap" in [a.id for a in getattr(c, "attrs", [])]) is overlaps

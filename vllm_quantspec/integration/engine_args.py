@@ -16,6 +16,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm_quantspec.config import METHOD, is_quantspec, parse_options
 from vllm_quantspec.integration import checks
 from vllm_quantspec.integration.backend_name import NAME, quantspec_backend
+from vllm_quantspec.integration.overlap import let_compiled_kernels_overlap
 
 
 def extension_path(users_extension: str) -> str:
@@ -102,6 +103,7 @@ def install() -> None:
         config = create_engine_config(self, *args, **kwargs)
         if uses_quantspec:
             checks.check_config(config)
+            let_compiled_kernels_overlap(config)
         return config
 
     EngineArgs.add_cli_args = staticmethod(add_cli_args_with_word)
