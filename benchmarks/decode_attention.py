@@ -40,17 +40,22 @@ ROWS = [
 ]
 
 
-def random_cache(fmt, lengths, sets):
-    """Pages of random codes, scales like those of normal data, exact windows, and `sets` pairs of block tables."""
-    group, size = fmt.group_size, fmt.window_block_size
-    counts = [-(-n // group) for n in lengths]
-    total = sum(counts) * sets
-    pages = torch.randint(0, 256, (total + 1, fmt.num_kv_heads, fmt.head_bytes), dtype=torch.uint8, device=DEVICE)
+def random_pool(fmt, pages, windows):
+    """Pages of random codes with scales like those of normal data, and window blocks; block 0 of both is spare."""
+    pages = torch.randint(0, 256, (pages + 1, fmt.num_kv_heads, fmt.head_bytes), dtype=torch.uint8, device=DEVICE)
     for name, low, high in (("k_scale", 0.2, 0.5), ("k_min", -3, -2), ("v_scale", 0.2, 0.5), ("v_min", -3, -2)):
         field = fmt.field(pages, name)
         field.copy_(torch.empty(field.shape, device=DEVICE).uniform_(low, high))
-    windows = [4 * group // size] * len(lengths)
-    window = torch.randn(sum(windows) * sets + 1, fmt.num_kv_heads, size, 2 * fmt.head_size, dtype=fmt.dtype, device=DEVICE)
+    shape = (windows + 1, fmt.num_kv_heads, fmt.window_block_size, 2 * fmt.head_size)
+    return pages, torch.randn(shape, dtype=fmt.dtype, device=DEVICE)
+
+
+def random_cache(fmt, lengths, sets):
+    """A pool, and `sets` pairs of block tables that share no page."""
+    group, size = fmt.group_size, fmt.window_block_size
+    counts = [-(-n // group) for n in lengths]
+    total = sum(counts) * sets
+    pages, window = random_pool(fmt, total, 4 * group // size * len(lengths) * sets)
     order, recent = (torch.randperm(n, device=DEVICE).int() + 1 for n in (total, len(window) - 1))
     tables = []
     for _ in range(sets):
@@ -98,7 +103,7 @@ def prepare(fmt, row):
         for table, window_table in tables:
             decode_attention(
                 fmt, pages, window, query, starts, seq_lens, table, window_table, fmt.head_size**-0.5, read,
-                max_query_len=query_len, out=out, warps_and_stages=configuration,
+                max_query_len=query_len, out=out, warps_and_stages=configuration, overlap=False,
             )  # fmt: skip
 
     return run, sets

@@ -9,7 +9,9 @@ import pytest
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
+import attention_methods  # noqa: E402
 import common  # noqa: E402
+import decode_attention_peers as peers  # noqa: E402
 import needle  # noqa: E402
 
 
@@ -49,7 +51,26 @@ def test_needles():
         assert not any(w[i : i + 20] == passage for i in range(380))
 
 
-@pytest.mark.parametrize("script", sorted(p.name for p in BENCHMARKS.glob("*.py") if p.name != "common.py"))
+def test_attention_bytes_and_points(monkeypatch):
+    """A format's bytes per token are those of its pool; points beyond the pool or the memory are left out."""
+    monkeypatch.setattr(attention_methods, "DEVICE", "cpu")
+    for name, form in attention_methods.FORMATS.items():
+        if name != "quantspec":
+            pool = form.pool(2, 256)
+            assert sum(x.nbytes for x in pool) == 256 * 2 * form.bytes_per_token
+    point = attention_methods.Point(32, 8, 4096, 4)
+    token = 4 * 8
+    assert peers.bytes_read("fa3", point, 1) == token * 4096 * 512
+    assert peers.bytes_read("draft", point, 1) == token * (3840 * 136 + 256 * 512)
+    assert peers.bytes_read("target", point, 5) == token * (3840 * 264 + 256 * 512)
+    assert peers.pool_tokens(8, ["fa3", "draft"], 140 << 30) == 2 << 20
+    assert peers.pool_tokens(8, ["fa3", "draft"], 1 << 30) == int(0.7 * 2**30 / 8 / (512 + 264)) // 128 * 128
+    assert peers.sets_of(point, "fa3", 1, 2 << 20) == 16
+    assert peers.sets_of(point, "fa3", 1, 4 * 4096) == 1
+    assert [p.name for p in peers.all_points(["32/8 128k x1"])] == ["32/8 128k x1"]
+
+
+@pytest.mark.parametrize("script", sorted(p.name for p in BENCHMARKS.glob("*.py") if "\nif __name__" in p.read_text()))
 def test_help(script):
     done = subprocess.run([sys.executable, BENCHMARKS / script, "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
