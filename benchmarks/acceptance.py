@@ -1,15 +1,32 @@
 #!/usr/bin/env python3
-"""How many drafted tokens the engine accepts, by position, on three novels; and with --kl what the 8-bit cache costs.
+"""How many drafted tokens the engine accepts, by position, on novels: the left half of the paper's Table 3, and ablations.
+
+Each configuration (--configs) is an engine of its own: 1 to 8 drafted tokens with the default options, then the 4-bit cache
+alone ("kv-only": the draft has the target's weights), INT4 weights alone ("weights-only": the draft reads 8 bits), and
+groups of 64 tokens or weights. On a GPU all excerpts of a context are one batch; on a CPU each novel is, and "all" is
+their sum.
 
 Acceptance at position i: of all drafts verified, the share whose first i tokens were accepted (as vLLM's metrics count).
-KL: of the next-token distributions of the QUANTSPEC cache from those of vLLM's exact cache, over the same text.
+"accepted" is the mean number of accepted tokens of a draft (a verification gives one more), "mean" the share of those
+that were drafted.
 
-    python benchmarks/acceptance.py [--model DIR] [--contexts 4096 16384] [--excerpts 8] [--tokens 256] [--temperature T]
-        [--draft-weights target] [--draft-kv int8] [--weight-group-size 64] [--group-size 64] [--kl]
+    python benchmarks/acceptance.py [--model DIR] [--text DIR] [--contexts 4096 8192 16384 32768] [--temperatures 0 0.7]
+    python benchmarks/acceptance.py --jobs 3                     # three engines at a time on one GPU
+    python benchmarks/acceptance.py --configs drafted-4 --contexts 4096 16384 --temperatures 0      # enough for a CPU
+    python benchmarks/acceptance.py --configs drafted-4 --options '{"quantize_lm_head": true}' --json OUT
+    python benchmarks/acceptance.py --plot                       # the plot again, from the JSON
+    python benchmarks/acceptance.py --kl                         # what the 8-bit cache costs instead
+
+KL: of the next-token distributions of the QUANTSPEC cache from those of vLLM's exact cache, over the same text.
 """
 
 import argparse
+import json
 import os
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the model is at hand, for --kl
@@ -17,10 +34,21 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 import torch
-from common import TEXT_HELP, engine, excerpts, read_texts, write_json
+from common import KV_HELP, TEXT_HELP, engine, excerpts, read_texts, small_model_on_gpu, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
+# Options of the speculative config; ablations draft as many tokens as any, so that they show every position.
+CONFIGS = {f"drafted-{n}": {"num_speculative_tokens": n} for n in (1, 2, 4, 6, 8)} | {
+    name: {"num_speculative_tokens": 8, **options}
+    for name, options in (
+        ("kv-only", {"draft_weights": "target"}),
+        ("weights-only", {"draft_kv": "int8"}),
+        ("group-64", {"group_size": 64}),
+        ("kv-only-group-64", {"draft_weights": "target", "group_size": 64}),
+        ("weight-group-64", {"weight_group_size": 64}),
+    )
+}
 
 
 # --- Acceptance -------------------------------------------------------------------------------------------------------
@@ -38,13 +66,42 @@ def measure(llm, prompts: list[list[int]], num_tokens: int, temperature: float) 
     from vllm import SamplingParams
 
     before = counts(llm)
-    params = SamplingParams(temperature=temperature, max_tokens=num_tokens, ignore_eos=True, detokenize=False, seed=1)
+    sampling = {"temperature": temperature, "max_tokens": num_tokens, "ignore_eos": True, "detokenize": False}
+    params = [SamplingParams(seed=i, **sampling) for i in range(len(prompts))]
     llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
     return [a - b for a, b in zip(counts(llm), before, strict=True)]
 
 
 def rates(numbers: list[int]) -> list[float]:
     return [n / numbers[0] for n in numbers[1:]]
+
+
+def run_config(name: str, novels: dict[str, list[list[int]]], args) -> list[dict]:
+    """One engine: a row for each context, temperature and batch of prompts."""
+    options = CONFIGS[name] | args.options
+    drafted = options["num_speculative_tokens"]
+    batch = len(novels) * args.excerpts if torch.cuda.is_available() else args.excerpts
+    arguments = {"max_num_seqs": batch, "enable_prefix_caching": False}
+    arguments |= small_model_on_gpu(args.kv_gib, batch, 1 + drafted)
+    started, rows = time.perf_counter(), []
+    # Room for a draft beyond the last token: drafts are cut short at the model's length, and would count as rejected.
+    longest = max(args.contexts) + args.tokens + 2 * drafted
+    with engine(str(args.model), longest, **arguments, speculative_config={"method": "quantspec", **options}) as llm:
+        print(f"{name}: engine ready in {time.perf_counter() - started:.0f} s", flush=True)
+        for context in args.contexts:
+            prompts = {novel: excerpts(tokens, context, args.excerpts) for novel, tokens in novels.items()}
+            if torch.cuda.is_available():
+                prompts = {"all": sum(prompts.values(), [])}
+            for temperature in args.temperatures:
+                numbers = {novel: measure(llm, p, args.tokens, temperature) for novel, p in prompts.items()}
+                numbers.setdefault("all", [sum(n) for n in zip(*numbers.values(), strict=True)])
+                for novel, n in numbers.items():
+                    row = {"config": name, "context": context, "temperature": temperature, "novel": novel}
+                    row |= {"drafts": n[0], "per_position": rates(n), "accepted": sum(rates(n))}
+                    rows.append(row | {"mean": sum(rates(n)) / drafted, "options": options})
+                    show(rows[-1])
+    print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
+    return rows
 
 
 # --- KL of the 8-bit cache --------------------------------------------------------------------------------------------
@@ -105,82 +162,118 @@ def cache_error(model: str, tokens: list[int], chunk: int, quantspec: dict, dtyp
 
 
 def show(row: dict) -> None:
-    positions = " ".join(f"{r:6.3f}" for r in row["per_position"])
+    positions = " ".join(f"{r:.3f}" for r in row["per_position"])
     print(
-        f"{row['novel']:14s} {row['context']:7d} {row['drafts']:7d}  {positions}  mean {row['mean']:.3f}"
-        f"  per draft {1 + sum(row['per_position']):.2f} tokens",
+        f"{row['config']:16s} {row['context']:6d} T={row['temperature']:<3g} {row['novel']:12s} {row['drafts']:6d} "
+        f" {positions}  mean {row['mean']:.3f}  {1 + row['accepted']:.2f} tokens per verification",
         flush=True,
     )
+
+
+def plot(path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [r for r in json.loads(path.read_text())["rows"] if r["novel"] == "all"]
+    temperatures = sorted({r["temperature"] for r in rows})
+    longest = max(r["context"] for r in rows)
+    # Above: the default options with most tokens drafted, by context. Below: all options, at the longest context.
+    drafted = [r for r in rows if r["config"].startswith("drafted-")] or rows
+    default = max(drafted, key=lambda r: len(r["per_position"]))["config"]
+    figure, axes = plt.subplots(2, len(temperatures), figsize=(5 * len(temperatures), 7), sharey=True, squeeze=False)
+    for column, temperature in enumerate(temperatures):
+        for row in rows:
+            if row["temperature"] != temperature:
+                continue
+            context, is_default = f"{row['context'] / 1024:g}k", row["config"] == default
+            lines = [(axes[0][column], context)] if is_default else []
+            if row["context"] == longest and (is_default or not row["config"].startswith("drafted-")):
+                lines.append((axes[1][column], "default" if is_default else row["config"]))
+            for axis, label in lines:
+                positions = range(1, len(row["per_position"]) + 1)
+                axis.plot(positions, [100 * r for r in row["per_position"]], marker=".", label=label)
+        axes[0][column].set_title(f"temperature {temperature:g}, default options")
+        axes[1][column].set_title(f"temperature {temperature:g}, context {longest / 1024:g}k")
+        axes[1][column].set_xlabel("position in the draft")
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("accepted, % of drafts")
+    figure.tight_layout()
+    figure.savefig(path.with_suffix(".png"), dpi=140)
+
+
+def run_jobs(args) -> list[dict]:
+    """The configurations dealt out to ``--jobs`` processes of this script; their rows."""
+    with tempfile.TemporaryDirectory() as folder:
+        jobs = []
+        for i in range(min(args.jobs, len(args.configs))):
+            part = Path(folder, f"{i}.json")
+            more = ["--jobs", "1", "--json", str(part), "--configs", *args.configs[i :: args.jobs]]
+            # Each compiles into a folder of its own: engines that start together would write the same files.
+            environment = os.environ | {"VLLM_CACHE_ROOT": str(Path(folder, f"cache-{i}"))}
+            jobs.append((subprocess.Popen([sys.executable, __file__, *sys.argv[1:], *more], env=environment), part))
+        failed = [part.stem for process, part in jobs if process.wait()]
+        rows = [row for _, part in jobs if part.exists() for row in json.loads(part.read_text())["rows"]]
+    if failed:
+        print(f"{len(failed)} of {len(jobs)} jobs failed; the rows of the others are kept", flush=True)
+    return sorted(rows, key=lambda row: args.configs.index(row["config"]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=SHARED / "models/books-30m")
     parser.add_argument("--text", type=Path, default=SHARED / "data/books", help=TEXT_HELP)
-    parser.add_argument("--contexts", type=int, nargs="+", default=[4096, 16384])
+    parser.add_argument("--configs", nargs="+", choices=CONFIGS, default=list(CONFIGS))
+    parser.add_argument("--options", type=json.loads, default={}, help="more options of the speculative config, as JSON")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[4096, 8192, 16384, 32768])
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.7])
     parser.add_argument("--excerpts", type=int, default=8, help="of each novel")
     parser.add_argument("--tokens", type=int, default=256, help="generated from each excerpt")
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--num-speculative-tokens", type=int, default=4)
-    parser.add_argument("--draft-weights", choices=["int4", "target"], default="int4")
-    parser.add_argument("--draft-kv", choices=["int4", "int8"], default="int4")
-    parser.add_argument("--weight-group-size", type=int, default=128)
-    parser.add_argument("--group-size", type=int, default=128, help="tokens per page, and per group of keys")
-    parser.add_argument("--quantize-lm-head", action="store_true")
+    parser.add_argument("--kv-gib", type=float, default=12, help=KV_HELP)
+    parser.add_argument("--jobs", type=int, default=1, help="engines at a time")
     parser.add_argument("--kl", action="store_true", help="measure the cache's error, not acceptance")
     parser.add_argument("--kl-tokens", type=int, default=16384)
     parser.add_argument("--kl-decode-tokens", type=int, default=2048, help="of these through the decode path")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/acceptance-MODEL.json")
+    parser.add_argument("--json", type=Path, help="default: benchmarks/results/acceptance-MODEL.json")
+    parser.add_argument("--plot", action="store_true", help="only draw the plot from the JSON")
     args = parser.parse_args()
+    kind = "cache_error" if args.kl else "acceptance"
+    path = args.json or ROOT / f"benchmarks/results/{kind}-{args.model.name}.json"
+    if args.plot:
+        return plot(path)
+    sizes = {"model": args.model.name, "excerpts": args.excerpts, "tokens": args.tokens}
+    if args.jobs > 1 and not args.kl:
+        write_json(path, run_jobs(args), **sizes)
+        return plot(path)
 
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     novels = {name: tokenizer.encode(text) for name, text in read_texts(args.text).items()}
-    kind = "cache_error" if args.kl else "acceptance"
-    output = args.output or ROOT / f"benchmarks/results/{kind}-{args.model.name}.json"
-
+    rows = []
     if args.kl:
-        rows = []
         cache = {"attention_backend": "QUANTSPEC"}
         speculating = {"speculative_config": {"method": "quantspec", "num_speculative_tokens": 4}}
         for novel, tokens in novels.items():
-            for path, size, chunk, arguments in (
+            for way, size, chunk, arguments in (
                 ("prefill", args.kl_tokens, 512, cache),
                 # No more tokens in a step than a verification has: these take the way of the decode rows.
                 ("decode", args.kl_decode_tokens, 5, speculating),
             ):
                 start = (len(tokens) - size) // 2
                 error = cache_error(str(args.model), tokens[start : start + size], chunk, arguments)
-                rows.append({"novel": novel, "path": path, **error})
+                rows.append({"novel": novel, "path": way, **error})
                 print(rows[-1], flush=True)
-        write_json(output, rows, model=args.model.name)
+        write_json(path, rows, model=args.model.name)
         return
-
-    options = {
-        "num_speculative_tokens": args.num_speculative_tokens,
-        "draft_weights": args.draft_weights,
-        "draft_kv": args.draft_kv,
-        "weight_group_size": args.weight_group_size,
-        "group_size": args.group_size,
-        "quantize_lm_head": args.quantize_lm_head,
-    }
-    rows = []
-    longest = max(args.contexts) + args.tokens
-    with engine(str(args.model), longest, speculative_config={"method": "quantspec", **options}) as llm:
-        for context in args.contexts:
-            total = [0] * (1 + args.num_speculative_tokens)
-            for novel, tokens in novels.items():
-                numbers = measure(llm, excerpts(tokens, context, args.excerpts), args.tokens, args.temperature)
-                total = [a + b for a, b in zip(total, numbers, strict=True)]
-                rows.append({"novel": novel, "context": context, "drafts": numbers[0], "per_position": rates(numbers)})
-                rows[-1]["mean"] = sum(rows[-1]["per_position"]) / args.num_speculative_tokens
-                show(rows[-1])
-            rows.append({"novel": "all", "context": context, "drafts": total[0], "per_position": rates(total)})
-            rows[-1]["mean"] = sum(rows[-1]["per_position"]) / args.num_speculative_tokens
-            show(rows[-1])
-    sizes = {"excerpts": args.excerpts, "tokens": args.tokens, "temperature": args.temperature}
-    write_json(output, rows, model=args.model.name, **options, **sizes)
+    for name in args.configs:
+        rows += run_config(name, novels, args)
+        write_json(path, rows, **sizes)
+    plot(path)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,34 @@ def engine(model: str, max_model_len: int, **kwargs) -> Iterator:
         cleanup_dist_env_and_memory()
 
 
+KV_HELP = "of the KV cache on a GPU, GiB; on a CPU: VLLM_CPU_KVCACHE_SPACE"
+
+
+def small_model_on_gpu(kv_gib: float, batch: int, query_len: int = 1) -> dict:
+    """Engine arguments for many engines of a small model, on a GPU that other processes may use too; none on a CPU.
+
+    A KV cache of fixed size, because vLLM's measurement of free memory fails when another process ends meanwhile. CUDA
+    graphs for few batch sizes, because each engine captures its own; ``query_len`` is 1 + the number of drafted tokens.
+    """
+    if not torch.cuda.is_available():
+        return {}
+    batches = {1, *range(8, batch + 1, 8), batch}
+    return {
+        "gpu_memory_utilization": 0.05,  # must be free at the start; the size of the cache is what is given
+        "kv_cache_memory_bytes": int(kv_gib * 2**30),
+        "compilation_config": {"cudagraph_capture_sizes": sorted({b * n for b in batches for n in (1, query_len)})},
+    }
+
+
+def prefill_chunks(chunk: int, prompts: int) -> dict:
+    """Engine arguments by which every prompt is computed ``chunk`` tokens a step: all together on a GPU, else one by one."""
+    if not torch.cuda.is_available():
+        return {"enable_prefix_caching": False, "max_num_batched_tokens": chunk, "max_num_seqs": 8}
+    # All in one batch, because vLLM lifts the threshold for a request that is alone.
+    size = {"max_num_batched_tokens": chunk * prompts, "max_num_seqs": prompts, "long_prefill_token_threshold": chunk}
+    return {"enable_prefix_caching": False, **size}
+
+
 TEXT_HELP = "a folder of *.txt (as PG-19 is published), one .txt, or a .jsonl with a field text"
 
 

@@ -51,12 +51,23 @@ class Llama:
             for name, parts in LINEARS.items()
         }
 
-    def logits(self, ids: torch.Tensor, linears: dict, inputs: Callable | None = None) -> torch.Tensor:
-        """float32 [..., tokens, vocabulary] for int64 ids [..., tokens]; ``inputs(name, x)`` sees a linear's input."""
+    def hidden_states(
+        self,
+        ids: torch.Tensor,
+        linears: dict,
+        inputs: Callable | None = None,
+        attend: Callable | None = None,
+        first: int = 0,
+    ) -> torch.Tensor:
+        """float32 [..., tokens, hidden size] of the last norm, for int64 ids [..., tokens] at positions from ``first`` on.
+
+        ``inputs(name, x)`` sees a linear's input. ``attend(layer, q, k, v)``, of tensors [..., heads, tokens, head size]
+        after the rotary embedding, replaces causal attention among these tokens.
+        """
         c = self.config
         head, kv_heads, eps = c["head_dim"], c["num_key_value_heads"], c["rms_norm_eps"]
         angles = torch.outer(
-            torch.arange(ids.shape[-1], device=ids.device).float(),
+            torch.arange(first, first + ids.shape[-1], device=ids.device).float(),
             c["rope_theta"] ** (-torch.arange(0, head, 2, device=ids.device).float() / head),
         )
         cos, sin = angles.cos(), angles.sin()
@@ -70,16 +81,23 @@ class Llama:
                 inputs(name, x)
             return F.linear(x, linears[name])
 
+        def causal(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
         x = self.embedding[ids]
         for i in range(self.num_layers):
             y = linear(f"{i}.self_attn.qkv", F.rms_norm(x, x.shape[-1:], self.norms[i][0], eps))
             y = y.unflatten(-1, (-1, head)).transpose(-2, -3)
             q, k, v = y.split([y.shape[-3] - 2 * kv_heads, kv_heads, kv_heads], dim=-3)
-            y = F.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True, enable_gqa=True)
+            y = (attend or causal)(i, rotate(q), rotate(k), v)
             x = x + linear(f"{i}.self_attn.o_proj", y.transpose(-2, -3).flatten(-2))
             gate, up = linear(f"{i}.mlp.gate_up", F.rms_norm(x, x.shape[-1:], self.norms[i][1], eps)).chunk(2, -1)
             x = x + linear(f"{i}.mlp.down_proj", F.silu(gate) * up)
-        return F.linear(F.rms_norm(x, x.shape[-1:], self.final_norm, eps), self.head)
+        return F.rms_norm(x, x.shape[-1:], self.final_norm, eps)
+
+    def logits(self, ids: torch.Tensor, linears: dict, inputs: Callable | None = None) -> torch.Tensor:
+        """float32 [..., tokens, vocabulary]; arguments as of ``hidden_states``."""
+        return F.linear(self.hidden_states(ids, linears, inputs), self.head)
 
 
 # --- Rounding variants that lost, and calibration ---------------------------------------------------------------------
@@ -150,7 +168,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--skip", type=int, default=20000, help="characters left out at the start of each novel")
     parser.add_argument("--methods", nargs="*")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/weight_rounding-MODEL.json")
+    parser.add_argument("--json", type=Path, help="default: benchmarks/results/weight_rounding-MODEL.json")
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
@@ -232,7 +250,7 @@ def main() -> None:
         row = {"method": name, "greedy": greedy, "sampling": sampling, "kl": kl, "error": float(error)}
         results.append(row | {"seconds": seconds})
         print(f"{name:48s} {greedy:7.4f} {sampling:8.4f} {kl:8.5f} {error:8.5f} {seconds:8.2f}", flush=True)
-    output = args.output or ROOT / f"benchmarks/results/weight_rounding-{args.model.name}.json"
+    output = args.json or ROOT / f"benchmarks/results/weight_rounding-{args.model.name}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "model": args.model.name,

@@ -1,0 +1,110 @@
+"""What the ablations and the acceptance table compute apart from a model: the same cache as the product's, valid options."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vllm_quantspec.config import parse_options
+from vllm_quantspec.format import PageFormat
+from vllm_quantspec.kernels import reference
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import ablations  # noqa: E402
+import acceptance  # noqa: E402
+import needle  # noqa: E402
+
+
+@pytest.mark.parametrize("group", [64, 128])
+@pytest.mark.parametrize("read", ["draft", "target"])
+def test_the_emulated_cache_reads_as_the_products(read, group, length=700, queries=9):
+    """Two groups of window: attention over pages and window blocks as the product's reference computes it."""
+    torch.manual_seed(0)
+    fmt = PageFormat(2, 64, group)
+    size, first = fmt.window_block_size, length - queries
+    keys, values = (torch.randn(2, length, 64).bfloat16() for _ in range(2))
+    query = torch.randn(4, queries, 64)
+
+    full = first // group
+    pages = torch.zeros(full + 1, 2, fmt.head_bytes, dtype=torch.uint8)
+    groups = [x[:, : full * group].transpose(0, 1).unflatten(0, (full, group)) for x in (keys, values)]
+    reference.quantize_pages(fmt, pages, torch.arange(1, full + 1), *groups)
+    window_table = torch.arange(1, length // size + 2)[None].int()
+    window = torch.zeros(window_table.shape[1] + 1, 2, size, 128, dtype=torch.bfloat16)
+    slots = reference.window_slots(fmt, window_table, torch.zeros(length, dtype=torch.long), torch.arange(length))
+    reference.write_window(fmt, window, slots, keys.transpose(0, 1), values.transpose(0, 1))
+    expected = reference.decode_attention(
+        fmt,
+        pages,
+        window,
+        query.transpose(0, 1),
+        torch.tensor([0, queries]),
+        torch.tensor([length]),
+        torch.arange(1, full + 1)[None].int(),
+        window_table,
+        64**-0.5,
+        read,
+    ).transpose(0, 1)
+
+    own = keys[:, first:].float(), values[:, first:].float()
+    old = ablations.read_quantized(keys, values, group, read)
+    actual = ablations.attend(query, own, (keys, values), old, first, group, 2)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    other = ablations.attend(query, own, (keys, values), old, first, group, 4)
+    assert (other - expected).abs().max() > 1e-4  # the window matters
+
+
+def test_attention_without_a_quantized_cache_is_causal_attention(monkeypatch):
+    monkeypatch.setattr(ablations, "SCORES", 4 * 50 * 7)  # several blocks of rows
+    q, k, v = torch.randn(4, 50, 32), torch.randn(2, 50, 32), torch.randn(2, 50, 32)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(ablations.attend(q, (k, v), (k, v), None, 0, 1, 1), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("group", [64, 128])
+def test_window(group):
+    positions = torch.arange(1000)
+    starts = {k: torch.tensor([ablations.window_start(p, group, k) for p in positions.tolist()]) for k in (1, 2, 4)}
+    assert torch.equal(starts[2], reference.quantized_below(PageFormat(1, 64, group), positions))
+    for k, start in starts.items():
+        exact = (positions - start)[positions >= k * group] + 1  # with the position itself
+        assert (exact.min(), exact.max()) == ((k - 1) * group + 1, k * group)
+
+
+def test_symmetric_weights():
+    torch.manual_seed(0)
+    weight = torch.randn(16, 256) + 0.3
+    rounded = {m: ablations.round_symmetric(weight, 128, m, torch.bfloat16) for m in ("nearest", "search")}
+    errors = {m: (r - weight).square().sum() for m, r in rounded.items()}
+    assert errors["search"] < errors["nearest"]
+    for group in rounded["search"].unflatten(-1, (-1, 128)).flatten(0, 1):
+        steps = group / group[group != 0].abs().min()
+        # Multiples of one scale, from -8 to 7 of them.
+        assert len(group.unique()) <= 16 and torch.allclose(steps, steps.round(), atol=1e-3)
+        assert steps.min() >= -8 and steps.max() <= 7
+
+
+def test_compare():
+    target = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.8, 0.1]]).log()
+    assert torch.allclose(ablations.compare(target, target), torch.tensor([2.0, 2.0, 0.0]).double(), atol=1e-6)
+    draft = torch.tensor([[0.25, 0.5, 0.25], [0.1, 0.8, 0.1]]).log()
+    kl = (target[0].exp() * (target[0] - draft[0])).sum().item()
+    expected = torch.tensor([1.0, 0.25 + 0.3 + 0.2 + 1, kl]).double()
+    assert torch.allclose(ablations.compare(target, draft), expected, atol=1e-6)
+
+
+def test_configurations():
+    for name, options in acceptance.CONFIGS.items():
+        parsed, rest = parse_options({"method": "quantspec", **options})
+        assert not rest, name
+    assert len({str(o) for o in acceptance.CONFIGS.values()}) == len(acceptance.CONFIGS)
+    assert len({v.name for v in ablations.VARIANTS}) == len(ablations.VARIANTS)
+    assert ablations.QUANTSPEC in ablations.VARIANTS and ablations.WEIGHTS_ONLY in ablations.VARIANTS
+
+
+def test_needle_summary():
+    seen, unseen = [(1.0, 0.5), (2.0, 0.25)] * 2, [(3.0, 0.25), (1.5, 0.25)] * 2
+    row = needle.summary(seen, unseen, depths=2)
+    assert (row["needles"], row["gain"], row["found"], row["gain_by_depth"]) == (4, 0.75, 0.5, [2.0, -0.5])
+    assert (row["greedy"], row["greedy_without"]) == (0.375, 0.25)
