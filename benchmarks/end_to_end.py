@@ -1,18 +1,40 @@
-"""Decode speed of whole engines on a model's shape: BF16 KV cache, the hierarchical cache alone, QuantSpec.
+"""Decode speed and memory of whole engines on a model's shape: QuantSpec, its cache alone, and what vLLM has.
 
-    python benchmarks/end_to_end.py                                # 8B shape, 8k to 128k, batch 1 and 8, one GPU
-    python benchmarks/end_to_end.py --shape 7b --points 32768x1 --configs bf16 4
-    python benchmarks/end_to_end.py --plot                         # the plot again, from the JSON
+    python benchmarks/end_to_end.py                                # 8B shape, 4k to 128k, batch 1, 4 and 16, one GPU
+    python benchmarks/end_to_end.py --configs self-5 --points 32768x1   # one more row for the same JSON
+    python benchmarks/end_to_end.py --shape 7b --configs bf16 fp8 cache 3 5
+    python benchmarks/end_to_end_report.py --shape 8b              # tables and the plot, from the JSON
 
-Weights are random (``load_format="dummy"``): the speed does not depend on them, but acceptance does. So drafts are
+A configuration is an engine of its own, with torch.compile and CUDA graphs on:
+
+    bf16, fp8   vLLM's KV cache in 16 and 8 bits (FlashAttention 3 on Hopper)
+    cache       the hierarchical cache alone
+    N           QuantSpec, N tokens drafted; "QuantSpec with γ searched" is the best N at each point
+    ngram-N     vLLM's n-gram speculation on the GPU (``ngram_gpu``: the proposer of ``ngram``, with async scheduling)
+    draft-N     vLLM's ``draft_model`` with a second, smaller model: Llama-3.2-1B's shape for 8b, TinyLlama's for 7b
+    self-N      vLLM's ``draft_model`` with the same model again as its draft: what self-speculation costs without QuantSpec
+
+Weights are random (``load_format="dummy"``): a step's time does not depend on them, but acceptance does. So drafts are
 accepted by vLLM's ``synthetic`` rejection sampler, each with probability ``--acceptance`` given that the one before was
-(0.938: the first position of books-30m at 16k tokens, benchmarks/results/acceptance-books-30m.json). Prompts are not
-computed: a prefill step returns at once and leaves the cache as it is, since decoding takes as long whatever the cache
-holds. Every configuration is an engine of its own, with torch.compile, CUDA graphs and async scheduling on; a number is
-the median of ``--repeats`` stretches of ``--tokens`` tokens per sequence, after 16 tokens of warm-up.
+(0.938: the first position of books-30m at 16k tokens, benchmarks/results/acceptance-books-30m.json). ``ACCEPTANCE`` below
+says what the others are given and why. Ratios use the expected tokens of a verification, not those that a run of some dozen
+steps happened to draw (``ms_per_token`` has the latter). Whatever the acceptance, a verification must yield
+``tokens_to_break_even`` tokens to be as fast as BF16.
+
+Prompts are not computed: a prefill step returns at once and leaves the cache as it is, since decoding takes as long
+whatever the cache holds. A number is the median of ``--repeats`` stretches of ``--tokens`` tokens per sequence, with all
+sequences running. A point for which the cache is too small is not run: ``sequences_that_fit`` says how many would.
+
+On a CPU, where vLLM has no synthetic acceptance, the script can be tried (``--shape tiny``), not measured.
+
+vLLM reserves the whole card, so ``peak_gib`` is what a point needs of it: the blocks of the KV cache that its sequences
+hold, and everything else at its peak as vLLM's own profiling found it (weights, INT4 copy, a prompt chunk of 16k tokens,
+sampling, CUDA graphs).
 """
 
 import argparse
+import copy
+import functools
 import json
 import os
 import statistics
@@ -24,7 +46,7 @@ from pathlib import Path
 
 from common import write_json
 
-from vllm_quantspec.estimate import expected_tokens
+from vllm_quantspec.estimate import GIB, expected_tokens
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = {
@@ -32,6 +54,14 @@ SHAPES = {
     # To try the script out, also on a CPU.
     "tiny": dict(hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2, vocab_size=512),
     "7b": dict(hidden_size=4096, intermediate_size=11008, num_attention_heads=32, num_key_value_heads=32, vocab_size=32000),
+}
+# A public model of the same vocabulary that people draft with.
+DRAFTS = {
+    "8b": dict(
+        hidden_size=2048, intermediate_size=8192, num_key_value_heads=8, num_hidden_layers=16, tie_word_embeddings=True
+    ),
+    "tiny": dict(hidden_size=128, intermediate_size=256, num_attention_heads=2, num_hidden_layers=1),
+    "7b": dict(hidden_size=2048, intermediate_size=5632, num_key_value_heads=4, num_hidden_layers=22),
 }
 LLAMA = dict(
     architectures=["LlamaForCausalLM"],
@@ -46,77 +76,154 @@ LLAMA = dict(
     eos_token_id=2,
     torch_dtype="bfloat16",
 )
+# Per token, of configurations other than QuantSpec's.
+ACCEPTANCE = {
+    # 2.78 tokens per step with 5 drafted: vLLM's ngram, books-30m, 6 x 200 greedy tokens after 16k tokens of novels. A model
+    # this small repeats itself when greedy: at temperature 0.8 (4k) it is 1.00, where QuantSpec keeps 4.45 of 5.
+    "ngram": 0.67,
+    "draft": 0.8,  # assumed: that of a good small draft; books-30m has none of its vocabulary to measure one with
+    "self": 1.0,
+}
+CONFIGS = ["bf16", "fp8", "cache", "3", "5", "draft-5", "ngram-5"]
+POINTS = [f"{kilo * 1024}x{batch}" for batch in (1, 4, 16) for kilo in (4, 8, 16, 32, 64, 128)]
 WARM_UP = 16
-# 96k is what eight sequences of the 8B shape can have in BF16 on an H200.
-POINTS = ["8192x1", "32768x1", "131072x1", "8192x8", "32768x8", "98304x8"]
+# Room behind a context: the first sequences of a batch decode while the prompts of the last are still being skipped.
+MAX_TOKENS = 2048
 # A batch of at least so many tokens is a prompt, not a decode step.
-PREFILL_TOKENS = 4096
+PREFILL_TOKENS = 512
 
 
-def engine_arguments(config: str, acceptance: float, options: dict) -> dict:
-    """LLM arguments of "bf16", "fp8", "cache" (the hierarchical cache alone) or a number of speculative tokens."""
+def drafted(config: str) -> int:
+    """Tokens that a configuration drafts per verification."""
+    last = config.rpartition("-")[2]
+    return int(last) if last.isdigit() else 0
+
+
+def acceptance_of(config: str, acceptance: float) -> float:
+    """Probability that a draft is accepted, given that those before it were; ``acceptance`` is QuantSpec's."""
+    return ACCEPTANCE.get(config.rpartition("-")[0], acceptance)
+
+
+def engine_arguments(config: str, acceptance: float, options: dict, folders: dict[str, str]) -> dict:
+    """LLM arguments of a configuration; ``folders`` has those of the models "self" and "draft"."""
     if config == "bf16":
         return {}
     if config == "fp8":
         return {"kv_cache_dtype": "fp8"}
     if config == "cache":
         return {"attention_backend": "QUANTSPEC"}
-    gamma = int(config)
-    return {
-        "speculative_config": {
-            "method": "quantspec",
-            "num_speculative_tokens": gamma,
-            "rejection_sample_method": "synthetic",
-            "synthetic_acceptance_rates": [acceptance ** (i + 1) for i in range(gamma)],
-            **options,
-        }
+    gamma, kind = drafted(config), config.rpartition("-")[0]
+    methods = {
+        "": {"method": "quantspec", **options},
+        "ngram": {"method": "ngram_gpu"},
+        "draft": {"method": "draft_model", "model": folders["draft"]},
+        "self": {"method": "draft_model", "model": folders["self"]},
     }
+    return {"speculative_config": {"num_speculative_tokens": gamma, **synthetic(config, acceptance), **methods[kind]}}
+
+
+def synthetic(config: str, acceptance: float) -> dict:
+    """Speculative options that accept each draft with a probability, given that those before it were."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    each = acceptance_of(config, acceptance)
+    rates = [each ** (i + 1) for i in range(drafted(config))]
+    return {"rejection_sample_method": "synthetic", "synthetic_acceptance_rates": rates}
 
 
 def skip_prompts(worker) -> None:
-    """Make the target return at once where it would compute a prompt."""
+    """Make the target, and a draft model that reads prompts too, return at once where they would compute one."""
     import torch
 
-    model = worker.model_runner.model
-    forward, hidden_size = model.forward, worker.model_runner.model_config.get_hidden_size()
+    runner = worker.model_runner
+    drafter = getattr(runner, "speculator", None) or getattr(runner, "drafter", None)
+    models = [(runner.model, runner.model_config)]
+    if getattr(drafter, "model", None) is not None:
+        models.append((drafter.model, runner.vllm_config.speculative_config.draft_model_config))
 
-    def decode_only(input_ids, positions, *args, **kwargs):
+    def decode_only(forward, width, input_ids, positions, *args, **kwargs):
         if input_ids.shape[0] >= PREFILL_TOKENS:
-            return torch.zeros(input_ids.shape[0], hidden_size, dtype=torch.bfloat16, device=input_ids.device)
+            return torch.zeros(input_ids.shape[0], width, dtype=torch.bfloat16, device=input_ids.device)
         return forward(input_ids, positions, *args, **kwargs)
 
-    model.forward = decode_only
+    for model, config in models:
+        model.forward = functools.partial(decode_only, model.forward, config.get_hidden_size())
 
 
-def measure(llm, context: int, batch: int, tokens: int, repeats: int, profile: bool) -> dict:
+def memory_without_cache(worker) -> dict:
+    """GiB of weights, and of everything but the KV cache at its peak, as vLLM found it before it sized the cache."""
+    if not hasattr(worker, "available_kv_cache_memory_bytes"):  # a CPU
+        return {}
+    other = worker.requested_memory - worker.available_kv_cache_memory_bytes
+    return {"weights_gib": worker.model_runner.model_memory_usage / GIB, "other_peak_gib": other / GIB}
+
+
+class Cache:
+    """The KV cache of an engine that runs in this process."""
+
+    def __init__(self, llm):
+        self.vllm_config = llm.llm_engine.vllm_config
+        self.scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        self.config = self.scheduler.kv_cache_config
+        # Groups of layers share the memory of the pool: one group's tensors are all of it.
+        layers = set(self.config.kv_cache_groups[0].layer_names)
+        self.gib = sum(t.size for t in self.config.kv_cache_tensors if layers & set(t.layers)) / GIB
+
+    def sequences(self, length: int) -> float:
+        """How many of `length` tokens fit, by vLLM's own count."""
+        from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
+
+        config = copy.copy(self.vllm_config)
+        config.model_config = copy.copy(config.model_config)
+        config.model_config.max_model_len = length
+        return get_max_concurrency_for_kv_cache_config(config, self.config)
+
+    def used_gib(self) -> float:
+        free = self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+        return self.gib * (1 - free / self.config.num_blocks)
+
+
+def measure(llm, cache: Cache, context: int, batch: int, tokens: int, repeats: int, profile: bool) -> dict:
     """Decode `batch` sequences at about `context` tokens: ms per token, per engine step, and tokens per step."""
     from vllm import SamplingParams
 
     engine = llm.llm_engine
-    total = WARM_UP + (repeats + 1) * (tokens + 16)
-    params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=total, detokenize=False)
-    prompt = [7 + i % 400 for i in range(context - total // 2)]
-    for i in range(batch):
-        engine.add_request(f"{context}-{batch}-{i}-{time.time()}", {"prompt_token_ids": prompt}, params)
+    params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=MAX_TOKENS, detokenize=False)
+    prompt = [7 + i % 400 for i in range(context - (WARM_UP + repeats * tokens) // 2)]
+    names = [f"{context}-{batch}-{i}-{time.time()}" for i in range(batch)]
+    for name in names:
+        engine.add_request(name, {"prompt_token_ids": prompt}, params)
     counts: dict[str, int] = {}
     marks: list[tuple[float, int, int]] = []
-    steps, trace = 0, None
-    while engine.has_unfinished_requests():
+    steps, trace, first = 0, None, 0
+    while len(marks) <= repeats or (profile and "stop" not in trace):
         for output in engine.step():
             counts[output.request_id] = len(output.outputs[0].token_ids)
         steps += 1
-        done = min(counts.values()) if len(counts) == batch else 0
-        if done >= WARM_UP + len(marks) * tokens and len(marks) <= repeats:
+        if len(counts) < batch:
+            continue
+        done = min(counts.values())
+        first = first or done  # all prompts are through
+        if done >= first + WARM_UP + len(marks) * tokens and len(marks) <= repeats:
             marks.append((time.perf_counter(), sum(counts.values()), steps))
+            running = len(cache.scheduler.running)
+            assert running == batch, f"{running} of {batch} sequences of {context} tokens run: raise MAX_TOKENS?"
         if profile and trace is None and len(marks) > repeats:
             trace = start_profile(steps)
-        if trace is not None and "stop" not in trace and steps >= trace["first"] + 8:
+        if trace is not None and steps >= trace["first"] + 8:
             stop_profile(trace, steps)
+    kv_gib = cache.used_gib()
+    engine.abort_request(names)
+    while engine.has_unfinished_requests():
+        engine.step()
     stretches = [(b[0] - a[0], (b[1] - a[1]) / batch, b[2] - a[2]) for a, b in zip(marks[:-1], marks[1:], strict=True)]
     result = {
         "ms_per_token": 1e3 * statistics.median(t / n for t, n, _ in stretches),
         "ms_per_step": 1e3 * statistics.median(t / s for t, _, s in stretches),
         "tokens_per_step": sum(n for _, n, _ in stretches) / sum(s for _, _, s in stretches),
+        "kv_gib": kv_gib,
     }
     if trace is not None:
         result |= trace["result"]
@@ -166,7 +273,7 @@ def time_to_first_token(llm, context: int) -> float:
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
-    for length in (3 * 16384, context):  # the first compiles what is compiled on demand
+    for length in (min(3 * 16384, context), context):  # the first compiles what is compiled on demand
         started = time.perf_counter()
         llm.generate([{"prompt_token_ids": [7 + i % 400 for i in range(length)]}], params, use_tqdm=False)
     return time.perf_counter() - started
@@ -175,86 +282,73 @@ def time_to_first_token(llm, context: int) -> float:
 def child(args) -> None:
     """One engine, all points; prints a JSON line for each."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    import torch
     from vllm import LLM
 
     points = [tuple(map(int, point.split("x"))) for point in args.points]
     batches = {batch for _, batch in points}
     longest = max(context for context, _ in points)
-    query_len = 1 + (int(args.child) if args.child.isdigit() else 0)
+    query_len = 1 + drafted(args.child)
     shape = LLAMA | SHAPES[args.shape] | ({"num_hidden_layers": args.layers} if args.layers else {})
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(shape))
+        folders = {"self": f"{folder}/self", "draft": f"{folder}/draft"}
+        for name, config in (("self", shape), ("draft", shape | DRAFTS[args.shape])):
+            Path(folders[name]).mkdir()
+            Path(folders[name], "config.json").write_text(json.dumps(config))
         llm = LLM(
-            folder,
+            folders["self"],
             load_format="dummy",
             skip_tokenizer_init=True,
-            max_model_len=longest + 1024,
+            max_model_len=longest + MAX_TOKENS,
             max_num_seqs=max(batches),
             max_num_batched_tokens=16384,
             gpu_memory_utilization=0.94,
             enable_prefix_caching=False,
             disable_log_stats=True,
+            enforce_eager=not torch.cuda.is_available(),
             compilation_config={"cudagraph_capture_sizes": sorted({b * n for b in batches for n in (1, query_len)})},
-            **engine_arguments(args.child, args.acceptance, json.loads(args.options)),
+            **engine_arguments(args.child, args.acceptance, json.loads(args.options), folders),
         )
-    engine = {"config": args.child, "blocks": llm.llm_engine.vllm_config.cache_config.num_gpu_blocks}
+    cache = Cache(llm)
+    engine = {"config": args.child, "blocks": cache.config.num_blocks} | llm.collective_rpc(memory_without_cache)[0]
     if args.prefill:
         seconds = time_to_first_token(llm, longest)
         print("ROW " + json.dumps(engine | {"context": longest, "batch": 0, "prefill_s": seconds}), flush=True)
     llm.collective_rpc(skip_prompts)
     for context, batch in points:
-        row = measure(llm, context, batch, args.tokens, args.repeats, args.profile)
-        print("ROW " + json.dumps(engine | {"context": context, "batch": batch} | row), flush=True)
+        point = engine | {"context": context, "batch": batch}
+        fit = int(cache.sequences(context + MAX_TOKENS // 2))
+        if fit < batch:
+            row = {"sequences_that_fit": fit}
+        else:
+            row = measure(llm, cache, context, batch, args.tokens, args.repeats, args.profile)
+        print("ROW " + json.dumps(point | row), flush=True)
 
 
-def add_ratios(rows: list[dict]) -> None:
-    """Speedup over BF16 KV of the same context and batch, and what it would be at 0.97 per token."""
+def add_derived(rows: list[dict], acceptance: float) -> None:
+    """To every measured row: speed at the expected tokens per verification, its ratio to BF16 KV, and peak memory."""
+    base = {(r["context"], r["batch"]): r for r in rows if r["config"] == "bf16"}
     for row in rows:
-        base = next(
-            (r for r in rows if r["config"] == "bf16" and (r["context"], r["batch"]) == (row["context"], row["batch"])), None
-        )
-        if base is None:
+        bf16 = base.get((row["context"], row["batch"]), {})
+        if "prefill_s" in row and "prefill_s" in bf16:
+            row["prefill_over_bf16"] = row["prefill_s"] / bf16["prefill_s"]
+        if "ms_per_step" not in row:
             continue
-        if "prefill_s" in row:
-            row["prefill_over_bf16"] = row["prefill_s"] / base["prefill_s"]
-            continue
-        row["speedup"] = base["ms_per_token"] / row["ms_per_token"]
-        if row["config"].isdigit():
-            gamma = int(row["config"])
-            row["speedup_at_0.97"] = base["ms_per_token"] * expected_tokens(0.97, gamma) / row["ms_per_step"]
+        gamma = drafted(row["config"])
 
+        def ms(each: float, row=row, gamma=gamma) -> float:
+            return row["ms_per_step"] / expected_tokens(each, gamma)
 
-def plot(path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    results = json.loads(path.read_text())
-    rows = [r for r in results["rows"] if "speedup" in r]
-    batches = sorted({r["batch"] for r in rows})
-    figure, axes = plt.subplots(1, len(batches), figsize=(5.2 * len(batches), 3.6), squeeze=False, sharey=True)
-    for axis, batch in zip(axes[0], batches, strict=True):
-        contexts = sorted({r["context"] for r in rows if r["batch"] == batch})
-        of = {(r["config"], r["context"]): r for r in rows if r["batch"] == batch}
-        best = [max((r for (c, n), r in of.items() if n == x and c.isdigit()), key=lambda r: r["speedup"]) for x in contexts]
-        labels = [f"{x // 1024}k" for x in contexts]
-        axis.plot(labels, [r["speedup"] for r in best], marker="o", color="#d1495b", label="QuantSpec")
-        axis.plot(
-            labels, [r["speedup_at_0.97"] for r in best], marker=".", ls=":", color="#d1495b", label="at 0.97 per token"
-        )
-        cache = [of[("cache", x)]["speedup"] for x in contexts if ("cache", x) in of]
-        axis.plot(labels[: len(cache)], cache, marker="o", color="#2a6fb0", label="cache alone")
-        for x, r in zip(labels, best, strict=True):
-            axis.annotate(f"γ={r['config']}", (x, r["speedup"]), textcoords="offset points", xytext=(0, 6), ha="center")
-        axis.axhline(1, color="#999", linewidth=0.8)
-        axis.set_title(f"batch {batch}")
-        axis.set_xlabel("context")
-    axes[0][0].set_ylabel("decode speed over BF16 KV")
-    axes[0][-1].legend()
-    figure.suptitle(f"{results['shape']} shape, {results['machine']['gpu']}, acceptance {results['acceptance']} per token")
-    figure.tight_layout()
-    figure.savefig(path.with_suffix(".png"), dpi=140)
+        each = acceptance_of(row["config"], acceptance)
+        row["expected_ms_per_token"] = ms(each)
+        row["decode_tokens_per_s"] = 1e3 * row["batch"] / ms(each)
+        if "other_peak_gib" in row and "kv_gib" in row:
+            row["peak_gib"] = row["other_peak_gib"] + row["kv_gib"]
+        if "ms_per_step" in bf16:
+            row["speedup"] = bf16["ms_per_step"] / ms(each)
+            if gamma:
+                row["tokens_to_break_even"] = row["ms_per_step"] / bf16["ms_per_step"]
+                row["speedup_at_0.97"] = bf16["ms_per_step"] / ms(max(each, 0.97))
 
 
 def main() -> None:
@@ -262,24 +356,22 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="8b")
     parser.add_argument("--layers", type=int, help="fewer layers, to try the script out")
     parser.add_argument("--points", nargs="+", default=POINTS, help="CONTEXTxBATCH, e.g. 131072x1")
-    parser.add_argument("--configs", nargs="+", default=["bf16", "cache", "3", "5"])
+    parser.add_argument("--configs", nargs="+", default=CONFIGS, help="added to what the JSON has, see above")
     parser.add_argument("--acceptance", type=float, default=0.938)
-    parser.add_argument("--options", default="{}", help="more options of the speculative config, as JSON")
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--options", default="{}", help="more options of QuantSpec's speculative config, as JSON")
+    parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--prefill", action="store_true", help="also time the longest context's prompt (batch 0)")
     parser.add_argument("--profile", action="store_true", help="also say where a step's time goes")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", action="store_true", help="only draw the plot from the JSON")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     path = args.json or RESULTS / f"end_to_end-{args.shape}.json"
-    if args.plot:
-        return plot(path)
     if args.child:
         return child(args)
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     for config in args.configs:
+        started = time.perf_counter()
         command = [sys.executable, __file__, *sys.argv[1:], "--child", config]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         tail: list[str] = []
@@ -289,14 +381,12 @@ def main() -> None:
                 row = json.loads(line[4:])
                 rows = [r for r in rows if any(r[k] != row[k] for k in ("config", "context", "batch"))] + [row]
                 print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+                # After every row: a run that is cut off keeps what it has.
+                add_derived(rows, args.acceptance)
+                write_json(path, rows, shape=args.shape, acceptance=args.acceptance)
         if process.wait():
             print(f"{config} failed:\n" + "".join(tail), flush=True)
-        add_ratios(rows)
-        write_json(path, rows, shape=args.shape, acceptance=args.acceptance)
-    for row in sorted(rows, key=lambda r: (r["batch"], r["context"])):
-        if "speedup" in row:
-            where = f"{row['config']:>6} {row['context']:>7} batch {row['batch']:>2}"
-            print(f"{where}: {row['ms_per_token']:.2f} ms, {row['speedup']:.2f}x")
+        print(f"{config}: {time.perf_counter() - started:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

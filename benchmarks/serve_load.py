@@ -8,7 +8,8 @@ in eight is left in the middle. At the end nothing may be running, and no block 
 
     python benchmarks/serve_load.py [--url URL] [--model DIR] [--clients 32] [--minutes 3] [--max-prompt 8000] [--json OUT]
 
-Without --url it starts its own server, with --speculative-config quantspec, and follows its processes' memory.
+Without --url it starts its own server, with --speculative-config quantspec, and follows its processes' memory and, where
+there is one, the GPU's. serve_bench.py does the same to a model of 8B parameters, with random weights.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import json
 import math
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -24,11 +26,14 @@ import threading
 import time
 import urllib.parse
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "vllm_quantspec" / "assets"
+VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+QUANTSPEC = ("--speculative-config", "quantspec")
 TIMEOUT = 300
 
 
@@ -104,14 +109,14 @@ def token_id(name: str) -> int:
     return int(name.removeprefix("token_id:"))
 
 
-def mistakes(answer: Answer, max_tokens: int, text: str) -> list[str]:
-    """What is wrong with an answer on its own; ``text`` is what its tokens decode to."""
+def mistakes(answer: Answer, max_tokens: int, text: str | None) -> list[str]:
+    """What is wrong with an answer on its own; ``text`` is what its tokens decode to, if that can be compared."""
     wrong = []
     if not len(answer.tokens) == answer.num_tokens == max_tokens:
         wrong.append(f"{len(answer.tokens)} tokens, usage says {answer.num_tokens}, asked for {max_tokens}")
     if answer.finish_reasons != ["length"]:
         wrong.append(f"finish reasons {answer.finish_reasons}")
-    if answer.text != text:
+    if text is not None and answer.text != text:
         wrong.append(f"text {answer.text[-80:]!r}, its tokens are {text[-80:]!r}")
     return wrong
 
@@ -128,15 +133,30 @@ def gap(a: Answer, b: Answer) -> float | None:
 
 
 class Load:
-    """``clients`` threads that ask until the time is up; what they saw."""
+    """``clients`` threads that ask until the time is up; what they saw.
+
+    Args:
+        text: what prompts are cut from, as text or as tokens.
+        tie: nats up to which two tokens count as tied; with infinity, streamed and whole answers may differ.
+        pid: the server's process, to follow its memory.
+    """
 
     def __init__(
-        self, url: str, text: str, clients: int, seconds: float, max_prompt: int, tie: float, pid: int | None = None
+        self,
+        url: str,
+        text: str | list[int],
+        clients: int,
+        seconds: float,
+        max_prompt: int,
+        tie: float,
+        pid: int | None = None,
     ):
         self.client = Client(url)
         self.model = json.loads(self.client.get("/v1/models"))["data"][0]["id"]
-        self.tokens = self.client.post("/tokenize", {"model": self.model, "prompt": text})["tokens"]
-        self.tokens *= math.ceil((max_prompt + 1) / len(self.tokens))
+        if isinstance(text, str):
+            text = self.client.post("/tokenize", {"model": self.model, "prompt": text})["tokens"]
+        self.tokens = text
+        self.tokens = self.tokens * math.ceil((max_prompt + 1) / len(self.tokens))
         self.clients, self.seconds, self.max_prompt, self.tie, self.pid = clients, seconds, max_prompt, tie, pid
         self.lock = threading.Lock()
         self.counts: Counter[str] = Counter()
@@ -219,10 +239,12 @@ class Load:
             streamed.add(event)
         whole.add(self.client.post("/v1/completions", body))
         wrong = []
+        # Where a prompt ends inside a character, vLLM's detokenizer begins the answer's text with the prompt's.
+        splits_character = self.detokenize(body["prompt"][-4:]).endswith("\ufffd")
         for name, answer in (("streamed", streamed), ("whole", whole)):
-            text = self.client.post("/detokenize", {"model": self.model, "tokens": answer.tokens})["prompt"]
-            wrong += [f"{name}: {mistake}" for mistake in mistakes(answer, body["max_tokens"], text.rstrip("\ufffd"))]
-        difference = gap(whole, streamed)
+            text = None if splits_character else self.detokenize(answer.tokens).rstrip("\ufffd")
+            wrong += [f"{name}: {mistake}" for mistake in mistakes(answer, body["max_tokens"], text)]
+        difference = gap(whole, streamed) if self.tie < math.inf else None
         if difference is not None and difference > self.tie:
             wrong.append(f"streamed and whole part by {difference:.3f} nats, prompt of {len(body['prompt'])} tokens")
         with self.lock:
@@ -230,6 +252,9 @@ class Load:
             self.gaps += [] if difference is None else [difference]
             tokens = len(streamed.tokens) + len(whole.tokens)
             self.counts.update(compared=1, answers=2, tokens=tokens, prompt_tokens=2 * len(body["prompt"]))
+
+    def detokenize(self, tokens: list[int]) -> str:
+        return self.client.post("/detokenize", {"model": self.model, "tokens": tokens})["prompt"]
 
     def wait_until_idle(self) -> float:
         """Wait for requests that were left to end; the share of the KV cache in use then."""
@@ -245,7 +270,7 @@ class Load:
     # --- Memory of the server's processes
 
     def sample(self, seconds: float, progress: bool) -> None:
-        memory = {} if self.pid is None else {name: rss(pid) for pid, name in processes(self.pid)}
+        memory = {} if self.pid is None else {name: rss(pid) for pid, name in processes(self.pid)} | gpu_memory()
         with self.lock:
             row = {"seconds": round(seconds, 1), "requests": self.counts["answers"], "tokens": self.counts["tokens"]}
             row |= {"errors": len(self.errors), "memory_mib": memory}
@@ -262,35 +287,52 @@ class Load:
         """Of each process: after a third of the time (warm-up), and at the end."""
         warm = next((s for s in self.samples if s["seconds"] >= self.seconds / 3), self.samples[-1])["memory_mib"]
         end = self.samples[-1]["memory_mib"]
-        return {name: {"after_warm_up": warm[name], "end": end.get(name, 0.0)} for name in warm}
+        # Compilers that a server starts at first are gone by then.
+        return {name: {"after_warm_up": warm[name], "end": end[name]} for name in warm if name in end}
 
 
 def processes(pid: int) -> list[tuple[int, str]]:
     """A process and those below it, with their names."""
-    found = [(pid, Path(f"/proc/{pid}/comm").read_text().strip())]
-    for children in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in children.read_text().split():
-            found += processes(int(child))
+    try:
+        found = [(pid, Path(f"/proc/{pid}/comm").read_text().strip())]
+        for children in Path(f"/proc/{pid}/task").glob("*/children"):
+            for child in children.read_text().split():
+                found += processes(int(child))
+    except OSError:  # it ended meanwhile
+        return []
     return [(p, name) for p, name in found if "python" not in name or p == pid]  # not Python's resource tracker
 
 
 def rss(pid: int) -> float:
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS"):
-            return round(int(line.split()[1]) / 1024, 1)
-    return 0.0
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:  # it ended meanwhile
+        return 0.0
+    return next((round(int(line.split()[1]) / 1024, 1) for line in lines if line.startswith("VmRSS")), 0.0)
+
+
+def gpu_memory() -> dict[str, float]:
+    """{"GPU 0": MiB in use, by whatever process}; nothing without a GPU."""
+    if shutil.which("nvidia-smi") is None:
+        return {}
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    lines = subprocess.run(command, capture_output=True, text=True).stdout.split()
+    return {f"GPU {i}": float(mib) for i, mib in enumerate(lines)}
 
 
 # --- A server of its own ------------------------------------------------------------------------------------------------
 
 
-def start_server(model: str, max_model_len: int, max_num_seqs: int, log: Path) -> tuple[subprocess.Popen, str]:
+def start_server(
+    model: str, max_model_len: int, max_num_seqs: int, log: Path, arguments: Sequence[str] = QUANTSPEC
+) -> tuple[subprocess.Popen, str]:
+    """A `vllm serve` and its address, ready; with CUDA graphs where there is a GPU."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--speculative-config", "quantspec", "--max-model-len", str(max_model_len)]
-    command += ["--max-num-seqs", str(max_num_seqs), "--enforce-eager"]
+    command = [*VLLM, "serve", model, "--host", "127.0.0.1", "--port", str(port), *arguments]
+    command += ["--max-model-len", str(max_model_len), "--max-num-seqs", str(max_num_seqs)]
+    command += [] if gpu_memory() else ["--enforce-eager"]
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output)
     url = f"http://127.0.0.1:{port}"

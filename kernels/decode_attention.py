@@ -52,8 +52,8 @@ def decode_attention(
     Lengths, positions and tables are read on the device: a captured CUDA graph replays with any that fit the
     shapes. Run once with the same shapes before capturing.
 
-    The launch may begin under the end of the kernel launched before it, and then reads all but the window: that kernel may
-    write the window (``cache_update.store`` does), but not the query, lengths, tables, or the pages that are read.
+    The launch may begin under the end of the kernel launched before it. That kernel may write the window, as
+    ``cache_update.store`` does, and pages if ``read`` is "target", as ``quantize`` does, but no query, length or table.
 
     Args:
         pages: uint8 [num_blocks, H, head_bytes], 16-byte aligned; the strides of blocks and heads are free.
@@ -80,7 +80,7 @@ def decode_attention(
     per_head = _check(
         fmt, pages, window, query, query_start_loc, seq_lens, block_table, window_block_table, read, max_query_len, out
     )
-    tiles, passes = _row_tiles(fmt.head_size, max_query_len * per_head)
+    tiles, passes = row_tiles(fmt.head_size, max_query_len * per_head)
     device = query.device.index
     with torch.cuda.device(device):
         code_bits = 4 if read == "draft" else 8
@@ -150,7 +150,7 @@ def _bytes_per_warp(fmt: PageFormat, code_bits: int, tiles: int, stages: int) ->
     return max(stages * stage, 32 * (4 * dim + 16), 32 * tiles * (dim + 4)) + 16 * dim * tiles
 
 
-def _row_tiles(head_size: int, rows: int) -> tuple[int, int]:
+def row_tiles(head_size: int, rows: int) -> tuple[int, int]:
     """Tiles of 8 query rows in one pass over the cache, as many as registers allow, and the number of passes."""
     tiles = -(-rows // 8)
     passes = -(-tiles // max(1, min(5, 384 // head_size)))

@@ -183,6 +183,35 @@ def test_overlaps_with_the_stores_around_it(read):
         assert torch.equal(outs, expected)
 
 
+def test_target_reads_pages_that_were_quantized_just_before():
+    """Requests that share a prefix: one completes a page, and the other reads it in the same step."""
+    fmt = PageFormat(2, 128)
+    case = Case(fmt, 8, [9000, 4 * 128 + 3], [1, 3], hits=[0, 4 * 128])
+    writer = {
+        "query_start_loc": torch.tensor([0, 4 * 128], dtype=torch.int32, device=DEVICE),
+        "seq_lens": torch.tensor([4 * 128], dtype=torch.int32, device=DEVICE),
+        "num_unverified": torch.zeros(1, dtype=torch.int32, device=DEVICE),
+        "block_table": case.block_table[1:],
+        "window_block_table": torch.zeros(1, 64, dtype=torch.int32, device=DEVICE),
+    }
+    sizes = {"max_query_len": 4 * 128, "max_unverified": 4}
+    new = torch.randn(24, 2, 4 * 128, 2, 128, device=DEVICE).to(fmt.dtype)
+    options = {"max_query_len": case.max_query_len}
+
+    def run(outs, overlap):
+        for (key, value), out in zip(new, outs, strict=True):
+            cache_update.quantize(fmt, case.pages, case.window, key, value, **writer, **sizes)
+            decode_attention(*case.arguments("target"), out=out, overlap=overlap, **options)
+
+    expected, outs = (torch.empty(24, *case.query.shape, dtype=fmt.dtype, device=DEVICE) for _ in range(2))
+    run(expected, False)
+    assert not torch.equal(expected[0, 1:], expected[1, 1:])
+    for _ in range(20):
+        outs.zero_()
+        run(outs, True)
+        assert torch.equal(outs, expected)
+
+
 def test_repeated_runs_agree():
     case = Case(PageFormat(8, 128), 32, [20_000, 100, 3000], [1, 1, 1])
     first = case.run("draft")

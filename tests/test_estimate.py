@@ -48,13 +48,16 @@ def test_speed_is_what_was_measured():
     model = estimate.model_from(LLAMA_8B, "8b")
     checked = 0
     for row in results["rows"]:
-        if not row["batch"]:
+        config = row["config"]
+        # A point for which the cache was too small has no time; other engines (fp8, draft-5, ngram-5) are not modelled.
+        if "ms_per_step" not in row or not (config in ("bf16", "cache") or config.isdigit()):
             continue
-        s = estimate.speed(model, 4.26e12, row["context"], row["batch"], 1, 128, results["acceptance"], 4)
-        predicted = {"bf16": s.exact, "cache": s.cache, "4": s.cycle}[row["config"]]
+        drafts = int(config) if config.isdigit() else 1
+        s = estimate.speed(model, 4.26e12, row["context"], row["batch"], 1, 128, results["acceptance"], drafts)
+        predicted = {"bf16": s.exact, "cache": s.cache}.get(config, s.cycle)
         assert predicted == pytest.approx(row["ms_per_step"], rel=0.06), row
         checked += 1
-    assert checked == 18
+    assert checked >= 40
 
 
 def run(tmp_path, config, *arguments) -> int:

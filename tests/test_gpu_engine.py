@@ -126,6 +126,19 @@ def test_prefix_caching(llm, prompts):
         assert_close([fresh], [cached])
 
 
+def test_prefix_shared_within_a_step(llm, prompts):
+    """Requests that come together: one computes pages, and the others read them in the very step that completes them."""
+    shared = [prompts[-1][: 8 * G] + prompts[-2][20 * i : 20 * i + n] for i, n in enumerate((1, 3, 5, 40, 200))]
+    llm.reset_prefix_cache()
+    together = generate(llm, shared, 24)
+    assert [a.num_cached_tokens for a in together] == [0] + 4 * [8 * G]
+    fresh = []
+    for prompt in shared:
+        llm.reset_prefix_cache()
+        fresh += generate(llm, [prompt], 24)
+    assert_close(fresh, together)
+
+
 def test_sampling_with_a_seed_repeats(llm, prompts):
     params = SamplingParams(temperature=0.8, seed=3, max_tokens=60, ignore_eos=True)
     prompt = {"prompt_token_ids": prompts[-2][:700]}

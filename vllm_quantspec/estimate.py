@@ -1,7 +1,8 @@
 """What a model needs with and without QuantSpec, and what it gains: arithmetic on a model's config.json.
 
 Memory is counted, speed is modelled: a step reads its bytes at a fraction of the GPU's bandwidth, and each layer costs a
-fixed time on top. The constants below reproduce benchmarks/results/end_to_end-8b.json (an H200) within 6 %.
+fixed time on top. The constants below reproduce benchmarks/results/end_to_end-8b.json (an H200; one to 16 sequences of 4k to
+128k tokens) within 6 %.
 """
 
 from __future__ import annotations
@@ -15,17 +16,32 @@ from types import SimpleNamespace
 import torch
 
 from vllm_quantspec.format import PageFormat
+from vllm_quantspec.kernels.decode_attention import row_tiles
 
 GIB = 2**30
 # A 16-bit scale and zero point per group of 128 weights.
 INT4_BITS = 4 + 32 / 128
 # Exact tokens that vLLM reserves room for per running request, as RecentWindowSpec does: two windows, and drafts.
 WINDOW_GROUPS, WINDOW_DRAFTS = 4, 8
-# Fractions of the copy bandwidth that each kind of reading reaches, and microseconds that it costs beside.
-LINEAR, LM_HEAD, INT4_LINEAR = 0.88, 1.0, 0.55
-ATTENTION = {"exact": (0.99, 12), "draft": (0.99, 10), "target, 1 row tile": (0.98, 11), "target": (0.835, 17)}
-# Norms, activations, rotary embedding, stores and launches, per layer; sampling and verification, per step.
-OTHER_US, VERIFY_MS = 18, 0.2
+# Speeds are fractions of the bandwidth of a copy, which also writes; reading alone is faster. Sources, all in
+# benchmarks/results: [e] a fit to end_to_end-8b.json, or times of single kernels in it; [p] a fit to
+# decode_attention_peers.json, which [e] confirms; [i] int4_linear.json.
+# The KV cache, by FlashAttention as by QuantSpec's kernel [p, e], and the LM head [e]; the 16-bit linear layers [e].
+READ, LINEAR = 1.05, 0.9
+# The INT4 linear layers [i], by the most tokens: tensor-core tiles of 8 tokens, another kernel beyond 16. A draft step of
+# more tokens than these uses the 16-bit layers.
+INT4_LINEAR = ((8, 0.6), (16, 0.45), (32, 0.24))
+# Groups of exact tokens that take as long as a request's window does [p]; it holds one to two, read less evenly than pages.
+WINDOW_READ_GROUPS = 3
+# What each tile of query rows after the first adds: a fraction of the time to read, and microseconds per layer [p].
+ROW_TILE, ROW_TILE_US = 0.07, 4
+# Microseconds per layer that do not grow with the context: attention's start and merge, norms, activations, rotary
+# embedding, stores and launches [e]. Less for drafts, whose kernels start under the end of those before.
+LAYER_US = {"exact": 32, "target": 28.5, "draft": 22}
+# Microseconds per layer and token of a step [e].
+TOKEN_US = 0.2
+# Accepting drafts and preparing the next ones; with one number of drafts [e] cannot tell it from 0.04 ms per draft step.
+VERIFY_MS = 0.2
 
 
 @dataclass(frozen=True)
@@ -181,7 +197,10 @@ def speed(
     acceptance: float,
     num_speculative_tokens: int,
 ) -> Speed:
-    """Decode times by the cost model: bytes over bandwidth plus fixed costs; communication is not in it.
+    """Decode times by the cost model: bytes over bandwidth plus fixed costs.
+
+    Communication between GPUs is not in it, nor arithmetic: linear layers of some hundred tokens (in a verification,
+    requests times drafts and one), where they are no longer bound by reading, take longer than it says.
 
     Args:
         bandwidth: bytes per second that a copy on this GPU reads and writes (an H200: 4.26e12).
@@ -189,27 +208,32 @@ def speed(
     """
     tp, rows = tensor_parallel_size, num_speculative_tokens + 1
     fmt = PageFormat(max(1, model.num_kv_heads // tp), model.head_size, group_size, model.dtype)
-    other = OTHER_US * model.num_layers / 1e3
 
     def read_ms(num_bytes: float, fraction: float) -> float:
-        return num_bytes / tp / (bandwidth * fraction) * 1e3
+        return num_bytes / (bandwidth * fraction) * 1e3
 
-    def attention_ms(kind: str, bytes_per_token: float) -> float:
-        fraction, fixed = ATTENTION[kind]
-        return model.num_layers * (context * batch * bytes_per_token / (bandwidth * fraction) * 1e3 + fixed / 1e3)
+    def layers_ms(kind: str, num_tokens: int, bytes_per_token: float, query_rows: int = 1) -> float:
+        """All but the linear layers; ``query_rows`` are per KV head."""
+        cache_bytes, tiles, passes = context * bytes_per_token, 1, 1
+        if kind != "exact":
+            cache_bytes += WINDOW_READ_GROUPS * group_size * exact_bytes
+            tiles, passes = row_tiles(model.head_size, query_rows)  # every pass reads the cache
+        read = read_ms(batch * cache_bytes, READ) * (1 + ROW_TILE * (tiles - 1)) + ROW_TILE_US * (tiles - 1) / 1e3
+        return model.num_layers * (passes * read + (LAYER_US[kind] + TOKEN_US * num_tokens) / 1e3)
 
-    linears = read_ms(model.linear_weights * model.dtype.itemsize, LINEAR)
-    head = read_ms(model.head_weights * model.dtype.itemsize, LM_HEAD)
-    base = linears + head + other
     exact_bytes = fmt.num_kv_heads * 2 * model.head_size * model.dtype.itemsize
-    # Up to 8 query rows of one KV head are one tile of the tensor cores.
-    few = rows * model.num_heads // model.num_kv_heads <= 8
     target, draft = fmt.bytes_per_token("target"), fmt.bytes_per_token("draft")
-    draft_step = read_ms(model.linear_weights * INT4_BITS / 8, INT4_LINEAR) + head + other + attention_ms("draft", draft)
-    verify = base + VERIFY_MS + attention_ms("target, 1 row tile" if few else "target", target)
+    per_head = max(1, model.num_heads // tp // fmt.num_kv_heads)
+    head = read_ms(model.head_weights * model.dtype.itemsize / tp, READ)
+    linears = read_ms(model.linear_weights * model.dtype.itemsize / tp, LINEAR)
+    int4_bytes = model.linear_weights * INT4_BITS / 8 / tp
+    draft_linears = next((read_ms(int4_bytes, fraction) for most, fraction in INT4_LINEAR if batch <= most), linears)
+    base = head + linears
+    draft_step = head + draft_linears + layers_ms("draft", batch, draft, per_head)
+    verify = base + VERIFY_MS + layers_ms("target", batch * rows, target, rows * per_head)
     return Speed(
-        exact=base + attention_ms("exact", exact_bytes),
-        cache=base + attention_ms("target, 1 row tile", target),
+        exact=base + layers_ms("exact", batch, exact_bytes),
+        cache=base + layers_ms("target", batch, target, per_head),
         draft_step=draft_step,
         cycle=num_speculative_tokens * draft_step + verify,
         tokens_per_cycle=expected_tokens(acceptance, num_speculative_tokens),

@@ -1,0 +1,155 @@
+"""Tables and the plot of what end_to_end.py measured.
+
+    python benchmarks/end_to_end_report.py [--shape 8b | --json FILE]
+
+Prints Markdown: decode speed (tokens/s of the whole batch, and the ratio to BF16 KV), peak memory, and, whatever the
+acceptance, what drafting must yield to pay and what it gains, for every context and batch; of configurations that draft, the
+best number of drafted tokens at each point. Draws the first beside the JSON, without n-grams, which gain or lose by the text
+alone.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from end_to_end import RESULTS, SHAPES, drafted
+
+from vllm_quantspec.estimate import expected_tokens
+
+ACCEPTANCES = (0.8, 0.9, 0.938, 0.97, 0.985)
+
+# kind: (name in tables, colour and marker in the plot)
+KINDS = {
+    "bf16": ("BF16", "#555555", "s"),
+    "fp8": ("FP8", "#e0a030", "s"),
+    "ngram": ("ngram", "#9bbf85", "v"),
+    "draft": ("draft_model", "#8a6fb0", "v"),
+    "self": ("self-draft", "#b07a8a", "v"),
+    "cache": ("QuantSpec's cache alone", "#2a6fb0", "o"),
+    "quantspec": ("QuantSpec", "#d1495b", "o"),
+}
+
+
+def kind_of(config: str) -> str:
+    return "quantspec" if config.isdigit() else config.partition("-")[0]
+
+
+def best_rows(rows: list[dict]) -> dict[tuple[str, int, int], dict]:
+    """{(kind, context, batch): the fastest row of that kind, or one that says how many sequences fit}."""
+    best: dict[tuple[str, int, int], dict] = {}
+    for row in rows:
+        if not row["batch"]:  # a prompt's time
+            continue
+        key = kind_of(row["config"]), row["context"], row["batch"]
+        speed = row.get("decode_tokens_per_s", 0)
+        if key not in best or speed > best[key].get("decode_tokens_per_s", 0):
+            best[key] = row
+    return best
+
+
+def speed_cell(row: dict) -> str:
+    if "decode_tokens_per_s" not in row:
+        return f"{row['sequences_that_fit']} fit" if "sequences_that_fit" in row else ""
+    gamma = drafted(row["config"])
+    notes = [f"{row['speedup']:.2f}x"] if "speedup" in row and row["config"] != "bf16" else []
+    notes += [f"γ {gamma}"] if gamma else []
+    return f"{row['decode_tokens_per_s']:.0f}" + (f" ({', '.join(notes)})" if notes else "")
+
+
+def memory_cell(row: dict) -> str:
+    return f"{row['peak_gib']:.1f}" if "peak_gib" in row else speed_cell(row) if "sequences_that_fit" in row else ""
+
+
+def break_even_cell(row: dict) -> str:
+    if "tokens_to_break_even" not in row:
+        return ""
+    needed = [f"{row[key]:.2f}" for key in ("tokens_to_break_even", "tokens_to_match_quantspec") if key in row]
+    return f"{', '.join(needed)} of {drafted(row['config']) + 1}"
+
+
+def acceptance_table(best: dict) -> str:
+    """QuantSpec's ratio to BF16 KV if a draft token is accepted with other probabilities."""
+    lines = ["| context, batch | " + " | ".join(map(str, ACCEPTANCES)) + " |", "|---" * (1 + len(ACCEPTANCES)) + "|"]
+    for (kind, context, batch), row in sorted(best.items(), key=lambda item: item[0][:0:-1]):
+        if kind == "quantspec" and "tokens_to_break_even" in row:
+            ratios = [expected_tokens(a, drafted(row["config"])) / row["tokens_to_break_even"] for a in ACCEPTANCES]
+            lines.append(f"| {context // 1024}k, {batch} | " + " | ".join(f"{ratio:.2f}x" for ratio in ratios) + " |")
+    return "\n".join(["QuantSpec over BF16, by the acceptance of a draft token", "", *lines]) + "\n"
+
+
+def table(title: str, best: dict, kinds: list[str], cell) -> str:
+    lines = [
+        title,
+        "",
+        "| context, batch | " + " | ".join(KINDS[k][0] for k in kinds) + " |",
+        "|---" * (1 + len(kinds)) + "|",
+    ]
+    for context, batch in sorted({key[1:] for key in best}, key=lambda point: point[::-1]):
+        cells = [cell(best.get((kind, context, batch), {})) for kind in kinds]
+        lines.append(f"| {context // 1024}k, {batch} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(path: Path, results: dict, best: dict, kinds: list[str]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    batches = sorted({batch for _, _, batch in best})
+    figure, axes = plt.subplots(1, len(batches), figsize=(4.8 * len(batches), 4.2), squeeze=False)
+    for axis, batch in zip(axes[0], batches, strict=True):
+        contexts = sorted({context for _, context, b in best if b == batch})
+        for kind in kinds:
+            label, colour, marker = KINDS[kind]
+            rows = [best.get((kind, context, batch), {}) for context in contexts]
+            points = [(i, row) for i, row in enumerate(rows) if "decode_tokens_per_s" in row]
+            speeds = [row["decode_tokens_per_s"] for _, row in points]
+            style = "-" if marker == "o" else "--"
+            axis.plot([i for i, _ in points], speeds, ls=style, marker=marker, ms=5, color=colour, label=label)
+            if kind == "quantspec":
+                for i, row in points:
+                    ratio = f"{row['speedup']:.2f}x" if "speedup" in row else "BF16 does\nnot fit"
+                    axis.annotate(
+                        ratio,
+                        (i, row["decode_tokens_per_s"]),
+                        xytext=(0, 7),
+                        textcoords="offset points",
+                        ha="center",
+                        fontsize=8,
+                    )
+        axis.set_xticks(range(len(contexts)), [f"{context // 1024}k" for context in contexts])
+        axis.set_ylim(0, 1.15 * axis.get_ylim()[1])
+        axis.set_title(f"batch {batch}")
+        axis.set_xlabel("context")
+    axes[0][0].set_ylabel("decode tokens/s")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=len(kinds), frameon=False, fontsize=9)
+    figure.suptitle(f"{results['shape']} shape, {results['machine']['gpu']}, acceptance {results['acceptance']} per token")
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    figure.savefig(path.with_suffix(".png"), dpi=140)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="8b")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    path = args.json or RESULTS / f"end_to_end-{args.shape}.json"
+    results = json.loads(path.read_text())
+    best = best_rows(results["rows"])
+    kinds = [kind for kind in KINDS if any(key[0] == kind for key in best)]
+    drafting = [kind for kind in kinds if kind not in ("bf16", "fp8", "cache")]
+    for (kind, context, batch), row in best.items():
+        quantspec = best.get(("quantspec", context, batch), {})
+        if kind in ("ngram", "draft", "self") and "ms_per_step" in row and "ms_per_step" in quantspec:
+            row["tokens_to_match_quantspec"] = row["ms_per_step"] / quantspec["expected_ms_per_token"]
+    print(table("Decode, tokens/s of the batch (ratio to BF16)", best, kinds, speed_cell))
+    print(table("Peak memory of the point, GiB", best, kinds, memory_cell))
+    print(table("Tokens a verification must yield to be as fast as BF16, as QuantSpec", best, drafting, break_even_cell))
+    print(acceptance_table(best))
+    plot(path, results, best, [kind for kind in kinds if kind != "ngram"])
+
+
+if __name__ == "__main__":
+    main()

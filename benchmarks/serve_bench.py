@@ -1,0 +1,130 @@
+#!/usr/bin/env python3
+"""A model of real size under load, on a GPU: `vllm serve` with random weights, serve_load.py's clients, `vllm bench serve`.
+
+    python benchmarks/serve_bench.py                        # 8B shape: QuantSpec, then BF16 KV, one GPU
+    python benchmarks/serve_bench.py --configs quantspec --seconds 60
+
+For every configuration: a server is started, asked by the clients of serve_load.py (with their checks: as many tokens as
+asked for, stated and streamed; the text is that of the tokens; nothing left in the KV cache; memory), and then by `vllm
+bench serve`, which must complete every request with all its tokens.
+
+With random weights nearly all tokens are tied, so drafts are accepted by vLLM's synthetic rejection sampler (as in
+end_to_end.py), and a streamed answer is not compared with the same answer in one piece (serve_load.py does that, with a
+model that has something to say). The tokenizer knows as many words as the model has tokens, "<17>" for 17, so a lost or
+doubled token shows in the text.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import urllib.parse
+from pathlib import Path
+
+from common import write_json
+from end_to_end import LLAMA, RESULTS, SHAPES, synthetic
+from serve_load import VLLM, Load, start_server
+
+
+def write_model(folder: Path, shape: dict) -> None:
+    """config.json of a Llama and a tokenizer of words."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    (folder / "config.json").write_text(json.dumps(LLAMA | shape))
+    tokenizer = Tokenizer(models.WordLevel({f"<{i}>": i for i in range(shape["vocab_size"])}, unk_token="<0>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"<\d+>"), "isolated")
+    tokenizer.decoder = decoders.Fuse()  # no spaces: a server does not send one before the first word
+    tokenizer.save(str(folder / "tokenizer.json"))
+    # No special tokens: a server leaves these out of the text.
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+
+
+def server_arguments(config: str, acceptance: float) -> list[str]:
+    """`vllm serve` arguments of "bf16", "cache" or "quantspec"."""
+    arguments = ["--load-format", "dummy"]
+    if config == "cache":
+        arguments += ["--attention-backend", "QUANTSPEC"]
+    elif config == "quantspec":
+        options = {"method": "quantspec", "num_speculative_tokens": 4, **synthetic("4", acceptance)}
+        arguments += ["--speculative-config", json.dumps(options)]
+    return arguments
+
+
+def bench(url: str, folder: Path, args) -> dict:
+    """`vllm bench serve` against a server: its result, and what is wrong with it."""
+    address = urllib.parse.urlsplit(url)
+    command = [*VLLM, "bench", "serve", "--host", address.hostname, "--port", str(address.port), "--model", str(folder)]
+    command += ["--dataset-name", "random", "--random-input-len", str(args.input), "--random-output-len", str(args.output)]
+    command += ["--num-prompts", str(args.prompts), "--max-concurrency", str(args.concurrency), "--num-warmups", "2"]
+    command += ["--ignore-eos", "--temperature", "0", "--disable-tqdm", "--save-result", "--result-dir", str(folder)]
+    command += ["--result-filename", "bench.json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        return {"errors": [f"vllm bench serve ended with {done.returncode}: {done.stdout[-2000:]}"]}
+    result = json.loads((folder / "bench.json").read_text())
+    keys = ("completed", "failed", "total_output_tokens", "duration", "output_throughput", "total_token_throughput")
+    keys += ("mean_ttft_ms", "p99_ttft_ms", "mean_tpot_ms", "p99_tpot_ms", "p99_itl_ms")
+    row = {key: result[key] for key in keys if key in result} | {"errors": []}
+    if row["completed"] != args.prompts or row["failed"]:
+        row["errors"].append(f"{row['completed']} of {args.prompts} requests completed, {row['failed']} failed")
+    if row["total_output_tokens"] != args.prompts * args.output:
+        row["errors"].append(f"{row['total_output_tokens']} tokens, asked for {args.prompts * args.output}")
+    return row
+
+
+def serve(config: str, folder: Path, args) -> dict:
+    """One server from start to end; what was seen."""
+    vocabulary = SHAPES[args.shape]["vocab_size"]
+    tokens = random.Random(0).choices(range(3, vocabulary), k=args.max_prompt + 1)
+    log = Path(tempfile.gettempdir()) / f"serve_bench-{config}-{os.getpid()}.log"
+    longest = max(args.max_prompt, args.input + args.output) + 128
+    arguments = server_arguments(config, args.acceptance)
+    process, url = start_server(str(folder), longest, args.concurrency, log, arguments)
+    try:
+        load = Load(url, tokens, 2 * args.concurrency, args.seconds, args.max_prompt, math.inf, process.pid)
+        summary = load.run()
+        row = {"config": config, "load": summary, "bench": bench(url, folder, args)}
+        load.sample(load.samples[-1]["seconds"], progress=False)
+        row["kv_cache_usage_afterwards"] = load.wait_until_idle()
+        row["memory_mib_after_bench"] = load.samples[-1]["memory_mib"]
+    finally:
+        process.terminate()
+        process.wait(60)
+    row["errors"] = summary["errors"] + row["bench"].pop("errors")
+    if summary["kv_cache_usage_afterwards"] or row["kv_cache_usage_afterwards"]:
+        row["errors"].append("blocks of the KV cache are in use when nothing runs")
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="8b")
+    parser.add_argument("--configs", nargs="+", choices=("quantspec", "cache", "bf16"), default=["quantspec", "bf16"])
+    parser.add_argument("--acceptance", type=float, default=0.938, help="of each draft, as in end_to_end.py")
+    parser.add_argument("--seconds", type=float, default=40, help="of serve_load.py's clients")
+    parser.add_argument("--max-prompt", type=int, default=8000, help="tokens of their longest prompt")
+    parser.add_argument("--concurrency", type=int, default=16, help="sequences at a time; twice as many clients")
+    parser.add_argument("--prompts", type=int, default=32, help="of `vllm bench serve`, and so on:")
+    parser.add_argument("--input", type=int, default=8192)
+    parser.add_argument("--output", type=int, default=512)
+    parser.add_argument("--json", type=Path, help="write the result here")
+    args = parser.parse_args()
+    path = args.json or RESULTS / f"serve_bench-{args.shape}.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(Path(folder), SHAPES[args.shape])
+        for config in args.configs:
+            row = serve(config, Path(folder), args)
+            print(json.dumps(row, indent=1), flush=True)
+            rows = [r for r in rows if r["config"] != config] + [row]
+            settings = {k: v for k, v in vars(args).items() if k not in ("json", "configs")}
+            write_json(path, rows, settings=settings)
+    sys.exit(any(row["errors"] for row in rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""What end_to_end.py derives from its measurements, and what its report says of them."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+import end_to_end  # noqa: E402
+import end_to_end_report as report  # noqa: E402
+import serve_bench  # noqa: E402
+
+BF16 = {"config": "bf16", "context": 32768, "batch": 4, "ms_per_step": 10.0, "ms_per_token": 10.0}
+BF16 |= {"other_peak_gib": 20.0, "kv_gib": 16.0}
+
+
+def drafting(config: str, ms_per_step: float) -> dict:
+    return BF16 | {"config": config, "ms_per_step": ms_per_step, "ms_per_token": 99.0}
+
+
+def test_configurations():
+    assert [end_to_end.drafted(c) for c in ("bf16", "fp8", "cache", "4", "ngram-5", "draft-3")] == [0, 0, 0, 4, 5, 3]
+    folders = {"self": "/target", "draft": "/small"}
+
+    def speculative(config: str) -> dict:
+        return end_to_end.engine_arguments(config, 0.9, {"group_size": 64}, folders)["speculative_config"]
+
+    assert speculative("4")["method"] == "quantspec" and speculative("4")["group_size"] == 64
+    assert speculative("ngram-5")["method"] == "ngram_gpu" and speculative("ngram-5")["num_speculative_tokens"] == 5
+    assert [speculative(c)["model"] for c in ("draft-3", "self-3")] == ["/small", "/target"]
+    assert end_to_end.engine_arguments("bf16", 0.9, {}, folders) == {}
+
+
+def test_acceptance_granted(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert end_to_end.synthetic("2", 0.9)["synthetic_acceptance_rates"] == [0.9, pytest.approx(0.81)]
+    assert end_to_end.synthetic("self-2", 0.9)["synthetic_acceptance_rates"] == [1.0, 1.0]
+    assert end_to_end.synthetic("draft-1", 0.9)["synthetic_acceptance_rates"] == [end_to_end.ACCEPTANCE["draft"]]
+
+
+def test_derived():
+    """Speed is at the expected tokens of a verification: 1 + 0.5 + 0.25 with two drafts at 0.5."""
+    rows = [drafting("2", 14.0), drafting("self-2", 30.0), dict(BF16), BF16 | {"batch": 16, "config": "fp8"}]
+    rows.append({"config": "bf16", "context": 32768, "batch": 16, "sequences_that_fit": 7})
+    end_to_end.add_derived(rows, 0.5)
+    two, itself, bf16, fp8, _ = rows
+    assert two["expected_ms_per_token"] == pytest.approx(8.0)
+    assert two["decode_tokens_per_s"] == pytest.approx(500.0)
+    assert two["speedup"] == pytest.approx(1.25)
+    assert two["tokens_to_break_even"] == pytest.approx(1.4)
+    assert two["peak_gib"] == 36.0
+    assert itself["speedup"] == pytest.approx(1.0) and bf16["speedup"] == 1.0
+    assert "speedup" not in fp8 and fp8["decode_tokens_per_s"] == pytest.approx(1600.0)  # nothing to compare it with
+
+
+def test_report(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(end_to_end.ACCEPTANCE, "ngram", 0.5)
+    rows = [dict(BF16), drafting("3", 20.0), drafting("5", 21.0), drafting("ngram-5", 11.0)]
+    rows += [{"config": c, "context": 131072, "batch": 16, "sequences_that_fit": n} for c, n in (("bf16", 6), ("3", 13))]
+    rows.append({"config": "bf16", "context": 131072, "batch": 0, "prefill_s": 10.0})
+    end_to_end.add_derived(rows, 0.9)
+    path = tmp_path / "end_to_end-8b.json"
+    path.write_text(json.dumps({"machine": {"gpu": "a GPU"}, "shape": "8b", "acceptance": 0.9, "rows": rows}))
+    monkeypatch.setattr(sys, "argv", ["end_to_end_report.py", "--json", str(path)])
+    monkeypatch.setattr(report, "plot", lambda *args: None)
+    report.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert "| 32k, 4 | 400 | 716 (1.79x, γ 5) | 892 (2.23x, γ 5) |" in lines
+    assert "| 128k, 16 | 6 fit |  | 13 fit |" in lines
+    assert "| 32k, 4 | 36.0 | 36.0 | 36.0 |" in lines
+    assert "| 32k, 4 | 1.10, 2.45 of 6 | 2.10 of 6 |" in lines
+    assert "| 32k, 4 | 1.76x | 2.23x | 2.45x | 2.65x | 2.75x |" in lines
+
+
+def test_tokenizer_of_random_weights(tmp_path):
+    from transformers import AutoTokenizer
+
+    serve_bench.write_model(tmp_path, end_to_end.SHAPES["tiny"])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokens = [17, 3, 3, 511]
+    assert tokenizer.decode(tokens, skip_special_tokens=True) == "<17><3><3><511>"
+    assert tokenizer.encode("<17><3><3><511>", add_special_tokens=False) == tokens
