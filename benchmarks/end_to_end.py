@@ -16,7 +16,7 @@ A configuration is an engine of its own, with torch.compile and CUDA graphs on:
 
 Weights are random (``load_format="dummy"``): a step's time does not depend on them, but acceptance does. So drafts are
 accepted by vLLM's ``synthetic`` rejection sampler, each with probability ``--acceptance`` given that the one before was
-(0.938: the first position of books-30m at 16k tokens, benchmarks/results/acceptance-books-30m.json). ``ACCEPTANCE`` below
+(0.938: books-30m at temperature 0.7, 4k to 32k tokens, benchmarks/results/acceptance-books-30m.json). ``ACCEPTANCE`` below
 says what the others are given and why. Ratios use the expected tokens of a verification, not those that a run of some dozen
 steps happened to draw (``ms_per_token`` has the latter). Whatever the acceptance, a verification must yield
 ``tokens_to_break_even`` tokens to be as fast as BF16.
