@@ -282,6 +282,8 @@ def time_to_first_token(llm, context: int) -> float:
 def child(args) -> None:
     """One engine, all points; prints a JSON line for each."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    if args.tensor_parallel_size > 1:  # skip_prompts goes to other processes
+        os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     import torch
     from vllm import LLM
 
@@ -305,6 +307,7 @@ def child(args) -> None:
             gpu_memory_utilization=0.94,
             enable_prefix_caching=False,
             disable_log_stats=True,
+            tensor_parallel_size=args.tensor_parallel_size,
             enforce_eager=not torch.cuda.is_available(),
             compilation_config={"cudagraph_capture_sizes": sorted({b * n for b in batches for n in (1, query_len)})},
             **engine_arguments(args.child, args.acceptance, json.loads(args.options), folders),
@@ -361,6 +364,7 @@ def main() -> None:
     parser.add_argument("--options", default="{}", help="more options of QuantSpec's speculative config, as JSON")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="a profile sees one process only")
     parser.add_argument("--prefill", action="store_true", help="also time the longest context's prompt (batch 0)")
     parser.add_argument("--profile", action="store_true", help="also say where a step's time goes")
     parser.add_argument("--json", type=Path)
