@@ -42,10 +42,12 @@ def test_after_the_first_has_finished(llm, uncached, tokens):
 
 
 def test_at_the_same_time(llm, uncached):
+    """One computes the shared pages, the others read them in the very step that completes them."""
     prompts, expected = uncached
     llm.reset_prefix_cache()
     got = generate(llm, prompts, 32)
     assert_close(expected, got)
+    assert got[0].num_cached_tokens == 0 and all(a.num_cached_tokens >= 8 * G for a in got[1:])
     assert [a.num_cached_tokens for a in generate(llm, prompts, 32)][:1] == [8 * G]
 
 

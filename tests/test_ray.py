@@ -78,7 +78,7 @@ def test_killed_and_resumed(books_4m, rows, tmp_path):
         os.killpg(run.pid, signal.SIGKILL)
         run.wait()
     before = written()
-    assert BATCH_SIZE <= before < len(rows), log.read_text()[-3000:]
+    assert 0 < before < len(rows), log.read_text()[-3000:]
     # Ray's workers and vLLM's notice that their driver is gone: nothing keeps the memory.
     wait_for(lambda: not processes_of(run.pid), "the end of the killed run's processes", log)
     with output_path.open("ab") as output:
