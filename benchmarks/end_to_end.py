@@ -387,7 +387,8 @@ def main() -> None:
                 print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
                 # After every row: a run that is cut off keeps what it has.
                 add_derived(rows, args.acceptance)
-                write_json(path, rows, shape=args.shape, acceptance=args.acceptance)
+                sizes = {"shape": args.shape, "tensor_parallel_size": args.tensor_parallel_size}
+                write_json(path, rows, **sizes, acceptance=args.acceptance)
         if process.wait():
             print(f"{config} failed:\n" + "".join(tail), flush=True)
         print(f"{config}: {time.perf_counter() - started:.0f} s", flush=True)
