@@ -1,5 +1,4 @@
-// Attention of a few query tokens per request over quantized pages and the exact recent window. Compiled by NVRTC, no
-// headers.
+// Attention of a few query tokens per request over quantized pages and the exact recent window. Compiled by NVRTC.
 //
 // Tokens are the M dimension of mma.m16n8k16 and query rows (query token x head of the GQA group) its N = 8: a lane's
 // 16-byte load holds its own A fragments (see vllm_quantspec/format.py), and a tile wastes at most 7 rows. Scales
@@ -23,10 +22,7 @@
 // Macros: HEAD_SIZE GROUP_SIZE VALUE_GROUP_SIZE WINDOW_BLOCK CODE_BITS (4 draft, 8 target) IS_BF16 WARPS STAGES
 //         QUERY_GROUP (query heads per KV head) ROW_TILES (of 8 rows, in one pass) PASSES (row tiles' passes)
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned long long u64;
-typedef long long i64;
+#include "ptx.cuh"
 
 constexpr int D = HEAD_SIZE, G = GROUP_SIZE, NT = ROW_TILES, NW = WARPS, S = STAGES;
 constexpr int ROWS = 8 * NT, J = D / 32, MT = D / 16, NVG = D / VALUE_GROUP_SIZE, THREADS = 32 * NW;
@@ -56,18 +52,8 @@ constexpr float NEVER = -1e30f, HEADROOM = 3.f;  // probabilities stay below 2^(
 extern __shared__ __align__(128) unsigned char smem[];
 
 // ---- PTX ------------------------------------------------------------------------------------------------------------
-#define DEV __device__ __forceinline__
-DEV u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-DEV uint4 lds128(u32 a) {
-  uint4 r;
-  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "r"(a));
-  return r;
-}
 DEV void sts128(u32 a, uint4 v) {
   asm volatile("st.shared.v4.u32 [%0],{%1,%2,%3,%4};" ::"r"(a), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
-}
-DEV void copy16(u32 to, const void* from) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0],[%1],16;" ::"r"(to), "l"(from) : "memory");
 }
 DEV void copy16_or_zero(u32 to, const void* from, bool there) {
   asm volatile("cp.async.cg.shared.global [%0],[%1],16,%2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
@@ -76,16 +62,6 @@ DEV void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N>
 DEV void wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
-}
-DEV void wait_for_predecessor() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-DEV void release_successor() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
 }
 DEV void mma_f16(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"

@@ -1,4 +1,4 @@
-// y = x W^T for a few tokens x and a weight W of 4-bit codes in groups. Compiled by NVRTC, no headers.
+// y = x W^T for a few tokens x and a weight W of 4-bit codes in groups. Compiled by NVRTC.
 //
 // Output rows are the M = 16 of mma.m16n8k16 and tokens its N = 8, so that the bytes of the weight are read once and in
 // the order of the A fragments (see int4_linear.py): a lane's 16 bytes are what it multiplies. Codes become floats by
@@ -17,10 +17,7 @@
 // Macros: GROUP_SIZE IS_BF16 WARPS STAGES TILES (row tiles per pass) BATCH (tiles of a stage) TOKEN_TILES (of 8 tokens)
 //         SPLITS MIN_CTAS (CTAs that registers allow on a multiprocessor) WIDE (the kernel for more tokens)
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned char u8;
-typedef long long i64;
+#include "ptx.cuh"
 
 constexpr int NW = WARPS, S = STAGES, T = TILES, B = BATCH, NT = TOKEN_TILES, CHAINS = B * NT > 2 ? 1 : 2;
 constexpr int GROUPS = 128 / GROUP_SIZE, STEPS = GROUP_SIZE / 16;  // per chunk; products of k = 16 per group
@@ -42,13 +39,6 @@ struct Params {
   int tokens, channels, tiles, chunks;
 };
 
-#define DEV __device__ __forceinline__
-DEV u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-DEV uint4 lds128(u32 a) {
-  uint4 r;
-  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "r"(a));
-  return r;
-}
 DEV uint2 lds64(u32 a) {
   uint2 r;
   asm volatile("ld.shared.v2.u32 {%0,%1},[%2];" : "=r"(r.x), "=r"(r.y) : "r"(a));
@@ -58,19 +48,6 @@ DEV uint4 ldg128(const u16* p) {
   uint4 r;
   asm volatile("ld.global.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(p));
   return r;
-}
-DEV void copy16(u32 to, const void* from) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0],[%1],16;" ::"r"(to), "l"(from) : "memory");
-}
-DEV void wait_for_predecessor() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-DEV void release_successor() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
 }
 // ---- Barriers in shared memory: a stage is full or empty -------------------------------------------------------------
 DEV void barrier_init(u32 a, int count) { asm volatile("mbarrier.init.shared.b64 [%0],%1;" ::"r"(a), "r"(count)); }

@@ -78,6 +78,8 @@ def launch(kernel: Kernel, params: ctypes.Structure, grid_y: int = 1) -> None:
 def compile_source(source: Path, macros: tuple[tuple[str, int], ...], architecture: str) -> bytes:
     """The machine code of ``source`` for ``architecture`` ("sm_90"), with ``macros`` (name, value) defined.
 
+    It may include the headers (``*.cuh``) beside it.
+
     Raises:
         RuntimeError: it does not compile; the message is the compiler's log.
     """
@@ -85,7 +87,9 @@ def compile_source(source: Path, macros: tuple[tuple[str, int], ...], architectu
 
     options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{name}={value}" for name, value in macros)]
     options = [x.encode() for x in options]
-    program = call("nvrtcCreateProgram", source.read_bytes(), source.name.encode(), 0, [], [])
+    headers = sorted(source.parent.glob("*.cuh"))
+    texts, names = [h.read_bytes() for h in headers], [h.name.encode() for h in headers]
+    program = call("nvrtcCreateProgram", source.read_bytes(), source.name.encode(), len(headers), texts, names)
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
     if int(error):
         log = b" " * call("nvrtcGetProgramLogSize", program)
