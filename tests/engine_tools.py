@@ -114,3 +114,19 @@ def speculation_counts(llm: LLM) -> tuple[int, list[int]]:
     drafts = metrics["vllm:spec_decode_num_drafts"].value
     accepted = metrics["vllm:spec_decode_num_accepted_tokens_per_pos"].values
     return int(drafts), [int(n) for n in accepted]
+
+
+# Drafts by the number of requests in a batch: none from nine on, two from three on, else four.
+SCHEDULE = [[1, 2, 4], [3, 8, 2], [9, 16, 0]]
+
+
+def assert_drafts_by_schedule(llm: LLM, prompts: list[list[int]], expected: Sequence[Answer], max_tokens: int, tie: float):
+    """The answers are the expected ones in batches of all, six and two requests, which are drafted for by ``SCHEDULE``."""
+    for number, positions in ((len(prompts), 0), (6, 2), (2, 4)):
+        before = speculation_counts(llm)
+        answers = generate(llm, prompts[-number:], max_tokens)
+        after = speculation_counts(llm)
+        assert_same_or_tied(expected[-number:], answers, tie, f"{number} requests")
+        accepted = [b - a for a, b in zip(before[1], after[1], strict=True)]
+        # The batch is smaller while the first prompts are computed.
+        assert all(a > 9 if i < positions else a < 5 for i, a in enumerate(accepted)), accepted

@@ -7,8 +7,10 @@ from conftest import shared_path
 from engine_tools import (
     QUANTSPEC_CACHE,
     RULE_3,
+    SCHEDULE,
     Answer,
     assert_close,
+    assert_drafts_by_schedule,
     assert_same_or_tied,
     engine,
     generate,
@@ -164,16 +166,8 @@ def test_other_lengths_of_draft(model, prompts, expected, gamma, group_size):
 
 
 def test_fewer_drafts_for_larger_batches(model, prompts, expected):
-    schedule = [[1, 2, 4], [3, 8, 2], [9, 16, 0]]
-    with engine(model, **SIZE, **quantspec(4, num_speculative_tokens_per_batch_size=schedule)) as llm:
-        for number, positions in ((len(prompts), 0), (6, 2), (2, 4)):
-            before = speculation_counts(llm)
-            answers = generate(llm, prompts[-number:], MAX_TOKENS)
-            after = speculation_counts(llm)
-            assert_same_or_tied(expected[-number:], answers, TIE, f"{number} requests")
-            accepted = [b - a for a, b in zip(before[1], after[1], strict=True)]
-            # The batch is smaller while the first prompts are computed.
-            assert all(a > 9 if i < positions else a < 5 for i, a in enumerate(accepted)), accepted
+    with engine(model, **SIZE, **quantspec(4, num_speculative_tokens_per_batch_size=SCHEDULE)) as llm:
+        assert_drafts_by_schedule(llm, prompts, expected, MAX_TOKENS, TIE)
 
 
 def test_preemption(model, prompts):

@@ -6,6 +6,8 @@ import pytest
 import torch
 from engine_tools import (
     QUANTSPEC_CACHE,
+    SCHEDULE,
+    assert_drafts_by_schedule,
     assert_same_or_tied,
     divergence,
     engine,
@@ -114,18 +116,9 @@ def test_options_change_the_draft_only(options, books_4m, prompts, expected):
 
 
 def test_fewer_drafts_for_larger_batches(books_4m, prompts, expected):
-    """vLLM's schedule: none from nine requests on, two from three on, else four."""
-    schedule = [[1, 2, 4], [3, 8, 2], [9, 16, 0]]
-    options = quantspec(4, num_speculative_tokens_per_batch_size=schedule)
+    options = quantspec(4, num_speculative_tokens_per_batch_size=SCHEDULE)
     with engine(books_4m, max_num_seqs=16, enable_prefix_caching=False, **options) as llm:
-        for number, positions in ((len(prompts), 0), (6, 2), (2, 4)):
-            before = speculation_counts(llm)
-            answers = generate(llm, prompts[-number:], MAX_TOKENS)
-            after = speculation_counts(llm)
-            assert_same_or_tied(expected["bfloat16"][-number:], answers, TIE["bfloat16"], f"{number} requests")
-            accepted = [b - a for a, b in zip(before[1], after[1], strict=True)]
-            # The batch is smaller while the first prompts are computed.
-            assert all(a > 9 if i < positions else a < 5 for i, a in enumerate(accepted)), accepted
+        assert_drafts_by_schedule(llm, prompts, expected["bfloat16"], MAX_TOKENS, TIE["bfloat16"])
 
 
 def test_novels_on_books_30m(books_30m, novel, request):
