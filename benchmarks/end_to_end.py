@@ -13,6 +13,7 @@ A configuration is an engine of its own, with torch.compile and CUDA graphs on:
     ngram-N     vLLM's n-gram speculation on the GPU (``ngram_gpu``: the proposer of ``ngram``, with async scheduling)
     draft-N     vLLM's ``draft_model`` with a second, smaller model: Llama-3.2-1B's shape for 8b, TinyLlama's for 7b
     self-N      vLLM's ``draft_model`` with the same model again as its draft: what self-speculation costs without QuantSpec
+    v1-draft-N, v1-self-N   the same on vLLM's older model runner, since the newer one (0.32) drafts without CUDA graphs there
 
 Weights are random (``load_format="dummy"``): a step's time does not depend on them, but acceptance does. So drafts are
 accepted by vLLM's ``synthetic`` rejection sampler, each with probability ``--acceptance`` given that the one before was
@@ -99,9 +100,14 @@ def drafted(config: str) -> int:
     return int(last) if last.isdigit() else 0
 
 
+def drafter(config: str) -> str:
+    """What a configuration drafts with: "" for QuantSpec or nothing."""
+    return config.removeprefix("v1-").rpartition("-")[0]
+
+
 def acceptance_of(config: str, acceptance: float) -> float:
     """Probability that a draft is accepted, given that those before it were; ``acceptance`` is QuantSpec's."""
-    return ACCEPTANCE.get(config.rpartition("-")[0], acceptance)
+    return ACCEPTANCE.get(drafter(config), acceptance)
 
 
 def engine_arguments(config: str, acceptance: float, options: dict, folders: dict[str, str]) -> dict:
@@ -112,14 +118,14 @@ def engine_arguments(config: str, acceptance: float, options: dict, folders: dic
         return {"kv_cache_dtype": "fp8"}
     if config == "cache":
         return {"attention_backend": "QUANTSPEC"}
-    gamma, kind = drafted(config), config.rpartition("-")[0]
+    gamma = drafted(config)
     methods = {
         "": {"method": "quantspec", **options},
         "ngram": {"method": "ngram_gpu"},
         "draft": {"method": "draft_model", "model": folders["draft"]},
         "self": {"method": "draft_model", "model": folders["self"]},
     }
-    return {"speculative_config": {"num_speculative_tokens": gamma, **synthetic(config, acceptance), **methods[kind]}}
+    return {"speculative_config": {"num_speculative_tokens": gamma, **synthetic(config, acceptance), **methods[drafter(config)]}}
 
 
 def synthetic(config: str, acceptance: float) -> dict:
@@ -138,10 +144,10 @@ def skip_prompts(worker) -> None:
     import torch
 
     runner = worker.model_runner
-    drafter = getattr(runner, "speculator", None) or getattr(runner, "drafter", None)
+    speculator = getattr(runner, "speculator", None) or getattr(runner, "drafter", None)
     models = [(runner.model, runner.model_config)]
-    if getattr(drafter, "model", None) is not None:
-        models.append((drafter.model, runner.vllm_config.speculative_config.draft_model_config))
+    if getattr(speculator, "model", None) is not None:
+        models.append((speculator.model, runner.vllm_config.speculative_config.draft_model_config))
 
     def decode_only(forward, width, input_ids, positions, *args, **kwargs):
         if input_ids.shape[0] >= PREFILL_TOKENS:
@@ -282,11 +288,15 @@ def time_to_first_token(llm, context: int) -> float:
 def child(args) -> None:
     """One engine, all points; prints a JSON line for each."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    if args.child.startswith("v1-"):
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     if args.tensor_parallel_size > 1:  # skip_prompts goes to other processes
         os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     import torch
     from vllm import LLM
 
+    if not sys.stdin.readline():  # the engine before this one still has the GPU
+        return
     points = [tuple(map(int, point.split("x"))) for point in args.points]
     batches = {batch for _, batch in points}
     longest = max(context for context, _ in points)
@@ -324,7 +334,7 @@ def child(args) -> None:
         if fit < batch:
             row = {"sequences_that_fit": fit}
         else:
-            row = measure(llm, cache, context, batch, args.tokens, args.repeats, args.profile)
+            row = measure(llm, cache, context, batch, args.tokens, args.repeats, args.child in args.profile)
         print("ROW " + json.dumps(point | row), flush=True)
 
 
@@ -354,6 +364,13 @@ def add_derived(rows: list[dict], acceptance: float) -> None:
                 row["speedup_at_0.97"] = bf16["ms_per_step"] / ms(max(each, 0.97))
 
 
+def start(config: str) -> subprocess.Popen:
+    """The process of a configuration's engine; it imports what it needs, and then waits for a line."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--child", config]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="8b")
@@ -366,7 +383,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tensor-parallel-size", type=int, default=1, help="a profile sees one process only")
     parser.add_argument("--prefill", action="store_true", help="also time the longest context's prompt (batch 0)")
-    parser.add_argument("--profile", action="store_true", help="also say where a step's time goes")
+    parser.add_argument("--profile", nargs="*", default=[], metavar="CONFIG", help="of these, say where a step's time goes")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -374,10 +391,12 @@ def main() -> None:
     if args.child:
         return child(args)
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    for config in args.configs:
+    waiting = start(args.configs[0])
+    for config, following in zip(args.configs, [*args.configs[1:], None], strict=True):
         started = time.perf_counter()
-        command = [sys.executable, __file__, *sys.argv[1:], "--child", config]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process, waiting = waiting, start(following) if following else None
+        process.stdin.write("go\n")
+        process.stdin.flush()
         tail: list[str] = []
         for line in process.stdout:
             tail = [*tail[-40:], line]

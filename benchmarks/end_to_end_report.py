@@ -31,7 +31,7 @@ KINDS = {
 
 
 def kind_of(config: str) -> str:
-    return "quantspec" if config.isdigit() else config.partition("-")[0]
+    return "quantspec" if config.isdigit() else config.removeprefix("v1-").partition("-")[0]
 
 
 def best_rows(rows: list[dict]) -> dict[tuple[str, int, int], dict]:

@@ -8,7 +8,9 @@ Times are medians of CUDA graph replays; every launch reads another weight, more
 
 import argparse
 import json
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -81,10 +83,12 @@ class Machete:
         from vllm_quantspec.integration.int4_linear import LibraryInt4LinearMethod
         from vllm_quantspec.weights import QuantizedWeight
 
+        join_group_of_one()
         channels, rows = shape
         method = LibraryInt4LinearMethod(channels, rows, DTYPE, GROUP)
         self.kernel = type(method.kernel).__name__
         layer = torch.nn.Module()
+        layer.bias = None
         codes = torch.randint(0, 16, (rows, channels), dtype=torch.uint8, device=DEVICE)
         scales = torch.empty(rows, channels // GROUP, device=DEVICE).uniform_(0.001, 0.002).to(DTYPE)
         zeros = torch.randint(6, 10, scales.shape, dtype=torch.uint8, device=DEVICE)
@@ -93,6 +97,17 @@ class Machete:
 
     def __call__(self, x, weight):
         return weight[0].apply(weight[1], x)
+
+
+@cache
+def join_group_of_one():
+    """vLLM's parameters ask which part of the model is theirs."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+
+    with set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(1, 0, f"file://{tempfile.mkdtemp()}/rendezvous", 0, "gloo")
+        initialize_model_parallel(1, 1)
 
 
 class TinyGemm:
@@ -247,7 +262,7 @@ def main():
             weights = weights_of(method, SHAPES)
             weights |= weights_of(method, LM_HEAD)
         except Exception as error:  # a peer that does not work here must not cost the others' numbers
-            print(f"{method.name} left out: {' '.join(str(error).split())[:200]}")
+            print(f"{method.name} left out: {error!r:.400}")
             continue
         kernels[method.name] = getattr(method, "kernel", method.name)
         model = {name: weights[name] for name in SHAPES}

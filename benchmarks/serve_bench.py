@@ -87,6 +87,7 @@ def serve(config: str, folder: Path, args) -> dict:
     try:
         load = Load(url, tokens, 2 * args.concurrency, args.seconds, args.max_prompt, math.inf, process.pid)
         summary = load.run()
+        print(json.dumps({"config": config, "load": summary}, indent=1), flush=True)
         row = {"config": config, "load": summary, "bench": bench(url, folder, args)}
         load.sample(load.samples[-1]["seconds"], progress=False)
         row["kv_cache_usage_afterwards"] = load.wait_until_idle()

@@ -312,12 +312,13 @@ def rss(pid: int) -> float:
 
 
 def gpu_memory() -> dict[str, float]:
-    """{"GPU 0": MiB in use, by whatever process}; nothing without a GPU."""
+    """{"GPU 0": MiB in use, by whatever process} of the visible ones; nothing without a GPU."""
     if shutil.which("nvidia-smi") is None:
         return {}
-    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    lines = subprocess.run(command, capture_output=True, text=True).stdout.split()
-    return {f"GPU {i}": float(mib) for i, mib in enumerate(lines)}
+    command = ["nvidia-smi", "--query-gpu=index,memory.used", "--format=csv,noheader,nounits"]
+    command += [f"--id={ids}"] if (ids := os.environ.get("CUDA_VISIBLE_DEVICES")) else []
+    lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    return {f"GPU {index}": float(mib) for index, mib in (line.split(",") for line in lines)}
 
 
 # --- A server of its own ------------------------------------------------------------------------------------------------

@@ -26,7 +26,9 @@ def engine(model: str, **kwargs) -> Iterator[LLM]:
     """
     kwargs.setdefault("enforce_eager", current_platform.is_cpu())
     if not current_platform.is_cpu():
+        # A fixed size: what other processes do to the card's memory does not matter then.
         kwargs.setdefault("gpu_memory_utilization", 0.2)
+        kwargs.setdefault("kv_cache_memory_bytes", 4 << 30)
     kwargs.setdefault("max_model_len", 4096)
     kwargs.setdefault("max_num_seqs", 16)
     kwargs.setdefault("disable_log_stats", False)

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an 
 G = 128
 LENGTHS = [1, 5, G - 1, G, G + 1, 2 * G - 1, 2 * G, 3 * G - 3, 1000, 3000]
 MAX_TOKENS = 150
-SIZE = {"gpu_memory_utilization": 0.2, "max_model_len": 20000, "max_num_seqs": 16, "enable_prefix_caching": False}
+SIZE = {"max_model_len": 20000, "max_num_seqs": 16, "enable_prefix_caching": False}
 TIE = 0.125  # one rounding step of bfloat16 logits of about 16, as in test_lossless.py
 MODELS = ["books_4m", "books_30m"]  # head size 64 and 128
 
@@ -173,7 +173,7 @@ def test_fewer_drafts_for_larger_batches(model, prompts, expected):
 def test_preemption(model, prompts):
     """A pool too small for the load: requests are preempted, recompute, and finish with the output they have alone."""
     prompts = [prompts[-1][60 * i : 60 * i + 500 + 130 * i] for i in range(6)]
-    size = {"gpu_memory_utilization": 0.2, "max_model_len": 2048, "max_num_seqs": 6, "enable_prefix_caching": False}
+    size = {"max_model_len": 2048, "max_num_seqs": 6, "enable_prefix_caching": False}
     with engine(model, num_gpu_blocks_override=60, **size, **quantspec(4)) as crowded:
         alone = [generate(crowded, [p], 260)[0] for p in prompts]
         together = generate(crowded, prompts, 260)

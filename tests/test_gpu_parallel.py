@@ -10,7 +10,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two
 
 TIE = 0.125  # nats; two GPUs add up bfloat16 products in another order
 MAX_TOKENS = 100
-SIZE = {"gpu_memory_utilization": 0.2, "max_model_len": 20000, "max_num_seqs": 8, "enable_prefix_caching": False}
+SIZE = {"max_model_len": 20000, "max_num_seqs": 8, "enable_prefix_caching": False}
 
 
 @pytest.fixture(scope="module", params=["books_4m", "books_30m"])  # one KV head of size 64 and 128 on each GPU
