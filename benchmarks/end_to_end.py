@@ -13,7 +13,7 @@ A configuration is an engine of its own, with torch.compile and CUDA graphs on:
     ngram-N     vLLM's n-gram speculation on the GPU (``ngram_gpu``: the proposer of ``ngram``, with async scheduling)
     draft-N     vLLM's ``draft_model`` with a second, smaller model: Llama-3.2-1B's shape for 8b, TinyLlama's for 7b
     self-N      vLLM's ``draft_model`` with the same model again as its draft: what self-speculation costs without QuantSpec
-    v1-draft-N, v1-self-N   the same on vLLM's older model runner, since the newer one (0.32) drafts without CUDA graphs there
+    v1-draft-N, v1-self-N   the same on vLLM's older model runner: the newer one (0.32) has no CUDA graphs for such drafts
 
 Weights are random (``load_format="dummy"``): a step's time does not depend on them, but acceptance does. So drafts are
 accepted by vLLM's ``synthetic`` rejection sampler, each with probability ``--acceptance`` given that the one before was
@@ -110,7 +110,7 @@ def acceptance_of(config: str, acceptance: float) -> float:
     return ACCEPTANCE.get(drafter(config), acceptance)
 
 
-def engine_arguments(config: str, acceptance: float, options: dict, folders: dict[str, str]) -> dict:
+def engine_arguments(config: str, acceptance: float, quantspec: dict, folders: dict[str, str]) -> dict:
     """LLM arguments of a configuration; ``folders`` has those of the models "self" and "draft"."""
     if config == "bf16":
         return {}
@@ -120,12 +120,13 @@ def engine_arguments(config: str, acceptance: float, options: dict, folders: dic
         return {"attention_backend": "QUANTSPEC"}
     gamma = drafted(config)
     methods = {
-        "": {"method": "quantspec", **options},
+        "": {"method": "quantspec", **quantspec},
         "ngram": {"method": "ngram_gpu"},
         "draft": {"method": "draft_model", "model": folders["draft"]},
         "self": {"method": "draft_model", "model": folders["self"]},
     }
-    return {"speculative_config": {"num_speculative_tokens": gamma, **synthetic(config, acceptance), **methods[drafter(config)]}}
+    options = {"num_speculative_tokens": gamma, **synthetic(config, acceptance), **methods[drafter(config)]}
+    return {"speculative_config": options}
 
 
 def synthetic(config: str, acceptance: float) -> dict:

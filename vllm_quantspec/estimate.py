@@ -1,8 +1,8 @@
 """What a model needs with and without QuantSpec, and what it gains: arithmetic on a model's config.json.
 
 Memory is counted, speed is modelled: a step reads its bytes at a fraction of the GPU's bandwidth, and each layer costs a
-fixed time on top. The constants below reproduce benchmarks/results/end_to_end-8b.json and end_to_end-7b.json (an H200; one to
-16 sequences of 4k to 128k tokens) within 4 %.
+fixed time on top. The constants below reproduce benchmarks/results/end_to_end-8b.json and end_to_end-7b.json (an H200; one
+to 16 sequences of 4k to 128k tokens) within 4 %.
 """
 
 from __future__ import annotations
