@@ -31,7 +31,6 @@ SIZES = {
 ARCHITECTURES = {
     "qwen2": {},  # biases
     "qwen3": {"head_dim": 64},  # norms of queries and keys
-    "phi3": {"sliding_window": None},  # checkpoints with fused linears
     "gemma": {"num_key_value_heads": 1, "head_dim": 256},  # one KV head, tied embeddings
     "gpt_neox": {"num_key_value_heads": 4, "rotary_pct": 0.25},  # no groups, attention and MLP side by side
     "opt": {"ffn_dim": 512, "word_embed_proj_dim": 256},  # learned positions
