@@ -2,9 +2,9 @@
 """How many drafted tokens the engine accepts, by position, on novels: the left half of the paper's Table 3, and ablations.
 
 Each configuration (--configs) is an engine of its own: 1 to 8 drafted tokens with the default options, then the 4-bit cache
-alone ("kv-only": the draft has the target's weights), INT4 weights alone ("weights-only": the draft reads 8 bits), and
-groups of 64 tokens or weights. On a GPU all excerpts of a context are one batch; on a CPU each novel is, and "all" is
-their sum.
+alone ("kv-only": the draft has the target's weights), INT4 weights alone ("weights-only": the draft reads 8 bits), groups
+of 64 tokens or weights, and weights rounded by GPTQ. On a GPU all excerpts of a context are one batch; on a CPU each novel
+is, and "all" is their sum.
 
 Acceptance at position i: of all drafts verified, the share whose first i tokens were accepted (as vLLM's metrics count).
 "accepted" is the mean number of accepted tokens of a draft (a verification gives one more), "mean" the share of those
@@ -47,6 +47,7 @@ CONFIGS = {f"drafted-{n}": {"num_speculative_tokens": n} for n in (1, 2, 4, 6, 8
         ("group-64", {"group_size": 64}),
         ("kv-only-group-64", {"draft_weights": "target", "group_size": 64}),
         ("weight-group-64", {"weight_group_size": 64}),
+        ("gptq", {"weight_rounding": "gptq"}),
     )
 }
 

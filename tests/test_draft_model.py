@@ -11,6 +11,7 @@ vllm = pytest.importorskip("vllm")
 from vllm.forward_context import set_forward_context  # noqa: E402
 from vllm.model_executor.layers.linear import LinearBase  # noqa: E402
 
+from vllm_quantspec.integration import calibration, draft_model  # noqa: E402
 from vllm_quantspec.integration.draft_model import DRAFT_PREFIX, _effective_weight, build_draft_model  # noqa: E402
 from vllm_quantspec.integration.int4_linear import choose_int4_method, int4_bytes  # noqa: E402
 from vllm_quantspec.weights import quantize_weight  # noqa: E402
@@ -145,16 +146,66 @@ def test_linears_apply_the_dequantized_weight(runner, build):
         assert (applied.float() - weight.float()).norm() < 0.15 * weight.float().norm()
 
 
-def test_second_moments_choose_gptq(runner, build):
+def test_moments_choose_gptq(runner, build, monkeypatch):
+    """A linear that the texts come by is rounded by its moments, another one by search."""
     inputs = torch.randn(512, 640, generator=torch.Generator().manual_seed(9)) * torch.linspace(0.1, 2, 640)
     moments = inputs.T @ inputs / len(inputs)
-    name = "model.layers.3.mlp.down_proj"
-    draft = build(second_moments=lambda linear: moments if linear == name else None)
-    weight, _ = _effective_weight(runner.get_model().get_submodule(name), torch.bfloat16)
-    applied, _ = _effective_weight(draft.model.get_submodule(name), torch.bfloat16)
-    gptq = quantize_weight(weight, method="gptq", second_moments=moments).dequantize()
-    assert (applied.float() - gptq).norm() < 0.005 * gptq.norm()
-    assert (applied.float() - quantize_weight(weight).dequantize()).norm() > 0.02 * gptq.norm()
+    name, other = "model.layers.3.mlp.down_proj", "model.layers.2.mlp.down_proj"
+    reached = runner.get_model().get_submodule(name)
+    monkeypatch.setattr(draft_model, "calibrate", lambda config, model, linears: linears[reached](moments))
+    draft = build(weight_rounding="gptq")
+    for linear in (name, other):
+        weight, _ = _effective_weight(runner.get_model().get_submodule(linear), torch.bfloat16)
+        applied, _ = _effective_weight(draft.model.get_submodule(linear), torch.bfloat16)
+        gptq = quantize_weight(weight, method="gptq", second_moments=moments).dequantize()
+        search = quantize_weight(weight).dequantize()
+        expected, unexpected = (gptq, search) if linear == name else (search, gptq)
+        assert (applied.float() - expected).norm() < 0.005 * expected.norm()
+        assert (applied.float() - unexpected).norm() > 0.02 * unexpected.norm()
+
+
+def test_moments_are_of_texts_that_the_model_writes(runner, monkeypatch):
+    model = runner.get_model()
+    names = ("model.layers.0.self_attn.qkv_proj", "model.layers.3.mlp.down_proj", "model.layers.4.self_attn.o_proj")
+    linears = {name: model.get_submodule(name) for name in names}
+    moments: dict[str, torch.Tensor] = {}
+    takes = {linear: lambda m, name=name: moments.update({name: m}) for name, linear in linears.items()}
+    texts = calibration.calibrate(runner.vllm_config, model, takes, texts=8, length=64)
+    assert not any("forward" in m.__dict__ or m._forward_pre_hooks for m in model.modules())
+
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    handles = [
+        linear.register_forward_pre_hook(lambda _, args, name=name: seen[name].append(args[0].float()))
+        for name, linear in linears.items()
+    ]
+    surprise = []
+    for text in texts:
+        logits, _ = run(runner, model, text, monkeypatch)
+        p = logits.log_softmax(-1)[:-1]
+        surprise.append(p.gather(1, text[1:, None].long())[:, 0] - (p.exp() * p).sum(-1))
+    for handle in handles:
+        handle.remove()
+    for name in names:
+        x = torch.cat(seen[name])
+        assert x.shape[0] == texts.numel()
+        assert (moments[name] - x.T @ x / len(x)).norm() < 0.02 * moments[name].norm()
+    assert torch.cat(surprise).mean().abs() < 0.4  # nats: a sampled token is as likely as tokens are on average
+
+
+def test_gptq_drafts_are_nearer_to_the_target(runner, build, books_4m, passage, monkeypatch):
+    from transformers import AutoTokenizer
+
+    token_ids = torch.tensor(AutoTokenizer.from_pretrained(books_4m).encode(passage)[:600], dtype=torch.int32)
+    target = run(runner, runner.get_model(), token_ids, monkeypatch)[0].log_softmax(-1)
+    divergences = []
+    for weight_rounding in ("search", "gptq"):
+        draft = build(weight_rounding=weight_rounding)
+        assert len(draft.quantized) == 20 and not draft.shared
+        proposal = run(runner, draft.model, token_ids, monkeypatch)[0].log_softmax(-1)
+        divergences.append((target.exp() * (target - proposal)).sum(-1).mean())
+        for name in draft.attention_layers:
+            del runner.vllm_config.compilation_config.static_forward_context[name]
+    assert 0 < divergences[1] < 0.85 * divergences[0]
 
 
 def test_runs_beside_the_target(runner, build, monkeypatch):

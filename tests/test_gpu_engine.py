@@ -165,6 +165,13 @@ def test_other_lengths_of_draft(model, prompts, expected, gamma, group_size):
         assert_same_or_tied(expected, generate(llm, prompts, MAX_TOKENS), TIE, f"γ={gamma}")
 
 
+def test_weights_rounded_by_gptq(model, prompts, expected):
+    with engine(model, **SIZE, **quantspec(4, weight_rounding="gptq")) as llm:
+        assert_same_or_tied(expected, generate(llm, prompts, MAX_TOKENS), TIE, "GPTQ")
+        drafts, accepted = speculation_counts(llm)
+    assert accepted[0] > 0.6 * drafts
+
+
 def test_fewer_drafts_for_larger_batches(model, prompts, expected):
     with engine(model, **SIZE, **quantspec(4, num_speculative_tokens_per_batch_size=SCHEDULE)) as llm:
         assert_drafts_by_schedule(llm, prompts, expected, MAX_TOKENS, TIE)

@@ -106,7 +106,10 @@ def test_compiled_engine(books_4m, prompts, expected):
     assert accepted[0] > 0.6 * drafts
 
 
-@pytest.mark.parametrize("options", [{"draft_kv": "int8"}, {"draft_weights": "target"}, {"quantize_lm_head": True}])
+@pytest.mark.parametrize(
+    "options",
+    [{"draft_kv": "int8"}, {"draft_weights": "target"}, {"quantize_lm_head": True, "weight_rounding": "gptq"}],
+)
 def test_options_change_the_draft_only(options, books_4m, prompts, expected):
     with engine(books_4m, **quantspec(4, **options)) as llm:
         answers = generate(llm, prompts, MAX_TOKENS)

@@ -37,6 +37,9 @@ class QuantSpecOptions:
     """``int4``: the draft reads the upper 4 bits of older keys and values. ``int8``: all 8, as verification does."""
     weight_group_size: int = 128
     """Input channels that share one scale of an INT4 weight."""
+    weight_rounding: str = "search"
+    """``search``: each group's range is the one of least error. ``gptq``: channels also make up for one another's errors, by
+    the inputs of texts that the model writes when the engine starts."""
     quantize_lm_head: bool = False
     """Whether the draft's output layer is INT4 as well."""
 
@@ -50,12 +53,17 @@ class QuantSpecOptions:
             ("draft_weights", ("int4", "target")),
             ("draft_kv", ("int4", "int8")),
             ("weight_group_size", (32, 64, 128)),
+            ("weight_rounding", ("search", "gptq")),
             ("quantize_lm_head", (False, True)),
         ):
             value = getattr(self, name)
             if value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
                 choices = " or ".join(repr(a) for a in allowed)
                 raise ValueError(f"quantspec: {name} must be {choices}, not {value!r}.")
+        if self.weight_rounding == "gptq" and self.draft_weights != "int4":
+            raise ValueError(
+                "quantspec: weight_rounding 'gptq' is for INT4 weights, but draft_weights is 'target'; drop one of them."
+            )
 
 
 OPTION_NAMES = tuple(f.name for f in fields(QuantSpecOptions))

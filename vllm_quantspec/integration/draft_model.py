@@ -31,6 +31,7 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 from vllm.model_executor.models.interfaces import supports_multimodal
 
+from vllm_quantspec.integration.calibration import calibrate
 from vllm_quantspec.integration.int4_linear import choose_int4_method, int4_bytes
 from vllm_quantspec.weights import quantize_weight
 
@@ -70,8 +71,7 @@ def build_draft_model(
     draft_weights: str = "int4",
     weight_group_size: int = 128,
     quantize_lm_head: bool = False,
-    rounding: str = "search",
-    second_moments: Callable[[str], torch.Tensor | None] | None = None,
+    weight_rounding: str = "search",
 ) -> DraftModel:
     """Build the draft model out of ``target_model``, whose weights are loaded and processed.
 
@@ -84,9 +84,8 @@ def build_draft_model(
         weight_group_size: input channels per INT4 scale: 128, 64 or 32. A linear whose input is not divisible by it
             takes the next smaller group.
         quantize_lm_head: also run the output projection in INT4.
-        rounding: ``"search"`` or ``"nearest"``, see `vllm_quantspec.weights.quantize_weight`.
-        second_moments: called with a linear's name in ``target_model`` when that linear is about to be rounded; returns
-            the second moments of its local inputs, float32 [in, in], to round it by GPTQ, or None.
+        weight_rounding: ``"search"``, ``"nearest"`` or ``"gptq"``, see `vllm_quantspec.weights.quantize_weight`; GPTQ
+            goes by the inputs that the linears have while the model writes texts of its own, see `calibration`.
 
     Raises:
         ValueError: an unknown option, or a layer whose cache cannot be shared (MLA, Mamba, linear attention).
@@ -96,9 +95,7 @@ def build_draft_model(
     if weight_group_size not in (128, 64, 32):
         raise ValueError(f"weight_group_size must be 128, 64 or 32, not {weight_group_size}.")
     started = time.perf_counter()
-    builder = _Builder(
-        vllm_config, target_model, draft_weights, weight_group_size, quantize_lm_head, rounding, second_moments
-    )
+    builder = _Builder(vllm_config, target_model, draft_weights, weight_group_size, quantize_lm_head, weight_rounding)
     with torch.no_grad():
         draft = builder.build(target_model)
     if not draft.attention_layers:
@@ -132,6 +129,7 @@ def build_configured_draft(vllm_config: VllmConfig, target_model: nn.Module) -> 
             draft_weights=config.draft_weights,
             weight_group_size=config.weight_group_size,
             quantize_lm_head=config.quantize_lm_head,
+            weight_rounding=config.weight_rounding,
         )
 
 
@@ -143,8 +141,7 @@ class _Builder:
         draft_weights: str,
         weight_group_size: int,
         quantize_lm_head: bool,
-        rounding: str,
-        second_moments: Callable[[str], torch.Tensor | None] | None,
+        weight_rounding: str,
     ) -> None:
         self.vllm_config = vllm_config
         self.layers = vllm_config.compilation_config.static_forward_context
@@ -152,8 +149,9 @@ class _Builder:
         self.quantize = draft_weights == "int4"
         self.group_size = weight_group_size
         self.quantize_lm_head = quantize_lm_head
-        self.rounding = rounding
-        self.second_moments = second_moments
+        self.rounding = weight_rounding
+        # Linears that wait for the moments of their inputs.
+        self.waiting: dict[nn.Module, Callable[[torch.Tensor | None], None]] = {}
         self.draft = DraftModel()
         self.clones: dict[int, nn.Module] = {}
         # Other modules found in the static forward context are called by name, so a clone of theirs would never run.
@@ -172,6 +170,11 @@ class _Builder:
             for name in clone.__dict__.keys() - _MODULE_STATE:
                 clone.__dict__[name] = self._redirect(clone.__dict__[name])
             self._reset_compilation(clone, config)
+        if self.waiting:
+            logger.info("Rounding INT4 draft weights by GPTQ, on texts that the model writes for it")
+            calibrate(self.vllm_config, target_model, self.waiting)
+        for round_weight in list(self.waiting.values()):
+            round_weight(None)  # experts of a mixture, say, that no text came by
         return self.draft
 
     def _visit(self, module: nn.Module, name: str) -> nn.Module:
@@ -236,21 +239,28 @@ class _Builder:
         method, reason = choose_int4_method(in_features, out_features, self.dtype, self.group_size)
         if method is None:
             return self._share(layer, name, reason)
-        weight, bias = _effective_weight(layer, self.dtype)
         clone = _shallow_clone(layer)
-        clone._parameters = {"bias": bias}
-        moments = self.second_moments(name) if self.second_moments is not None else None
-        quantized = quantize_weight(
-            weight,
-            method.group_size,
-            method=self.rounding if moments is None else "gptq",
-            scale_dtype=self.dtype,
-            second_moments=moments,
-        )
-        method.install(clone, quantized, original=weight if weight.data_ptr() == _data_ptr(layer) else None)
         self.draft.quantized.append(name)
-        self.draft.int4_bytes += int4_bytes(clone)
         self.draft.target_bytes += _loaded_bytes(layer)
+
+        def round_weight(second_moments: torch.Tensor | None) -> None:
+            self.waiting.pop(layer, None)
+            weight, bias = _effective_weight(layer, self.dtype)
+            clone._parameters = {"bias": bias}
+            quantized = quantize_weight(
+                weight,
+                method.group_size,
+                method="search" if self.rounding == "gptq" and second_moments is None else self.rounding,
+                scale_dtype=self.dtype,
+                second_moments=second_moments,
+            )
+            method.install(clone, quantized, original=weight if weight.data_ptr() == _data_ptr(layer) else None)
+            self.draft.int4_bytes += int4_bytes(clone)
+
+        if self.rounding == "gptq":
+            self.waiting[layer] = round_weight
+        else:
+            round_weight(None)
         return clone
 
     def _share(self, layer: nn.Module, name: str, reason: str) -> nn.Module:

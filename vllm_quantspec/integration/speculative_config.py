@@ -22,6 +22,7 @@ class QuantSpecConfig(SpeculativeConfig):
     draft_weights: str = "int4"
     draft_kv: str = "int4"
     weight_group_size: int = 128
+    weight_rounding: str = "search"
     quantize_lm_head: bool = False
 
     def __post_init__(self):
