@@ -245,6 +245,8 @@ class _Builder:
 
         def round_weight(second_moments: torch.Tensor | None) -> None:
             self.waiting.pop(layer, None)
+            if second_moments is not None and len(second_moments) != in_features:
+                second_moments = None  # a linear that splits its input among ranks itself
             weight, bias = _effective_weight(layer, self.dtype)
             clone._parameters = {"bias": bias}
             quantized = quantize_weight(
