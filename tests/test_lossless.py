@@ -40,13 +40,18 @@ def prompts(books_4m, passage):
 
 @pytest.fixture(scope="module")
 def expected(books_4m, prompts):
-    """{dtype: answers with speculation off}, and how far the same engine is from itself on another batch."""
+    """{dtype: answers with speculation off}, and how far the same engine is from itself on another batch.
+
+    Of float32 in groups of 64, too.
+    """
     answers = {}
     for dtype in ("bfloat16", "float32"):
         with engine(books_4m, dtype=dtype, enable_prefix_caching=False, **QUANTSPEC_CACHE) as llm:
             answers[dtype] = generate(llm, prompts, MAX_TOKENS)
             alone = [generate(llm, [p], MAX_TOKENS)[0] for p in prompts[:9]]
             assert_same_or_tied(answers[dtype], alone + answers[dtype][9:], TIE[dtype], "alone, off")
+    with engine(books_4m, dtype="float32", block_size=64, **QUANTSPEC_CACHE) as llm:
+        answers["float32 in groups of 64"] = generate(llm, prompts, MAX_TOKENS)
     return answers
 
 
@@ -81,11 +86,7 @@ def test_float32_with_a_draft_that_is_often_wrong(
 
     monkeypatch.setattr(QuantSpecProposer, "propose", propose_with_errors)
     options = {"draft_weights": "target", "group_size": group_size}
-    if group_size == 128:
-        want = expected["float32"]
-    else:
-        with engine(books_4m, dtype="float32", block_size=64, **QUANTSPEC_CACHE) as llm:
-            want = generate(llm, prompts, MAX_TOKENS)
+    want = expected["float32" if group_size == 128 else "float32 in groups of 64"]
     with engine(books_4m, dtype="float32", **quantspec(num_speculative_tokens, **options)) as llm:
         answers = generate(llm, prompts, MAX_TOKENS)
         drafts, accepted = speculation_counts(llm)

@@ -30,10 +30,9 @@ SIZES = {
 }
 ARCHITECTURES = {
     "qwen2": {},  # biases
-    "qwen3": {"head_dim": 64},  # norms of queries and keys
     "gemma": {"num_key_value_heads": 1, "head_dim": 256},  # one KV head, tied embeddings
-    "gpt_neox": {"num_key_value_heads": 4, "rotary_pct": 0.25},  # no groups, attention and MLP side by side
-    "opt": {"ffn_dim": 512, "word_embed_proj_dim": 256},  # learned positions
+    "opt": {"num_key_value_heads": 4, "ffn_dim": 512, "word_embed_proj_dim": 256},  # learned positions, no KV groups
+    # Experts; norms of queries and keys.
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "head_dim": 64},
 }
 ENGINE = {"skip_tokenizer_init": True, "max_model_len": 2048, "max_num_seqs": 8, "enable_prefix_caching": False}

@@ -1,13 +1,11 @@
-"""Engines of two workers say what one of one says: as processes, and as actors of Ray on two nodes. And two engines."""
+"""Engines of two workers say what one of one says: as processes, and as actors of Ray on two nodes."""
 
-import re
 import secrets
 import sys
 from importlib.util import find_spec
 
 import pytest
 from engine_tools import assert_same_or_tied, engine, generate, quantspec, speculation_counts
-from server_tools import serve, wait_for
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
@@ -35,9 +33,9 @@ def expected(books_4m, passage):
         return prompts, generate(llm, prompts, MAX_TOKENS)
 
 
-def check(model, expected, what, options=None, **kwargs):
+def check(model, expected, what, **kwargs):
     prompts, answers = expected
-    with engine(model, tensor_parallel_size=2, **kwargs, **quantspec(**(options or {}))) as llm:
+    with engine(model, tensor_parallel_size=2, **kwargs, **quantspec()) as llm:
         actual = generate(llm, prompts, MAX_TOKENS)
         drafts, accepted = speculation_counts(llm)
     assert_same_or_tied(answers, actual, TIE, what)
@@ -45,22 +43,7 @@ def check(model, expected, what, options=None, **kwargs):
 
 
 def test_processes(books_4m, expected):
-    check(books_4m, expected, "mp", {"weight_rounding": "gptq"})  # the workers write the texts for it together
-
-
-def test_data_parallel_engines(books_4m, passage, tmp_path):
-    """Two engines behind one server: both answer, both draft, and they say the same."""
-    arguments = ["--speculative-config", "quantspec", "--data-parallel-size", "2"]
-    arguments += ["--max-model-len", "2048", "--max-num-seqs", "4", "--no-enable-prefix-caching"]
-    with serve(books_4m, arguments, tmp_path / "log") as server:
-
-        def drafts() -> list[float]:
-            samples = re.findall(r'vllm:spec_decode_num_drafts_total{engine="(\d)".*} (\S+)', server.get("/metrics")[1])
-            return [float(value) for _, value in sorted(samples)]
-
-        answers = {server.complete(passage[:3000], max_tokens=MAX_TOKENS)["choices"][0]["text"] for _ in range(4)}
-        assert len(answers) == 1
-        wait_for(lambda: len(drafts()) == 2 and min(drafts()) > 0, 60, lambda: f"drafts of each engine: {drafts()}")
+    check(books_4m, expected, "mp")
 
 
 def place_workers_by_cpu(setattr=setattr):

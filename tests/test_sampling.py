@@ -24,7 +24,7 @@ from vllm.sampling_params import StructuredOutputsParams
 G = 128
 TIE = 0.125  # see test_lossless.py
 ALPHA = 1e-3
-DRAWS = 1024
+DRAWS = 640
 # The first token comes from the prefill; the second to fourth are drafts that were accepted, or drawn in their place.
 TOKENS = 4
 # Different seeds for the two samples: the test below is one of independent samples.

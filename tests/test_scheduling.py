@@ -128,9 +128,8 @@ def test_preemption(books_4m, tokens, arguments):
     """A pool too small for the load: requests are preempted, recompute, and finish with the output they have alone."""
     prompts = [tokens[60 * i : 60 * i + 500 + 130 * i] for i in range(6)]
     size = {"max_model_len": 2048, "max_num_seqs": 6, "enable_prefix_caching": False}
-    with engine(books_4m, **size, **arguments) as roomy:
-        alone = [generate(roomy, [p], 260)[0] for p in prompts]
     with engine(books_4m, num_gpu_blocks_override=60, **size, **arguments) as crowded:
+        alone = [generate(crowded, [p], 260)[0] for p in prompts]
         free = free_blocks(crowded)
         together = generate(crowded, prompts, 260)
         metrics = {m.name: m.value for m in crowded.get_metrics() if hasattr(m, "value")}
