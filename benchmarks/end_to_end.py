@@ -34,6 +34,7 @@ sampling, CUDA graphs).
 """
 
 import argparse
+import contextlib
 import copy
 import functools
 import json
@@ -396,8 +397,9 @@ def main() -> None:
     for config, following in zip(args.configs, [*args.configs[1:], None], strict=True):
         started = time.perf_counter()
         process, waiting = waiting, start(following) if following else None
-        process.stdin.write("go\n")
-        process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has failed already: its output says why
+            process.stdin.write("go\n")
+            process.stdin.flush()
         tail: list[str] = []
         for line in process.stdout:
             tail = [*tail[-40:], line]

@@ -174,7 +174,7 @@ class _Builder:
             logger.info("Rounding INT4 draft weights by GPTQ, on texts that the model writes for it")
             calibrate(self.vllm_config, target_model, self.waiting)
         for round_weight in list(self.waiting.values()):
-            round_weight(None)  # experts of a mixture, say, that no text came by
+            round_weight(None)  # no text came by: the output layer, say, which is never called as a module
         return self.draft
 
     def _visit(self, module: nn.Module, name: str) -> nn.Module:
