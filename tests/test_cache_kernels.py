@@ -26,6 +26,7 @@ if RUNS:
     from vllm_quantspec.kernels import cache_update
     from vllm_quantspec.kernels.cache_update import quantize, store
     from vllm_quantspec.kernels.gather_context import gather_context
+    from vllm_quantspec.kernels.warm_up import warm_up_prefill
 
 SHAPES = [(128, 128), (128, 64), (64, 128), (64, 64), (96, 64), (96, 128), (256, 64), (256, 128)]  # head and group size
 DTYPES = [torch.bfloat16, torch.float16]
@@ -267,6 +268,15 @@ def test_nothing_to_store():
     batch.store()
     batch.quantize()
     assert same_bits(batch.pages, untouched)
+
+
+@runs
+def test_warm_up_changes_nothing():
+    batch = Batch(PageFormat(2, 64, 64), [(300, 40, 0, 0), (0, 8, 0, 0)], max_drafts=0).on(DEVICE)
+    tables = (batch.block_table, batch.window_block_table)
+    before = [x.clone() for x in (batch.pages, batch.window, *tables)]
+    warm_up_prefill(batch.fmt, batch.pages, batch.window, batch.key, batch.value, *tables)
+    assert all(same_bits(a, b) for a, b in zip(before, (batch.pages, batch.window, *tables), strict=True))
 
 
 @runs

@@ -19,6 +19,8 @@ from engine_tools import (
 )
 from vllm import SamplingParams
 
+from vllm_quantspec.kernels import cache_update, gather_context
+
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 G = 128
@@ -43,11 +45,19 @@ def prompts(model, passage) -> list[list[int]]:
     return [tokens[37 * i : 37 * i + n] for i, n in enumerate(LENGTHS)] + [long[500 : 500 + 12000]]
 
 
+def compiled_variants() -> int:
+    """How many variants of the Triton kernels this process has compiled; vLLM complains of those after its warm-up."""
+    kernels = (cache_update._store, cache_update._quantize, gather_context._gather)
+    return sum(len(cached[0]) for kernel in kernels for cached in kernel.device_caches.values())
+
+
 @pytest.fixture(scope="module")
 def expected(model, prompts) -> list[Answer]:
     """The cache with speculation off; and the same engine is itself on another batch, up to ties."""
     with engine(model, **SIZE, **QUANTSPEC_CACHE) as llm:
+        variants = compiled_variants()
         answers = generate(llm, prompts, MAX_TOKENS)
+        assert compiled_variants() == variants > 0
         alone = [generate(llm, [p], MAX_TOKENS)[0] for p in prompts[-3:]]
         assert_same_or_tied(answers[-3:], alone, TIE, "alone, off")
     return answers

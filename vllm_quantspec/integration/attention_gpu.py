@@ -14,12 +14,17 @@ from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 from vllm_quantspec.integration import prefill
 from vllm_quantspec.kernels import cache_update
 from vllm_quantspec.kernels.decode_attention import decode_attention
+from vllm_quantspec.kernels.warm_up import warm_up_prefill
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.kv_cache_interface import AttentionSpec
 
+    from vllm_quantspec.format import PageFormat
     from vllm_quantspec.integration.backend import QuantSpecImpl, QuantSpecMetadata
+
+
+_warmed_up: set[PageFormat] = set()
 
 
 def prepare(impl: QuantSpecImpl) -> None:
@@ -66,6 +71,9 @@ def attend(
     groups = [(slice(0, n), slice(0, n + 1), md.max_query_len)] if n else []
     if md.prefill is not None:
         groups.append((slice(n, num_reqs), slice(n, num_reqs + 1), md.prefill.max_query_len))
+        if fmt not in _warmed_up:  # vLLM's own warm-up has short prompts, one at a time
+            _warmed_up.add(fmt)
+            warm_up_prefill(fmt, pages, window, key, value, md.block_table, window_table)
     for rows, bounds, max_query_len in groups:
         starts, seq_lens, table = md.query_start_loc[bounds], md.seq_lens[rows], window_table[rows]
         cache_update.store(fmt, window, key, value, starts, seq_lens, table, max_query_len=max_query_len)
