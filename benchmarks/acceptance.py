@@ -3,12 +3,12 @@
 
 Each configuration (--configs) is an engine of its own: 1 to 8 drafted tokens with the default options, then the 4-bit cache
 alone ("kv-only": the draft has the target's weights), INT4 weights alone ("weights-only": the draft reads 8 bits), groups
-of 64 tokens or weights, and weights rounded by GPTQ. On a GPU all excerpts of a context are one batch; on a CPU each novel
-is, and "all" is their sum.
+of 64 tokens or weights, and weights rounded by GPTQ; "ngram" is vLLM's own n-grams on the same text. On a GPU all excerpts
+of a context are one batch; on a CPU each novel is, and "all" is their sum.
 
 Acceptance at position i: of all drafts verified, the share whose first i tokens were accepted (as vLLM's metrics count).
 "accepted" is the mean number of accepted tokens of a draft (a verification gives one more), "mean" the share of those
-that were drafted.
+that were drafted, "tokens_per_step" counts steps without a draft, too, which n-grams have where they find nothing.
 
     python benchmarks/acceptance.py [--model DIR] [--text DIR] [--contexts 4096 8192 16384 32768] [--temperatures 0 0.7]
     python benchmarks/acceptance.py --jobs 3                     # three engines at a time on one GPU
@@ -50,6 +50,8 @@ CONFIGS = {f"drafted-{n}": {"num_speculative_tokens": n} for n in (1, 2, 4, 6, 8
         ("gptq", {"weight_rounding": "gptq"}),
     )
 }
+# A peer: what vLLM's n-grams find in the same text.
+CONFIGS["ngram"] = {"method": "ngram", "num_speculative_tokens": 5}
 
 
 # --- Acceptance -------------------------------------------------------------------------------------------------------
@@ -62,19 +64,19 @@ def counts(llm) -> list[int]:
     return [int(metrics["vllm:spec_decode_num_drafts"].value), *map(int, accepted)]
 
 
-def measure(llm, prompts: list[list[int]], num_tokens: int, temperature: float) -> list[int]:
+def measure(llm, prompts: list[list[int]], num_tokens: int, temperature: float, seeded: bool) -> list[int]:
     """Continue the prompts; the drafts of it, and how many were accepted at each position."""
     from vllm import SamplingParams
 
     before = counts(llm)
     sampling = {"temperature": temperature, "max_tokens": num_tokens, "ignore_eos": True, "detokenize": False}
-    params = [SamplingParams(seed=i, **sampling) for i in range(len(prompts))]
+    params = [SamplingParams(seed=i if seeded else None, **sampling) for i in range(len(prompts))]
     llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
     return [a - b for a, b in zip(counts(llm), before, strict=True)]
 
 
 def rates(numbers: list[int]) -> list[float]:
-    return [n / numbers[0] for n in numbers[1:]]
+    return [n / max(1, numbers[0]) for n in numbers[1:]]
 
 
 def run_config(name: str, novels: dict[str, list[list[int]]], args) -> list[dict]:
@@ -85,6 +87,7 @@ def run_config(name: str, novels: dict[str, list[list[int]]], args) -> list[dict
     arguments = {"max_num_seqs": batch, "enable_prefix_caching": False}
     arguments |= small_model_on_gpu(args.kv_gib, batch, 1 + drafted)
     started, rows = time.perf_counter(), []
+    seeded = "method" not in options  # vLLM's CPU engine itself fails at a seed and a prompt of several chunks
     # Room for a draft beyond the last token: drafts are cut short at the model's length, and would count as rejected.
     longest = max(args.contexts) + args.tokens + 2 * drafted
     with engine(str(args.model), longest, **arguments, speculative_config={"method": "quantspec", **options}) as llm:
@@ -94,11 +97,13 @@ def run_config(name: str, novels: dict[str, list[list[int]]], args) -> list[dict
             if torch.cuda.is_available():
                 prompts = {"all": sum(prompts.values(), [])}
             for temperature in args.temperatures:
-                numbers = {novel: measure(llm, p, args.tokens, temperature) for novel, p in prompts.items()}
+                numbers = {novel: measure(llm, p, args.tokens, temperature, seeded) for novel, p in prompts.items()}
                 numbers.setdefault("all", [sum(n) for n in zip(*numbers.values(), strict=True)])
                 for novel, n in numbers.items():
                     row = {"config": name, "context": context, "temperature": temperature, "novel": novel}
                     row |= {"drafts": n[0], "per_position": rates(n), "accepted": sum(rates(n))}
+                    tokens = args.tokens * sum(len(p) for name, p in prompts.items() if novel in (name, "all"))
+                    row["tokens_per_step"] = tokens / (tokens - sum(n[1:]))
                     rows.append(row | {"mean": sum(rates(n)) / drafted, "options": options})
                     show(rows[-1])
     print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
@@ -166,7 +171,8 @@ def show(row: dict) -> None:
     positions = " ".join(f"{r:.3f}" for r in row["per_position"])
     print(
         f"{row['config']:16s} {row['context']:6d} T={row['temperature']:<3g} {row['novel']:12s} {row['drafts']:6d} "
-        f" {positions}  mean {row['mean']:.3f}  {1 + row['accepted']:.2f} tokens per verification",
+        f" {positions}  mean {row['mean']:.3f}  {1 + row['accepted']:.2f} tokens per verification, "
+        f"{row['tokens_per_step']:.2f} per step",
         flush=True,
     )
 

@@ -44,10 +44,13 @@ def test_memory_is_what_the_cache_specs_say(group_size, tp):
     assert m.requests(100_000, quantspec=True) > 1.7 * m.requests(100_000, quantspec=False) > 0
 
 
-@pytest.mark.parametrize(("shape", "config"), [("8b", LLAMA_8B), ("7b", LLAMA_2_7B)])
-def test_speed_is_what_was_measured(shape, config):
-    results = json.loads((RESULTS / f"end_to_end-{shape}.json").read_text())
-    model = estimate.model_from(config, shape)
+@pytest.mark.parametrize(
+    ("name", "config", "points"),
+    [("8b", LLAMA_8B, 59), ("7b", LLAMA_2_7B, 40), ("8b-peers", LLAMA_8B, 10), ("8b-tp2", LLAMA_8B, 8)],
+)
+def test_speed_is_what_was_measured(name, config, points):
+    results = json.loads((RESULTS / f"end_to_end-{name}.json").read_text())
+    model, tp = estimate.model_from(config, name), results.get("tensor_parallel_size", 1)
     checked = 0
     for row in results["rows"]:
         method = row["config"]
@@ -55,11 +58,11 @@ def test_speed_is_what_was_measured(shape, config):
         if "ms_per_step" not in row or not (method in ("bf16", "cache") or method.isdigit()):
             continue
         drafts = int(method) if method.isdigit() else 1
-        s = estimate.speed(model, 4.26e12, row["context"], row["batch"], 1, 128, results["acceptance"], drafts)
+        s = estimate.speed(model, 4.26e12, row["context"], row["batch"], tp, 128, results["acceptance"], drafts)
         predicted = {"bf16": s.exact, "cache": s.cache}.get(method, s.cycle)
         assert predicted == pytest.approx(row["ms_per_step"], rel=0.04), row
         checked += 1
-    assert checked >= 40
+    assert checked == points
 
 
 def run(tmp_path, config, *arguments) -> int:

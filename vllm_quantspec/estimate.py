@@ -40,6 +40,8 @@ ROW_TILE, ROW_TILE_US = 0.07, 4
 LAYER_US = {"exact": 33.5, "target": 30, "draft": 22.5}
 # Microseconds per layer and token of a step [e].
 TOKEN_US = 0.2
+# Microseconds that adding up over two GPUs costs, twice per layer, in target and draft alike [e, -8b-tp2].
+ALL_REDUCE_US = 9
 
 
 @dataclass(frozen=True)
@@ -197,8 +199,8 @@ def speed(
 ) -> Speed:
     """Decode times by the cost model: bytes over bandwidth plus fixed costs.
 
-    Communication between GPUs is not in it, nor arithmetic: linear layers of some hundred tokens (in a verification,
-    requests times drafts and one), where they are no longer bound by reading, take longer than it says.
+    Arithmetic is not in it: linear layers of some hundred tokens (in a verification, requests times drafts and one), where
+    they are no longer bound by reading, take longer than it says. Communication is what two H200s of one machine need.
 
     Args:
         bandwidth: bytes per second that a copy on this GPU reads and writes (an H200: 4.26e12).
@@ -217,7 +219,8 @@ def speed(
             cache_bytes += WINDOW_READ_GROUPS * group_size * exact_bytes
             tiles, passes = row_tiles(model.head_size, query_rows)  # every pass reads the cache
         read = read_ms(batch * cache_bytes, READ) * (1 + ROW_TILE * (tiles - 1)) + ROW_TILE_US * (tiles - 1) / 1e3
-        return model.num_layers * (passes * read + (LAYER_US[kind] + TOKEN_US * num_tokens) / 1e3)
+        fixed = LAYER_US[kind] + TOKEN_US * num_tokens + (2 * ALL_REDUCE_US if tp > 1 else 0)
+        return model.num_layers * (passes * read + fixed / 1e3)
 
     exact_bytes = fmt.num_kv_heads * 2 * model.head_size * model.dtype.itemsize
     target, draft = fmt.bytes_per_token("target"), fmt.bytes_per_token("draft")
