@@ -27,7 +27,7 @@ def warm_up_prefill(
     """
     most = max(BATCHES)
     zeros = torch.zeros(most + 1, dtype=torch.int32, device=pages.device)
-    table, window_table = (x.new_zeros(most, x.shape[1]) for x in (block_table, window_block_table))
+    table, window_table = (x.new_zeros(1, x.shape[1]).expand(most, -1) for x in (block_table, window_block_table))
     for n in BATCHES:
         step = (window, key, value, zeros[: n + 1], zeros[:n])
         lengths = {"max_query_len": 8 * fmt.group_size}  # the most that `store` looks at, and more
