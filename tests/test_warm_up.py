@@ -15,7 +15,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from vllm_quantspec.kernels import cache_update, gather_context
-from vllm_quantspec.kernels.cache_update import quantize, store
+from vllm_quantspec.kernels.cache_update import store
 from vllm_quantspec.kernels.warm_up import warm_up_prefill
 
 pytestmark = [
@@ -58,7 +58,7 @@ def compiled(monkeypatch) -> list[str]:
         return self.device_caches[0][0][key]
 
     monkeypatch.setattr(JITFunction, "_do_compile", compile_nothing)
-    for kernel in (cache_update._store, cache_update._quantize, gather_context._gather):
+    for kernel in (cache_update._store, gather_context._gather):
         monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
     for module in (cache_update, gather_context):
         monkeypatch.setattr(module, "check_device", lambda x: None)
@@ -67,7 +67,7 @@ def compiled(monkeypatch) -> list[str]:
     driver.set_active(None)  # whatever there is
 
 
-def random_step(rng, fmt, pages, window, group, qkv, width):
+def random_step(rng, fmt, pages, window, qkv, width):
     """A step of some prompts, with slices of the step's metadata as the backend takes them."""
     requests, decodes = rng.choice([1, 2, 15, 16, 17, 40, 63]), rng.randrange(5)
     metadata = torch.zeros(decodes + requests + 1, dtype=torch.int32)
@@ -79,7 +79,6 @@ def random_step(rng, fmt, pages, window, group, qkv, width):
     most = rng.choice([1, 5, 127, 1000, 8192])
     step = (window, key, value, starts, lengths)
     store(fmt, *step, tables[1], max_query_len=most)
-    quantize(fmt, pages, *step, lengths, *tables, max_query_len=most, max_unverified=rng.choice([0, 1, 4, 16]))
     out = torch.empty(2, rng.randrange(1, 3000), heads, dim, dtype=fmt.dtype)
     pieces = (starts, lengths, lengths, *tables)
     gather_context.gather_context(fmt, pages, window, *out, *pieces, max_len=rng.randrange(1, 3000))
@@ -94,10 +93,10 @@ def test_prompts_need_nothing_else(heads, head_size, group, compiled):
     key, value = (qkv[:, n * heads * head_size :][:, : heads * head_size].view(-1, heads, head_size) for n in (4, 5))
     table = torch.zeros(1, 5, dtype=torch.int32)
     warm_up_prefill(fmt, pages, window, key, value, table, table)
-    assert set(compiled) == {"_store", "_quantize", "_gather"}
+    assert set(compiled) == {"_store", "_gather"}
     warmed_up = len(compiled)
     rng = random.Random(0)
     for width in (1, 2, 7, 16, 160):
         for _ in range(20):
-            random_step(rng, fmt, pages, window, group, qkv, width)
+            random_step(rng, fmt, pages, window, qkv, width)
     assert compiled[warmed_up:] == []
