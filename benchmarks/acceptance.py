@@ -102,7 +102,7 @@ def run_config(name: str, novels: dict[str, list[list[int]]], args) -> list[dict
                 for novel, n in numbers.items():
                     row = {"config": name, "context": context, "temperature": temperature, "novel": novel}
                     row |= {"drafts": n[0], "per_position": rates(n), "accepted": sum(rates(n))}
-                    tokens = args.tokens * sum(len(p) for name, p in prompts.items() if novel in (name, "all"))
+                    tokens = args.tokens * sum(len(p) for text, p in prompts.items() if novel in (text, "all"))
                     row["tokens_per_step"] = tokens / (tokens - sum(n[1:]))
                     rows.append(row | {"mean": sum(rates(n)) / drafted, "options": options})
                     show(rows[-1])

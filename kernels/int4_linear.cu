@@ -268,9 +268,8 @@ extern "C" __global__ void __launch_bounds__(32 * NW + 32, MIN_CTAS) int4_linear
       for (int n = 0; n < NT; n++)
 #pragma unroll
         for (int j = 0; j < 4; j++) x[n][j] = next_x[n][j];
-      const int next_chunk = c + 1 < num_chunks ? first + (c + 1) * NW : first;
-      // A launch ends when what its last chunk loads in vain has arrived, up to 8 % later; with more tokens branches cost more.
-      if (NT > 1) load_x(next_x, p, rows, min(next_chunk, p.chunks - 1));
+      // A launch ends when what its last chunk loads in vain is there, up to 8 % later; with more tokens branches cost more.
+      if (NT > 1) load_x(next_x, p, rows, min(c + 1 < num_chunks ? first + (c + 1) * NW : first, p.chunks - 1));
       else if (c + 1 < num_chunks) load_x(next_x, p, rows, min(first + (c + 1) * NW, p.chunks - 1));
       else if (tile0 + T < tile_end) load_x(next_x, p, rows, min(first, p.chunks - 1));
       float sum_x[GROUPS][NT][4];  // [0..1] the sums of the channels of tokens 2*t, 2*t + 1
