@@ -46,7 +46,14 @@ def test_memory_is_what_the_cache_specs_say(group_size, tp):
 
 @pytest.mark.parametrize(
     ("name", "config", "points"),
-    [("8b", LLAMA_8B, 59), ("7b", LLAMA_2_7B, 40), ("8b-peers", LLAMA_8B, 10), ("8b-tp2", LLAMA_8B, 8)],
+    [
+        ("8b", LLAMA_8B, 59),
+        ("8b-peers", LLAMA_8B, 10),
+        ("8b-self", LLAMA_8B, 5),
+        ("8b-tp2", LLAMA_8B, 8),
+        ("7b", LLAMA_2_7B, 40),
+        ("7b-peers", LLAMA_2_7B, 8),
+    ],
 )
 def test_speed_is_what_was_measured(name, config, points):
     results = json.loads((RESULTS / f"end_to_end-{name}.json").read_text())
