@@ -3,8 +3,8 @@
 
 Each configuration (--configs) is an engine of its own: 1 to 8 drafted tokens with the default options, then the 4-bit cache
 alone ("kv-only": the draft has the target's weights), INT4 weights alone ("weights-only": the draft reads 8 bits), groups
-of 64 tokens or weights, and weights rounded by GPTQ; "ngram" is vLLM's own n-grams on the same text. On a GPU all excerpts
-of a context are one batch; on a CPU each novel is, and "all" is their sum.
+of 64 tokens or weights, the output layer in 16 bits, and weights rounded by GPTQ; "ngram" is vLLM's own n-grams on the same
+text. On a GPU all excerpts of a context are one batch; on a CPU each novel is, and "all" is their sum.
 
 Acceptance at position i: of all drafts verified, the share whose first i tokens were accepted (as vLLM's metrics count).
 "accepted" is the mean number of accepted tokens of a draft (a verification gives one more), "mean" the share of those
@@ -13,7 +13,7 @@ that were drafted, "tokens_per_step" counts steps without a draft, too, which n-
     python benchmarks/acceptance.py [--model DIR] [--text DIR] [--contexts 4096 8192 16384 32768] [--temperatures 0 0.7]
     python benchmarks/acceptance.py --jobs 3                     # three engines at a time on one GPU
     python benchmarks/acceptance.py --configs drafted-4 --contexts 4096 16384 --temperatures 0      # enough for a CPU
-    python benchmarks/acceptance.py --configs drafted-4 --options '{"quantize_lm_head": true}' --json OUT
+    python benchmarks/acceptance.py --configs drafted-4 --options '{"draft_kv": "int8"}' --json OUT
     python benchmarks/acceptance.py --plot                       # the plot again, from the JSON
     python benchmarks/acceptance.py --kl                         # what the 8-bit cache costs instead
 
@@ -47,6 +47,7 @@ CONFIGS = {f"drafted-{n}": {"num_speculative_tokens": n} for n in (1, 2, 4, 6, 8
         ("group-64", {"group_size": 64}),
         ("kv-only-group-64", {"draft_weights": "target", "group_size": 64}),
         ("weight-group-64", {"weight_group_size": 64}),
+        ("head-16", {"quantize_lm_head": False}),
         ("gptq", {"weight_rounding": "gptq"}),
     )
 }

@@ -410,7 +410,7 @@ def main() -> None:
                 # After every row: a run that is cut off keeps what it has.
                 add_derived(rows, args.acceptance)
                 sizes = {"shape": args.shape, "tensor_parallel_size": args.tensor_parallel_size}
-                write_json(path, rows, **sizes, acceptance=args.acceptance)
+                write_json(path, rows, **sizes, acceptance=args.acceptance, options=json.loads(args.options))
         if process.wait():
             print(f"{config} failed:\n" + "".join(tail), flush=True)
         print(f"{config}: {time.perf_counter() - started:.0f} s", flush=True)

@@ -64,6 +64,21 @@ class Ours:
         return int4_linear.launch(x, *weight, None, x.new_empty(len(x), weight[0].shape[0] * 16), self.plan)
 
 
+class Rescored(Ours):
+    """The draft's output layer: INT4, and its largest logits again from the BF16 weight."""
+
+    name = "rescored"
+    bytes_per_weight = Ours.bytes_per_weight + 2
+
+    def make(self, shape):
+        return Ours.make(self, shape), Bf16.make(self, shape)
+
+    def __call__(self, x, weight):
+        from vllm_quantspec.kernels.rescore_logits import rescore_logits
+
+        return rescore_logits(super().__call__(x, weight[0]), x, weight[1])
+
+
 class Bf16:
     name = "bf16"
     bytes_per_weight = 2
@@ -255,20 +270,19 @@ def main():
     bandwidth = copy_bandwidth()
     print(f"copy: {bandwidth / 1e12:.2f} TB/s")
     rows, kernels = {}, {}
-    for method in (Bf16(), Ours(), Machete(), TinyGemm()):
+    for method in (Bf16(), Ours(), Rescored(), Machete(), TinyGemm()):
         if args.methods and method.name not in args.methods:
             continue
         try:
-            weights = weights_of(method, SHAPES)
-            weights |= weights_of(method, LM_HEAD)
+            weights = weights_of(method, LM_HEAD if method.name == "rescored" else SHAPES | LM_HEAD)
         except Exception as error:  # a peer that does not work here must not cost the others' numbers
             print(f"{method.name} left out: {error!r:.400}")
             continue
         kernels[method.name] = getattr(method, "kernel", method.name)
-        model = {name: weights[name] for name in SHAPES}
+        model = {name: weights[name] for name in SHAPES if name in weights}
         for count in tokens:
-            jobs = {"8B, 32 layers": lambda m=model, n=count, f=method: time_model(f, m, n)}
-            for name, shape in (LM_HEAD | (SHAPES if count == 1 else {})).items():
+            jobs = {"8B, 32 layers": lambda m=model, n=count, f=method: time_model(f, m, n)} if model else {}
+            for name, shape in (LM_HEAD | (SHAPES if count == 1 and model else {})).items():
                 jobs[name] = lambda w=weights[name], s=shape, n=count, f=method: time_shape(f, w, s, n)
             for name, job in jobs.items():
                 sizes = SHAPES.values() if name not in SHAPES | LM_HEAD else [(SHAPES | LM_HEAD)[name]]
@@ -282,15 +296,16 @@ def main():
         del weights, model, jobs
         torch.cuda.empty_cache()
     for row in rows.values():
-        for name in ("ours", "machete", "tinygemm"):
+        for name in ("ours", "rescored", "machete", "tinygemm"):
             if row.get(f"{name}_us") and row.get("bf16_us"):
                 row[f"{name}_speedup"] = row["bf16_us"] / row[f"{name}_us"]
         if row.get("ours_us"):
             row["ours_tb_per_s"] = row["int4_bytes"] / row["ours_us"] / 1e6
     rows = [{k: round(v, 3) if isinstance(v, float) else v for k, v in r.items()} for r in rows.values()]
-    print(f"{'weights':15}{'M':>4}{'bf16':>9}{'machete':>9}{'tinygemm':>9}{'ours':>9}{'floor':>8}{'ratio':>7}{'TB/s':>6}")
+    columns = ("bf16", "machete", "tinygemm", "ours", "rescored")
+    print(f"{'weights':15}{'M':>4}" + "".join(f"{c:>9}" for c in columns) + f"{'floor':>8}{'ratio':>7}{'TB/s':>6}")
     for r in sorted(rows, key=lambda r: r["weights"]):
-        times = "".join(f"{r.get(name + '_us', float('nan')):9.1f}" for name in ("bf16", "machete", "tinygemm", "ours"))
+        times = "".join(f"{r.get(name + '_us', float('nan')):9.1f}" for name in columns)
         print(
             f"{r['weights']:15}{r['tokens']:4}{times}{r['floor_us']:8.1f}{r.get('ours_speedup', 0):7.2f}"
             f"{r.get('ours_tb_per_s', 0):6.2f}"

@@ -101,7 +101,7 @@ def store(
         HP=power_of_two(fmt.num_kv_heads),
         DP=power_of_two(fmt.head_size),
         num_warps=STORE_WARPS,
-        **_overlap(window),
+        **overlap(window),
     )
 
 
@@ -189,11 +189,11 @@ def quantize(
         RP=next((n for n in (16, 64, 256) if n >= requests), power_of_two(requests)),
         num_warps=QUANTIZE_WARPS,
         maxnreg=QUANTIZE_REGISTERS if dim <= 128 else None,
-        **_overlap(window),
+        **overlap(window),
     )
 
 
-def _overlap(x: torch.Tensor) -> dict[str, bool]:
+def overlap(x: torch.Tensor) -> dict[str, bool]:
     """Arguments of a launch that may begin under the end of the one before it (programmatic dependent launch).
 
     Its kernel waits before it uses what that one writes, and releases its successor after that, so that whoever runs ahead

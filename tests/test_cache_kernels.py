@@ -1,13 +1,10 @@
 """The Triton cache kernels against the reference, byte for byte: on a GPU, or else in Triton's interpreter."""
 
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from interpreter import DEVICE, INTERPRETED, RUNS, run_in_the_interpreter, runs
 
 from vllm_quantspec.format import PageFormat
 from vllm_quantspec.kernels import reference
@@ -15,11 +12,6 @@ from vllm_quantspec.kernels.step import plan_step, quantize_completed
 
 pytest.importorskip("triton")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-RUNS = DEVICE == "cuda" or INTERPRETED
-
-runs = pytest.mark.skipif(not RUNS, reason="test_in_the_interpreter runs it")
 on_gpu = pytest.mark.skipif(DEVICE != "cuda" or INTERPRETED, reason="needs a CUDA GPU")
 
 if RUNS:
@@ -34,12 +26,7 @@ DTYPES = [torch.bfloat16, torch.float16]
 
 @pytest.mark.skipif(RUNS, reason="the tests run in this process")
 def test_in_the_interpreter():
-    """Triton decides when it is imported whether it interprets, so these tests get a process of their own."""
-    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).resolve())]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    run_in_the_interpreter(__file__)
 
 
 @pytest.fixture(autouse=True)

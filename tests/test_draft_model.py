@@ -14,6 +14,7 @@ from vllm.model_executor.layers.linear import LinearBase  # noqa: E402
 from vllm_quantspec.integration import calibration, draft_model  # noqa: E402
 from vllm_quantspec.integration.draft_model import DRAFT_PREFIX, _effective_weight, build_draft_model  # noqa: E402
 from vllm_quantspec.integration.int4_linear import choose_int4_method, int4_bytes  # noqa: E402
+from vllm_quantspec.kernels import rescore_logits  # noqa: E402
 from vllm_quantspec.weights import quantize_weight  # noqa: E402
 
 
@@ -99,7 +100,7 @@ def test_shares_everything_but_the_linears(runner, build):
     before = {name: p.data_ptr() for name, p in target.named_parameters()}
     draft = build()
     linears = {n: m for n, m in target.named_modules() if isinstance(m, LinearBase)}
-    assert set(draft.quantized) == set(linears)
+    assert set(draft.quantized) == {*linears, "lm_head"}
     assert not draft.shared
     assert {name: p.data_ptr() for name, p in target.named_parameters()} == before
     own = {name: p for name, p in draft.model.named_parameters() if "int4" in name}
@@ -109,10 +110,10 @@ def test_shares_everything_but_the_linears(runner, build):
     assert all(others[name].data_ptr() == targets[name].data_ptr() for name in others.keys() - own.keys())
     assert draft.model.model.embed_tokens is target.model.embed_tokens
     assert draft.model.model.norm is target.model.norm
-    assert draft.model.lm_head is target.lm_head
     assert draft.int4_bytes == sum(p.numel() * p.element_size() for p in own.values())
     assert draft.int4_bytes < 0.3 * draft.target_bytes
-    assert draft.target_bytes == sum(2 * m.input_size * m.output_size for m in linears.values())
+    head = target.lm_head.weight.nbytes
+    assert draft.target_bytes == head + sum(2 * m.input_size * m.output_size for m in linears.values())
 
 
 def test_attention_layers_read_the_targets_cache(runner, build):
@@ -133,17 +134,41 @@ def test_attention_layers_read_the_targets_cache(runner, build):
 
 
 def test_linears_apply_the_dequantized_weight(runner, build):
-    draft = build(quantize_lm_head=True)
-    assert "lm_head" in draft.quantized
-    assert draft.model.lm_head is not runner.get_model().lm_head
-    assert draft.model.model.embed_tokens is runner.get_model().model.embed_tokens
+    draft = build()
     for name in draft.quantized:
+        if name == "lm_head":
+            continue
         weight, _ = _effective_weight(runner.get_model().get_submodule(name), torch.bfloat16)
         linear = draft.model.get_submodule(name)
         applied, _ = _effective_weight(linear, torch.bfloat16)
         expected = quantize_weight(weight, linear.quant_method.group_size).dequantize()
         assert (applied.float() - expected).norm() < 0.005 * expected.norm()
         assert (applied.float() - weight.float()).norm() < 0.15 * weight.float().norm()
+
+
+def test_the_output_layer_makes_its_largest_logits_exact(runner, build):
+    target, draft = runner.get_model(), build()
+    assert draft.model.lm_head is not target.lm_head
+    assert draft.model.model.embed_tokens is target.model.embed_tokens
+    x = torch.randn(40, target.config.hidden_size, generator=torch.Generator().manual_seed(3)).bfloat16()
+    exact, logits = target.compute_logits(x).float(), draft.model.compute_logits(x).float()
+    head = draft.model.lm_head.quant_method
+    int4 = head.linear.apply(draft.model.lm_head, x).float()
+    assert 0.03 < (int4 - exact).norm() / exact.norm() < 0.15
+    assert (int4.argmax(-1) == exact.argmax(-1)).float().mean() < 0.9
+    assert (logits.argmax(-1) == exact.argmax(-1)).float().mean() > 0.97
+    assert torch.equal(logits, rescore_logits.reference(int4.bfloat16(), x, target.lm_head.weight).float())
+
+
+@pytest.mark.parametrize("reason", ["quantize_lm_head", "dtype", "quantized"])
+def test_the_output_layer_is_the_targets_where_asked_or_needed(runner, build, monkeypatch, reason):
+    head = runner.get_model().lm_head
+    if reason == "dtype":
+        monkeypatch.setattr(type(runner.vllm_config.model_config), "head_dtype", torch.float32)
+    elif reason == "quantized":
+        monkeypatch.setattr(head, "quant_method", object())
+    draft = build(quantize_lm_head=reason != "quantize_lm_head")
+    assert draft.model.lm_head is head and reason in draft.shared["lm_head"]
 
 
 def test_moments_choose_gptq(runner, build, monkeypatch):
@@ -200,7 +225,7 @@ def test_gptq_drafts_are_nearer_to_the_target(runner, build, books_4m, passage, 
     divergences = []
     for weight_rounding in ("search", "gptq"):
         draft = build(weight_rounding=weight_rounding)
-        assert len(draft.quantized) == 20 and not draft.shared
+        assert len(draft.quantized) == 21 and not draft.shared
         proposal = run(runner, draft.model, token_ids, monkeypatch)[0].log_softmax(-1)
         divergences.append((target.exp() * (target - proposal)).sum(-1).mean())
         for name in draft.attention_layers:
@@ -225,7 +250,7 @@ def test_target_weights(runner, build, monkeypatch):
     draft = build(draft_weights="target")
     assert draft.int4_bytes == 0
     assert not draft.quantized
-    assert len(draft.shared) == 20
+    assert len(draft.shared) == 21
     token_ids = torch.randint(0, 4096, (50,), generator=torch.Generator().manual_seed(8), dtype=torch.int32)
     target_logits, _ = run(runner, runner.get_model(), token_ids, monkeypatch)
     draft_logits, calls = run(runner, draft.model, token_ids, monkeypatch)

@@ -65,7 +65,9 @@ def test_speed_is_what_was_measured(name, config, points):
         if "ms_per_step" not in row or not (method in ("bf16", "cache") or method.isdigit()):
             continue
         drafts = int(method) if method.isdigit() else 1
-        s = estimate.speed(model, 4.26e12, row["context"], row["batch"], tp, 128, results["acceptance"], drafts)
+        s = estimate.speed(
+            model, 4.26e12, row["context"], row["batch"], tp, 128, results["acceptance"], drafts, **results["options"]
+        )
         predicted = {"bf16": s.exact, "cache": s.cache}.get(method, s.cycle)
         assert predicted == pytest.approx(row["ms_per_step"], rel=0.04), row
         checked += 1

@@ -151,6 +151,21 @@ def test_prefix_shared_within_a_step(llm, prompts):
     assert_close(fresh, together)
 
 
+def test_no_drafts_in_the_middle_of_a_prompt(llm, prompts, monkeypatch):
+    speculator, loops = speculator_of(llm), []
+    draft = speculator._fused_multi_step_decode
+    monkeypatch.setattr(speculator, "_fused_multi_step_decode", lambda *args: loops.append(1) or draft(*args))
+    config = llm.llm_engine.vllm_config
+    long = (prompts[-1] * 2)[: config.model_config.max_model_len - 20]
+    assert len(long) > config.scheduler_config.max_num_batched_tokens
+    counts = []
+    for prompt in (prompts[-1][:100], long):
+        llm.reset_prefix_cache()
+        generate(llm, [prompt], 1)
+        counts.append(len(loops))
+    assert counts[1] == 2 * counts[0]
+
+
 def test_sampling_with_a_seed_repeats(llm, prompts):
     params = SamplingParams(temperature=0.8, seed=3, max_tokens=60, ignore_eos=True)
     prompt = {"prompt_token_ids": prompts[-2][:700]}

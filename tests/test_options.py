@@ -21,7 +21,7 @@ def registered():
 
 def test_defaults():
     options, vllm_options = parse_options("quantspec")
-    assert options == QuantSpecOptions(4, 128, "int4", "int4", 128, "search", False)
+    assert options == QuantSpecOptions(4, 128, "int4", "int4", 128, "search", True)
     assert vllm_options == {}
 
 

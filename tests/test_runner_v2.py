@@ -13,6 +13,7 @@ from vllm_quantspec.integration import runner_v2
 from vllm_quantspec.integration.backend import QuantSpecMetadataBuilder, WindowMetadataBuilder
 from vllm_quantspec.integration.specs import make_specs
 from vllm_quantspec.integration.speculative_config import QuantSpecConfig
+from vllm_quantspec.integration.speculator import any_request_samples
 
 
 @pytest.fixture
@@ -68,6 +69,25 @@ def test_rows_of_a_step(builder, query_lens, num_decodes, max_query_len):
     assert (metadata.num_decodes, metadata.max_query_len) == (num_decodes, max_query_len)
     assert metadata.num_decode_tokens == sum(query_lens[:num_decodes])
     assert metadata.num_unverified.data_ptr() == builder.num_unverified.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("computed", "scheduled", "prefill", "samples"),
+    [
+        ([0], [512], [1000], False),
+        ([512], [488], [1000], True),
+        ([1000], [5], [1000], True),
+        ([0, 512], [512, 400], [1000, 1000], False),
+        ([0, 700], [512, 5], [1000, 700], True),
+    ],
+)
+def test_only_prompts_without_their_ends_are_not_drafted_for(computed, scheduled, prefill, samples):
+    rows = {
+        "num_computed_prefill_tokens_np": np.array(computed),
+        "num_scheduled_tokens": np.array(scheduled),
+        "prefill_len_np": np.array(prefill),
+    }
+    assert any_request_samples(SimpleNamespace(**rows)) is samples
 
 
 def test_only_quantspec_gets_our_speculator(monkeypatch):

@@ -40,8 +40,8 @@ class QuantSpecOptions:
     weight_rounding: str = "search"
     """``search``: each group's range is the one of least error. ``gptq``: channels also make up for one another's errors, by
     the inputs of texts that the model writes when the engine starts."""
-    quantize_lm_head: bool = False
-    """Whether the draft's output layer is INT4 as well."""
+    quantize_lm_head: bool = True
+    """Whether the draft's output layer is INT4 as well; its largest logits are computed again exactly."""
 
     def __post_init__(self) -> None:
         for name, low, high in (("num_speculative_tokens", 1, MAX_SPECULATIVE_TOKENS),):

@@ -31,6 +31,9 @@ READ, LINEAR = 1.05, 0.9
 # The INT4 linear layers [i], by the most tokens: tensor-core tiles of 8 tokens, another kernel beyond 16. A draft step of
 # more tokens than these uses the 16-bit layers.
 INT4_LINEAR = ((8, 0.6), (16, 0.45), (32, 0.24))
+# The draft's output layer [i]: INT4, and microseconds, in all and per token, to compute its largest logits again.
+INT4_HEAD = ((8, 0.8), (16, 0.57), (32, 0.5))
+RESCORE_US, RESCORE_TOKEN_US = 3, 1.3
 # Groups of exact tokens that take as long as a request's window does [p]; it holds one to two, read less evenly than pages.
 WINDOW_READ_GROUPS = 3
 # What each tile of query rows after the first adds: a fraction of the time to read, and microseconds per layer [p].
@@ -152,7 +155,7 @@ def memory(
         raise ValueError(f"{model.num_kv_heads} KV heads do not divide among {tp} GPUs; choose another number.")
     fmt = PageFormat(max(1, model.num_kv_heads // tp), model.head_size, group_size, model.dtype)
     weights = (model.linear_weights + model.head_weights + model.embedding_weights) * model.dtype.itemsize / tp
-    int4 = model.linear_weights * INT4_BITS / 8 / tp
+    int4 = (model.linear_weights + model.head_weights) * INT4_BITS / 8 / tp
     free = gpu_memory * utilization - weights - overhead
     window_blocks = -(-(WINDOW_GROUPS * group_size + WINDOW_DRAFTS) // fmt.window_block_size) + 1
     return Memory(
@@ -196,6 +199,8 @@ def speed(
     group_size: int,
     acceptance: float,
     num_speculative_tokens: int,
+    *,
+    quantize_lm_head: bool = True,
 ) -> Speed:
     """Decode times by the cost model: bytes over bandwidth plus fixed costs.
 
@@ -227,10 +232,15 @@ def speed(
     per_head = max(1, model.num_heads // tp // fmt.num_kv_heads)
     head = read_ms(model.head_weights * model.dtype.itemsize / tp, READ)
     linears = read_ms(model.linear_weights * model.dtype.itemsize / tp, LINEAR)
-    int4_bytes = model.linear_weights * INT4_BITS / 8 / tp
-    draft_linears = next((read_ms(int4_bytes, fraction) for most, fraction in INT4_LINEAR if batch <= most), linears)
+
+    def int4_ms(weights: int, fractions) -> float | None:
+        return next((read_ms(weights * INT4_BITS / 8 / tp, f) for most, f in fractions if batch <= most), None)
+
+    draft_linears = int4_ms(model.linear_weights, INT4_LINEAR) or linears
+    int4_head = int4_ms(model.head_weights, INT4_HEAD) if quantize_lm_head else None
+    draft_head = int4_head + (RESCORE_US + RESCORE_TOKEN_US * batch) / 1e3 if int4_head else head
     base = head + linears
-    draft_step = head + draft_linears + layers_ms("draft", batch, draft, per_head)
+    draft_step = draft_head + draft_linears + layers_ms("draft", batch, draft, per_head)
     verify = base + layers_ms("target", batch * rows, target, rows * per_head)
     return Speed(
         exact=base + layers_ms("exact", batch, exact_bytes),

@@ -32,6 +32,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from vllm.model_executor.models.interfaces import supports_multimodal
 
 from vllm_quantspec.integration.calibration import calibrate
+from vllm_quantspec.integration.draft_head import RescoringHeadMethod
 from vllm_quantspec.integration.int4_linear import choose_int4_method, int4_bytes
 from vllm_quantspec.weights import quantize_weight
 
@@ -70,7 +71,7 @@ def build_draft_model(
     *,
     draft_weights: str = "int4",
     weight_group_size: int = 128,
-    quantize_lm_head: bool = False,
+    quantize_lm_head: bool = True,
     weight_rounding: str = "search",
 ) -> DraftModel:
     """Build the draft model out of ``target_model``, whose weights are loaded and processed.
@@ -83,7 +84,7 @@ def build_draft_model(
         draft_weights: ``"int4"``, or ``"target"`` to share every linear.
         weight_group_size: input channels per INT4 scale: 128, 64 or 32. A linear whose input is not divisible by it
             takes the next smaller group.
-        quantize_lm_head: also run the output projection in INT4.
+        quantize_lm_head: also run the output projection in INT4, see `draft_head`.
         weight_rounding: ``"search"``, ``"nearest"`` or ``"gptq"``, see `vllm_quantspec.weights.quantize_weight`; GPTQ
             goes by the inputs that the linears have while the model writes texts of its own, see `calibration`.
 
@@ -200,7 +201,7 @@ class _Builder:
                 children[child_name] = None
             elif child_name == "lm_head" and isinstance(child, VocabParallelEmbedding):
                 # By its place, not its identity: with tied weights it can be the embedding's own module.
-                children[child_name] = self._linear(child, path) if self.quantize_lm_head else child
+                children[child_name] = self._head(child, path)
             else:
                 children[child_name] = self._visit(child, path)
         if all(children[n] is c for n, c in module._modules.items()):
@@ -257,6 +258,8 @@ class _Builder:
                 second_moments=second_moments,
             )
             method.install(clone, quantized, original=weight if weight.data_ptr() == _data_ptr(layer) else None)
+            if isinstance(layer, VocabParallelEmbedding):
+                clone.quant_method = RescoringHeadMethod(method, weight)
             self.draft.int4_bytes += int4_bytes(clone)
 
         if self.rounding == "gptq":
@@ -264,6 +267,16 @@ class _Builder:
         else:
             round_weight(None)
         return clone
+
+    def _head(self, layer: VocabParallelEmbedding, name: str) -> nn.Module:
+        if not self.quantize_lm_head:
+            return self._share(layer, name, "quantize_lm_head=False")
+        in_features, out_features = _local_shape(layer)
+        if not _is_plain(layer) or layer.weight.shape != (out_features, in_features):
+            return self._share(layer, name, "the target's is quantized, and a few exact logits are needed")
+        if self.vllm_config.model_config.head_dtype != self.dtype:
+            return self._share(layer, name, "its dtype is not the model's")
+        return self._linear(layer, name)
 
     def _share(self, layer: nn.Module, name: str, reason: str) -> nn.Module:
         self.draft.shared[name] = reason

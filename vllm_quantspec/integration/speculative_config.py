@@ -23,7 +23,7 @@ class QuantSpecConfig(SpeculativeConfig):
     draft_kv: str = "int4"
     weight_group_size: int = 128
     weight_rounding: str = "search"
-    quantize_lm_head: bool = False
+    quantize_lm_head: bool = True
 
     def __post_init__(self):
         # The draft is the target itself: the parent would read a draft model's configuration from disk here.

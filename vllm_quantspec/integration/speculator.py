@@ -30,6 +30,12 @@ from vllm_quantspec.integration.draft_model import build_configured_draft
 logger = init_logger("vllm.quantspec.speculator")
 
 
+def any_request_samples(input_batch: InputBatch) -> bool:
+    """False where a step computes nothing but parts of prompts without their ends: drafts would be thrown away."""
+    computed = input_batch.num_computed_prefill_tokens_np + input_batch.num_scheduled_tokens
+    return bool((computed >= input_batch.prefill_len_np).any())
+
+
 class QuantSpecSpeculator(TargetDependentARSpeculator):
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
@@ -97,6 +103,9 @@ class QuantSpecSpeculator(TargetDependentARSpeculator):
         num_reqs = input_batch.num_reqs
         if num_speculative_tokens is None:
             num_speculative_tokens = self.num_speculative_steps
+        # With data parallelism other ranks may draft, and wait for this one.
+        if dp_sync_state is None and not dummy_run and not any_request_samples(input_batch):
+            return self.draft_tokens[:num_reqs].zero_()
         if num_speculative_tokens == 0:
             self.draft_tokens[:num_reqs].fill_(-1)
             return self.draft_tokens[:num_reqs]
