@@ -31,6 +31,8 @@ MAGIC = {torch.bfloat16: 128, torch.float16: 64}
 MAX_NARROW = 16
 # Up to about this many tokens an H200 is faster with 4 bits than with a BF16 weight.
 MAX_FASTER_TOKENS = 32
+# Weights that `pack` works on at a time.
+MAX_PACKED_AT_ONCE = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,16 @@ def pack(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, group_s
             raise ValueError(f"{name} must be [out, in / group_size] = {[rows, groups]}, got {list(x.shape)}.")
     if zeros.dtype != torch.uint8:
         raise ValueError(f"zeros must be uint8, got {zeros.dtype}.")
+    # A large vocabulary's weight is packed piece by piece: each step of it makes a copy.
+    step = ROWS * max(1, MAX_PACKED_AT_ONCE // (ROWS * channels))
+    parts = [_pack_rows(*(x[i : i + step] for x in (codes, scales, zeros)), group_size) for i in range(0, rows, step)]
+    return PackedLinear(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)), rows, channels, group_size)
+
+
+def _pack_rows(
+    codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, group_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    (rows, channels), groups = codes.shape, scales.shape[1]
     tiles, chunks = rows // ROWS, -(-channels // CHUNK)
     codes = F.pad(codes, (0, chunks * CHUNK - channels))
     #                 tile, half, g, chunk, j, t, s % 2, register // 2, channel % 2
@@ -118,8 +130,7 @@ def pack(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, group_s
     per_chunk = CHUNK // group_size
     pairs = torch.stack((scales, (zeros + MAGIC[scales.dtype]).to(scales.dtype)), dim=-1)
     pairs = F.pad(pairs, (0, 0, 0, chunks * per_chunk - groups))
-    pairs = pairs.view(tiles, 2, 8, chunks, per_chunk, 2).permute(0, 3, 4, 2, 1, 5).contiguous()
-    return PackedLinear(codes, pairs, rows, channels, group_size)
+    return codes, pairs.view(tiles, 2, 8, chunks, per_chunk, 2).permute(0, 3, 4, 2, 1, 5).contiguous()
 
 
 def unpack(packed: PackedLinear) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -49,6 +49,14 @@ def test_unpack_inverts_pack(shape, group, dtype):
     assert (packed.out_features, packed.in_features, packed.group_size) == (*shape, group)
 
 
+def test_large_weights_are_packed_in_pieces(monkeypatch):
+    weight = random_weight(16 * 7, 384, 64)
+    whole = packed_of(weight)
+    monkeypatch.setattr(module, "MAX_PACKED_AT_ONCE", 2 * 16 * 384)
+    pieces = packed_of(weight)
+    assert torch.equal(pieces.codes, whole.codes) and torch.equal(pieces.scales_zeros, whole.scales_zeros)
+
+
 def test_packed_weights_take_at_most_30_percent_of_bf16():
     assert packed_of(random_weight(256, 1024, 128)).num_bytes <= 0.3 * 256 * 1024 * 2
 

@@ -28,7 +28,11 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.models.interfaces import supports_multimodal
 
 from vllm_quantspec.integration.calibration import calibrate
@@ -199,8 +203,8 @@ class _Builder:
             path = f"{name}.{child_name}".lstrip(".")
             if child is None:
                 children[child_name] = None
-            elif child_name == "lm_head" and isinstance(child, VocabParallelEmbedding):
-                # By its place, not its identity: with tied weights it can be the embedding's own module.
+            elif isinstance(child, ParallelLMHead) or (child_name == "lm_head" and isinstance(child, VocabParallelEmbedding)):
+                # Not by its identity: with tied weights it can be the embedding's own module.
                 children[child_name] = self._head(child, path)
             else:
                 children[child_name] = self._visit(child, path)
