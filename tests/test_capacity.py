@@ -106,11 +106,11 @@ def test_the_start_says_what_the_draft_weighs(books_4m, caplog):
             messages = {r.getMessage() for r in caplog.records if "INT4 draft weights" in r.getMessage()}
             target, draft = runner(llm).get_model(), runner(llm).drafter.model
             layers = runner(llm).compilation_config.static_forward_context
-            draft_to_target = runner(llm).drafter.draft_to_target
+            draft_to_target = runner(llm).drafter.draft.attention_layers
 
             own = {name: p for name, p in draft.named_parameters() if "int4" in name}
             linears = [m for m in target.modules() if type(m).__name__.endswith("ParallelLinear")]
-            loaded = sum(2 * m.input_size * m.output_size for m in linears)
+            loaded = target.lm_head.weight.nbytes + sum(2 * m.input_size * m.output_size for m in linears)
             int4 = sum(p.numel() * p.element_size() for p in own.values())
             assert 0.25 < int4 / loaded < 0.3  # 4 bits, and scale and zero point of every 128, of 16
             (message,) = messages

@@ -38,7 +38,7 @@ from vllm.model_executor.models.interfaces import supports_multimodal
 from vllm_quantspec.integration.calibration import calibrate
 from vllm_quantspec.integration.draft_head import RescoringHeadMethod
 from vllm_quantspec.integration.int4_linear import choose_int4_method, int4_bytes
-from vllm_quantspec.weights import quantize_weight
+from vllm_quantspec.weights import QuantizedWeight, quantize_weight
 
 logger = init_logger("vllm.quantspec.draft_model")
 
@@ -59,6 +59,7 @@ class DraftModel:
     attention_layers: name of each of the draft's attention layers -> the target's layer whose KV cache it reads.
     int4_bytes: device bytes of the INT4 weights, scales and zero points; target_bytes: of the same linears as loaded.
     quantized, shared: names of the linears that run in INT4, and of those that are the target's (with the reason).
+    updates: each rounds one linear's weight again, as the target has it now; stale: they are due (`weight_updates`).
     """
 
     model: nn.Module | None = None
@@ -67,6 +68,8 @@ class DraftModel:
     target_bytes: int = 0
     quantized: list[str] = field(default_factory=list)
     shared: dict[str, str] = field(default_factory=dict)
+    updates: list[Callable[[], None]] = field(default_factory=list)
+    stale: bool = False
 
 
 def build_draft_model(
@@ -203,7 +206,9 @@ class _Builder:
             path = f"{name}.{child_name}".lstrip(".")
             if child is None:
                 children[child_name] = None
-            elif isinstance(child, ParallelLMHead) or (child_name == "lm_head" and isinstance(child, VocabParallelEmbedding)):
+            elif isinstance(child, ParallelLMHead) or (
+                child_name == "lm_head" and isinstance(child, VocabParallelEmbedding)
+            ):
                 # Not by its identity: with tied weights it can be the embedding's own module.
                 children[child_name] = self._head(child, path)
             else:
@@ -248,24 +253,36 @@ class _Builder:
         self.draft.quantized.append(name)
         self.draft.target_bytes += _loaded_bytes(layer)
 
-        def round_weight(second_moments: torch.Tensor | None) -> None:
-            self.waiting.pop(layer, None)
-            if second_moments is not None and len(second_moments) != in_features:
-                second_moments = None  # a linear that splits its input among ranks itself
-            weight, bias = _effective_weight(layer, self.dtype)
-            clone._parameters = {"bias": bias}
-            quantized = quantize_weight(
+        def rounded(weight: torch.Tensor, second_moments: torch.Tensor | None) -> QuantizedWeight:
+            return quantize_weight(
                 weight,
                 method.group_size,
                 method="search" if self.rounding == "gptq" and second_moments is None else self.rounding,
                 scale_dtype=self.dtype,
                 second_moments=second_moments,
             )
-            method.install(clone, quantized, original=weight if weight.data_ptr() == _data_ptr(layer) else None)
+
+        def round_weight(second_moments: torch.Tensor | None) -> None:
+            self.waiting.pop(layer, None)
+            if second_moments is not None and len(second_moments) != in_features:
+                second_moments = None  # a linear that splits its input among ranks itself
+            weight, bias = _effective_weight(layer, self.dtype)
+            clone._parameters = {"bias": bias}
+            original = weight if weight.data_ptr() == _data_ptr(layer) else None
+            method.install(clone, rounded(weight, second_moments), original)
             if isinstance(layer, VocabParallelEmbedding):
                 clone.quant_method = RescoringHeadMethod(method, weight)
             self.draft.int4_bytes += int4_bytes(clone)
 
+        def round_again() -> None:
+            weight, bias = _effective_weight(layer, self.dtype)
+            fresh = nn.Module()
+            fresh.register_parameter("bias", bias)
+            method.install(fresh, rounded(weight, None))
+            for name, parameter in fresh.named_parameters():
+                getattr(clone, name).copy_(parameter)
+
+        self.draft.updates.append(round_again)
         if self.rounding == "gptq":
             self.waiting[layer] = round_weight
         else:

@@ -17,8 +17,9 @@ from vllm.v1.sample.sampler import _SAMPLING_EPS
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
+from vllm_quantspec.integration import weight_updates
 from vllm_quantspec.integration.backend import WINDOW_SUFFIX, QuantSpecMetadata, WindowMetadata
-from vllm_quantspec.integration.draft_model import build_configured_draft
+from vllm_quantspec.integration.draft_model import DraftModel, build_configured_draft
 
 
 class QuantSpecProposer(DraftModelProposer):
@@ -28,13 +29,13 @@ class QuantSpecProposer(DraftModelProposer):
             self, vllm_config=vllm_config, device=device, pass_hidden_states_to_model=False, runner=runner
         )
         self.runner = runner
-        self.draft_to_target: dict[str, str] = {}
+        self.draft = DraftModel()
 
     def load_model(self, target_model: nn.Module) -> None:
-        draft = build_configured_draft(self.vllm_config, target_model)
-        self.model = draft.model
-        self.draft_to_target = draft.attention_layers
-        self._draft_attn_layer_names = set(self.draft_to_target)
+        self.draft = build_configured_draft(self.vllm_config, target_model)
+        weight_updates.watch(target_model, self.draft)
+        self.model = self.draft.model
+        self._draft_attn_layer_names = set(self.draft.attention_layers)
         self.supports_mm_inputs = False
 
     def validate_same_kv_cache_group(self, kv_cache_config: KVCacheConfig) -> None:
@@ -45,7 +46,7 @@ class QuantSpecProposer(DraftModelProposer):
         # {draft layer: (its own name's page group, its target's window name, the window's group)}
         self._groups = {
             draft: (group_of[target], target + WINDOW_SUFFIX, group_of[target + WINDOW_SUFFIX])
-            for draft, target in self.draft_to_target.items()
+            for draft, target in self.draft.attention_layers.items()
         }
         self.kv_cache_gid, _, _ = next(iter(self._groups.values()))
         self.block_size = kv_cache_config.kv_cache_groups[self.kv_cache_gid].kv_cache_spec.block_size
@@ -65,6 +66,7 @@ class QuantSpecProposer(DraftModelProposer):
         slot_mappings=None,
     ) -> torch.Tensor:
         """Draft ``num_speculative_tokens`` tokens for each request; int64 [batch_size, num_speculative_tokens]."""
+        weight_updates.refresh(self.draft)
         self.num_speculative_tokens = num_speculative_tokens
         self._last_draft_probs = None
         batch_size = common_attn_metadata.batch_size()

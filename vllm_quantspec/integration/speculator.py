@@ -24,8 +24,9 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator import (
     prepare_decode_inputs,
 )
 
+from vllm_quantspec.integration import weight_updates
 from vllm_quantspec.integration.backend import WINDOW_SUFFIX
-from vllm_quantspec.integration.draft_model import build_configured_draft
+from vllm_quantspec.integration.draft_model import DraftModel, build_configured_draft
 
 logger = init_logger("vllm.quantspec.speculator")
 
@@ -41,16 +42,16 @@ class QuantSpecSpeculator(TargetDependentARSpeculator):
         super().__init__(vllm_config, device)
         # The base class carries hidden states from step to step; a row per request is all that it touches here.
         self.hidden_states = self.hidden_states[: self.max_num_reqs].clone()
-        self.draft_to_target: dict[str, str] = {}
+        self.draft = DraftModel()
 
     def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
-        draft = build_configured_draft(self.vllm_config, target_model)
-        self.draft_to_target = draft.attention_layers
-        return draft.model
+        self.draft = build_configured_draft(self.vllm_config, target_model)
+        weight_updates.watch(target_model, self.draft)
+        return self.draft.model
 
     def set_attn(self, *args, **kwargs) -> None:
         # The draft reads the target's windows, so it needs their block tables in its metadata as well.
-        self.draft_attn_layer_names |= {target + WINDOW_SUFFIX for target in self.draft_to_target.values()}
+        self.draft_attn_layer_names |= {target + WINDOW_SUFFIX for target in self.draft.attention_layers.values()}
         super().set_attn(*args, **kwargs)
 
     def _configure_decode_metadata_update(self) -> None:
@@ -106,6 +107,7 @@ class QuantSpecSpeculator(TargetDependentARSpeculator):
         # With data parallelism other ranks may draft, and wait for this one.
         if dp_sync_state is None and not dummy_run and not any_request_samples(input_batch):
             return self.draft_tokens[:num_reqs].zero_()
+        weight_updates.refresh(self.draft)
         if num_speculative_tokens == 0:
             self.draft_tokens[:num_reqs].fill_(-1)
             return self.draft_tokens[:num_reqs]
