@@ -1,10 +1,10 @@
 """What the engine's KV cache holds: bytes per token, tokens per GiB against BF16, and what is shared with the draft."""
 
-import logging
-
 import pytest
 from engine_tools import QUANTSPEC_CACHE, engine, quantspec
 from vllm import LLM
+
+from vllm_quantspec.integration import draft_model
 
 G = 128
 LONG = 32768  # positions of the models: at long context the window is a small part
@@ -95,35 +95,29 @@ def test_capacity(configuration, group_size, model, bf16):
         assert config.kv_cache_max_concurrency == pytest.approx(config.kv_cache_size_tokens / LONG, rel=0.01)
 
 
-def test_the_start_says_what_the_draft_weighs(books_4m, caplog):
+def test_the_start_says_what_the_draft_weighs(books_4m, monkeypatch):
     """The INT4 copy is reported; everything else of the draft is the target's own storage."""
-    names = ("vllm", "vllm.quantspec.draft_model")
-    loggers = [logging.getLogger(name) for name in names]
-    for logger in loggers:
-        logger.addHandler(caplog.handler)
-    try:
-        with caplog.at_level(logging.INFO, logger=names[-1]), engine(books_4m, **quantspec(4)) as llm:
-            messages = {r.getMessage() for r in caplog.records if "INT4 draft weights" in r.getMessage()}
-            target, draft = runner(llm).get_model(), runner(llm).drafter.model
-            layers = runner(llm).compilation_config.static_forward_context
-            draft_to_target = runner(llm).drafter.draft.attention_layers
+    messages = []
+    # Not caplog: the first engine of a process sets up vLLM's loggers anew.
+    monkeypatch.setattr(draft_model.logger, "info", lambda message, *args: messages.append(message % args))
+    with engine(books_4m, **quantspec(4)) as llm:
+        target, draft = runner(llm).get_model(), runner(llm).drafter.model
+        layers = runner(llm).compilation_config.static_forward_context
+        draft_to_target = runner(llm).drafter.draft.attention_layers
 
-            own = {name: p for name, p in draft.named_parameters() if "int4" in name}
-            linears = [m for m in target.modules() if type(m).__name__.endswith("ParallelLinear")]
-            loaded = target.lm_head.weight.nbytes + sum(2 * m.input_size * m.output_size for m in linears)
-            int4 = sum(p.numel() * p.element_size() for p in own.values())
-            assert 0.25 < int4 / loaded < 0.3  # 4 bits, and scale and zero point of every 128, of 16
-            (message,) = messages
-            assert f"{int4 / 2**30:.2f} GiB ({100 * int4 / loaded:.0f}% of the target's linears)" in message
+        own = {name: p for name, p in draft.named_parameters() if "int4" in name}
+        linears = [m for m in target.modules() if type(m).__name__.endswith("ParallelLinear")]
+        loaded = target.lm_head.weight.nbytes + sum(2 * m.input_size * m.output_size for m in linears)
+        int4 = sum(p.numel() * p.element_size() for p in own.values())
+        assert 0.25 < int4 / loaded < 0.3  # 4 bits, and scale and zero point of every 128, of 16
+        (message,) = messages
+        assert f"{int4 / 2**30:.2f} GiB ({100 * int4 / loaded:.0f}% of the target's linears)" in message
 
-            targets = {p.untyped_storage().data_ptr() for p in [*target.parameters(), *target.buffers()]}
-            shared = {n: p for n, p in [*draft.named_parameters(), *draft.named_buffers()] if n not in own}
-            assert shared and all(p.untyped_storage().data_ptr() in targets for p in shared.values())
+        targets = {p.untyped_storage().data_ptr() for p in [*target.parameters(), *target.buffers()]}
+        shared = {n: p for n, p in [*draft.named_parameters(), *draft.named_buffers()] if n not in own}
+        assert shared and all(p.untyped_storage().data_ptr() in targets for p in shared.values())
 
-            assert len(draft_to_target) == llm.llm_engine.model_config.hf_config.num_hidden_layers
-            for name, owner in draft_to_target.items():
-                assert layers[name].kv_cache.data_ptr() == layers[owner].kv_cache.data_ptr() != 0
-                assert layers[name].kv_cache.shape == layers[owner].kv_cache.shape
-    finally:
-        for logger in loggers:
-            logger.removeHandler(caplog.handler)
+        assert len(draft_to_target) == llm.llm_engine.model_config.hf_config.num_hidden_layers
+        for name, owner in draft_to_target.items():
+            assert layers[name].kv_cache.data_ptr() == layers[owner].kv_cache.data_ptr() != 0
+            assert layers[name].kv_cache.shape == layers[owner].kv_cache.shape
