@@ -243,8 +243,9 @@ def test_top_k_and_top_p_hold_at_every_position(llm, tokens):
 
 
 def test_a_seed_gives_the_same_tokens_again(llm, tokens):
-    """Alone, so that the batch has no say in the rounding; another seed gives others."""
+    """Alone, so that the batch has no say in the rounding, and from the same cached prefix; another seed gives others."""
     prompt = tokens[30:230]
+    generate(llm, [prompt], 1)
     runs = [generate(llm, [prompt], 40, temperature=0.8, seed=s)[0].tokens for s in (11, 11, 12)]
     generate(llm, [prompt], 5, temperature=0.8)  # no seed: draws from the engine's own generator
     runs.append(generate(llm, [prompt], 40, temperature=0.8, seed=11)[0].tokens)
