@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -24,7 +23,6 @@ PLAIN = demo.Result(
     kv_dtype="bfloat16",
     kv_capacity=415_749,
     device="cpu",
-    margins=[3.0, 2.0, 1.0, 1.5, 2.5, 1.0, 1.0, 1.0],
 )
 SPECULATIVE = replace(PLAIN, num_drafts=200, accepted_per_position=[190, 171, 150], kv_capacity=790_000)
 RESULTS = {"quantspec": SPECULATIVE, "cache": replace(PLAIN, kv_capacity=790_000), "plain": PLAIN}
@@ -99,19 +97,10 @@ def test_report_of_identical_outputs():
         assert number in text, number
 
 
-@pytest.mark.parametrize(("nats", "says"), [(0.03, "near-tie, which rounding decides"), (0.9, "this is an error")])
-def test_report_of_different_outputs_says_where_and_why(nats, says):
+def test_report_of_different_outputs_says_where():
     different = replace(SPECULATIVE, token_ids=[5, 7, 12, 13, 17, 19, 23, 29], num_prompt_tokens_cut=1200)
-    different = replace(different, margins=[3.0, 2.0, nats, 1.5, 0.01, 1.0, 1.0, 1.0])
-    text = " ".join(screen(demo.report(JOB, {**RESULTS, "quantspec": different})).split())
+    text = screen(demo.report(JOB, {**RESULTS, "quantspec": different}))
     assert "Not identical" in text and "first 2 of 8 tokens" in text and "first 1,200 tokens of the prompt" in text
-    assert says in text and f"{nats:.2f} nats" in text
-
-
-def test_margin():
-    top = {7: SimpleNamespace(logprob=-0.5), 9: SimpleNamespace(logprob=-1.25)}
-    assert demo_worker.margin(7, top) == 0.75 and demo_worker.margin(9, top) == -0.75
-    assert demo_worker.margin(3, top | {3: SimpleNamespace(logprob=-0.5)}) == 0  # a tie: the third has the same
 
 
 def fake_child(monkeypatch, script: str) -> None:

@@ -42,7 +42,6 @@ class Result:
     kv_dtype: str
     kv_capacity: int  # tokens that vLLM says fit into its KV cache
     device: str  # "cpu" or "cuda"
-    margins: list[float] = field(default_factory=list)  # nats of each token over the likeliest other one
     num_drafts: int = 0
     accepted_per_position: list[int] = field(default_factory=list)
 
@@ -64,7 +63,7 @@ def work(engine: str, job: Job, send: Callable[[dict[str, Any]], None]) -> Resul
     send({"stage": f"reading {len(prompt):,} tokens, then writing {job.max_tokens:,}"})
     before = draft_counts(llm)
     # As many tokens from every engine, wherever the model would end.
-    greedy = SamplingParams(temperature=0, max_tokens=job.max_tokens, ignore_eos=True, logprobs=2)
+    greedy = SamplingParams(temperature=0, max_tokens=job.max_tokens, ignore_eos=True)
     begun = time.perf_counter()
     llm.llm_engine.add_request("demo", {"prompt_token_ids": prompt}, greedy)
     first = None
@@ -82,16 +81,10 @@ def work(engine: str, job: Job, send: Callable[[dict[str, Any]], None]) -> Resul
         startup_seconds=startup,
         prefill_seconds=first[0] - begun,
         decode_tokens_per_second=(len(completion.token_ids) - first[1]) / max(now - first[0], 1e-9),
-        margins=[margin(t, top) for t, top in zip(completion.token_ids, completion.logprobs, strict=True)],
         num_drafts=drafts,
         accepted_per_position=accepted,
         **memory(llm),
     )
-
-
-def margin(token: int, top: dict[int, Any]) -> float:
-    """By how many nats ``token`` is likelier than any other of ``top``, which has the two likeliest."""
-    return top[token].logprob - max(other.logprob for t, other in top.items() if t != token)
 
 
 def fit_prompt(job: Job) -> tuple[list[int], int]:
