@@ -73,6 +73,13 @@ def test_every_load_is_noticed_and_worked_off_once():
     assert rounds == ["a", "b", "a", "b"]
 
 
+def test_a_draft_with_the_targets_weights_has_nothing_to_do():
+    target, draft = Target(), DraftModel()
+    weight_updates.watch(target, draft)
+    target.load_weights(["x"])
+    assert not draft.stale
+
+
 def test_without_memory_the_engine_goes_on(monkeypatch):
     def no_memory():
         raise torch.OutOfMemoryError("out of memory")

@@ -20,7 +20,9 @@ logger = init_logger("vllm.quantspec.weight_updates")
 
 
 def watch(target_model: nn.Module, draft: DraftModel) -> None:
-    """From now on, loading weights into ``target_model`` makes ``draft`` stale."""
+    """From now on, loading weights into ``target_model`` makes ``draft`` stale, if it has weights of its own."""
+    if not draft.updates:
+        return
     load_weights = target_model.load_weights
 
     @functools.wraps(load_weights)
