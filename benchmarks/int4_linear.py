@@ -24,6 +24,7 @@ LAYERS = 32
 SHAPES = {"qkv": (4096, 6144), "o": (4096, 4096), "gate_up": (4096, 28672), "down": (14336, 4096)}
 LM_HEAD = {"lm_head": (4096, 128256)}
 TOKENS = (1, 2, 4, 5, 8, 16, 32, 64)
+PRINTED = ("bf16", "machete", "tinygemm", "ours", "rescored")
 
 
 def median(run, rep=60):
@@ -296,16 +297,15 @@ def main():
         del weights, model, jobs
         torch.cuda.empty_cache()
     for row in rows.values():
-        for name in ("ours", "rescored", "machete", "tinygemm"):
+        for name in PRINTED[1:]:
             if row.get(f"{name}_us") and row.get("bf16_us"):
                 row[f"{name}_speedup"] = row["bf16_us"] / row[f"{name}_us"]
         if row.get("ours_us"):
             row["ours_tb_per_s"] = row["int4_bytes"] / row["ours_us"] / 1e6
     rows = [{k: round(v, 3) if isinstance(v, float) else v for k, v in r.items()} for r in rows.values()]
-    columns = ("bf16", "machete", "tinygemm", "ours", "rescored")
-    print(f"{'weights':15}{'M':>4}" + "".join(f"{c:>9}" for c in columns) + f"{'floor':>8}{'ratio':>7}{'TB/s':>6}")
+    print(f"{'weights':15}{'M':>4}" + "".join(f"{name:>9}" for name in PRINTED) + f"{'floor':>8}{'ratio':>7}{'TB/s':>6}")
     for r in sorted(rows, key=lambda r: r["weights"]):
-        times = "".join(f"{r.get(name + '_us', float('nan')):9.1f}" for name in columns)
+        times = "".join(f"{r.get(name + '_us', float('nan')):9.1f}" for name in PRINTED)
         print(
             f"{r['weights']:15}{r['tokens']:4}{times}{r['floor_us']:8.1f}{r.get('ours_speedup', 0):7.2f}"
             f"{r.get('ours_tb_per_s', 0):6.2f}"

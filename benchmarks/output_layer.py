@@ -13,7 +13,8 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from common import TEXT_HELP, read_texts, write_json
+from ablations import compare
+from common import TEXT_HELP, excerpts, read_texts, write_json
 
 from vllm_quantspec.kernels import rescore_logits
 from vllm_quantspec.weights import quantize_weight
@@ -29,11 +30,11 @@ def hidden_states(model, tokens: list[int], context: int) -> torch.Tensor:
     return model.model(torch.tensor([tokens]))[0][0, context:]
 
 
-def compare(exact: torch.Tensor, logits: torch.Tensor) -> dict[str, float]:
-    row = {"greedy": (exact.argmax(-1) == logits.argmax(-1)).float().mean().item()}
+def acceptance(exact: torch.Tensor, logits: torch.Tensor) -> dict[str, float]:
+    row = {}
     for temperature in TEMPERATURES:
-        p, q = ((x / temperature).softmax(-1) for x in (exact, logits))
-        row[f"sampling_{temperature}"] = torch.minimum(p, q).sum(-1).mean().item()
+        agreed, common, _ = compare(*((x / temperature).log_softmax(-1) for x in (exact, logits))) / len(exact)
+        row |= {"greedy": agreed.item(), f"sampling_{temperature}": common.item()}
     return row
 
 
@@ -66,13 +67,12 @@ def main() -> None:
     weight = model.get_output_embeddings().weight.detach()
     states = []
     for text in read_texts(args.text).values():
-        tokens = tokenizer.encode(text)
-        start = max(0, len(tokens) - args.context - args.positions) // 2
-        states.append(hidden_states(model, tokens[start : start + args.context + args.positions], args.context))
+        (tokens,) = excerpts(tokenizer.encode(text), args.context + args.positions, 1)
+        states.append(hidden_states(model, tokens, args.context))
     x = torch.cat(states)
     exact, rows = x @ weight.t(), []
     for name, logits in variants(exact, x, weight):
-        rows.append({"output_layer": name, **{k: round(v, 4) for k, v in compare(exact, logits).items()}})
+        rows.append({"output_layer": name, **{k: round(v, 4) for k, v in acceptance(exact, logits).items()}})
         print(json.dumps(rows[-1]), flush=True)
     path = args.json or ROOT / f"benchmarks/results/output_layer-{args.model.name}.json"
     write_json(path, rows, model=args.model.name, positions=len(x))
