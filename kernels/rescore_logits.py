@@ -95,6 +95,12 @@ def _check(logits: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: to
         raise ValueError(f"bias must be contiguous [{weight.shape[0]}], got {list(bias.shape)}.")
 
 
+@jit
+def _id(lane, group, groups, IDS_PER_RUN: tl.constexpr):
+    """The id in a lane of a group."""
+    return (lane // IDS_PER_RUN * groups + group) * IDS_PER_RUN + lane % IDS_PER_RUN
+
+
 # The vocabulary is that of a model; its divisibility must not make another variant.
 @jit(do_not_specialize=["vocabulary", "groups"])
 def _rescore_logits(
@@ -120,13 +126,12 @@ def _rescore_logits(
     logits += token * logits_stride
     x += token * x_stride
     lane = tl.arange(0, LANES)
-    ids = (lane // IDS_PER_RUN * groups + group) * IDS_PER_RUN + lane % IDS_PER_RUN
+    ids = _id(lane, group, groups, IDS_PER_RUN)
     values = tl.load(logits + ids, mask=ids < vocabulary, other=float("-inf")).to(tl.float32)
     values = tl.where(values != values, float("inf"), values)  # argmax of NaN may be any lane
     first = tl.argmax(values, 0)
     second = tl.argmax(tl.where(lane == first, float("-inf"), values), 0)
-    first = (first // IDS_PER_RUN * groups + group) * IDS_PER_RUN + first % IDS_PER_RUN
-    second = (second // IDS_PER_RUN * groups + group) * IDS_PER_RUN + second % IDS_PER_RUN
+    first, second = _id(first, group, groups, IDS_PER_RUN), _id(second, group, groups, IDS_PER_RUN)
     # Whatever the logits are, never a row behind the weight's last.
     first, second = tl.minimum(first, vocabulary - 1), tl.minimum(second, vocabulary - 1)
     first_row, second_row = first.to(tl.int64) * weight_stride, second.to(tl.int64) * weight_stride
