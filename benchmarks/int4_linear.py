@@ -96,7 +96,7 @@ class Machete:
     bytes_per_weight = 0.5 + 2.5 / GROUP
 
     def make(self, shape):
-        from vllm_quantspec.integration.int4_linear import LibraryInt4LinearMethod
+        from vllm_quantspec.integration.draft.linears import LibraryInt4LinearMethod
         from vllm_quantspec.weights import QuantizedWeight
 
         join_group_of_one()

@@ -4,7 +4,7 @@ import pytest
 from engine_tools import QUANTSPEC_CACHE, engine, quantspec
 from vllm import LLM
 
-from vllm_quantspec.integration import draft_model
+from vllm_quantspec.integration.draft import model as draft_model
 
 G = 128
 LONG = 32768  # positions of the models: at long context the window is a small part

@@ -11,9 +11,10 @@ vllm = pytest.importorskip("vllm")
 from vllm.forward_context import set_forward_context  # noqa: E402
 from vllm.model_executor.layers.linear import LinearBase  # noqa: E402
 
-from vllm_quantspec.integration import calibration, draft_model  # noqa: E402
-from vllm_quantspec.integration.draft_model import DRAFT_PREFIX, _effective_weight, build_draft_model  # noqa: E402
-from vllm_quantspec.integration.int4_linear import choose_int4_method, int4_bytes  # noqa: E402
+from vllm_quantspec.integration.draft import calibration  # noqa: E402
+from vllm_quantspec.integration.draft import model as draft_model  # noqa: E402
+from vllm_quantspec.integration.draft.linears import choose_int4_method, int4_bytes  # noqa: E402
+from vllm_quantspec.integration.draft.model import DRAFT_PREFIX, _effective_weight, build_draft_model  # noqa: E402
 from vllm_quantspec.kernels import rescore_logits  # noqa: E402
 from vllm_quantspec.weights import quantize_weight  # noqa: E402
 
@@ -287,7 +288,7 @@ def test_a_cache_that_cannot_be_shared_is_refused(runner):
 @pytest.mark.parametrize("num_tokens", [4, 100])
 def test_many_rows_take_the_targets_weight(num_tokens):
     """The GPU's operator, on its CPU twin: INT4 for a few rows, the loaded weight where that is faster, if it is there."""
-    from vllm_quantspec.integration.int4_linear import draft_linear
+    from vllm_quantspec.integration.draft.linears import draft_linear
     from vllm_quantspec.kernels import int4_linear
 
     weight = torch.randn(64, 256).bfloat16()

@@ -8,7 +8,7 @@ import torch
 
 from vllm_quantspec import cli, estimate
 from vllm_quantspec.format import PageFormat
-from vllm_quantspec.integration.specs import make_specs
+from vllm_quantspec.integration.cache.specs import make_specs
 
 LLAMA_8B = {
     "hidden_size": 4096,

@@ -10,9 +10,9 @@ from conftest import ROOT, shared_path
 from engine_tools import QUANTSPEC_CACHE, engine, generate, quantspec, speculation_counts
 
 from vllm_quantspec.format import dequantize_keys, dequantize_values, quantize_keys, quantize_values
-from vllm_quantspec.integration.backend import QuantSpecImpl
-from vllm_quantspec.integration.draft_model import DRAFT_PREFIX
-from vllm_quantspec.integration.proposer import QuantSpecProposer
+from vllm_quantspec.integration.cache.backend import QuantSpecImpl
+from vllm_quantspec.integration.cpu.proposer import QuantSpecProposer
+from vllm_quantspec.integration.draft.model import DRAFT_PREFIX
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from acceptance import cache_error  # noqa: E402  (what the published numbers are measured with)

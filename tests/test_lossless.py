@@ -16,7 +16,7 @@ from engine_tools import (
     speculation_counts,
 )
 
-from vllm_quantspec.integration.proposer import QuantSpecProposer
+from vllm_quantspec.integration.cpu.proposer import QuantSpecProposer
 
 G = 128
 LENGTHS = [1, 2, 63, G - 1, G, G + 1, 2 * G - 1, 2 * G, 2 * G + 1, 3 * G - 3, 3 * G + 1, 4 * G, 1000, 2048, 3000]

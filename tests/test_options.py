@@ -9,8 +9,8 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_quantspec import register
 from vllm_quantspec.config import QuantSpecOptions, is_quantspec, parse_options
-from vllm_quantspec.integration.backend_name import quantspec_backend
-from vllm_quantspec.integration.engine_args import extension_path
+from vllm_quantspec.integration.startup.backend_name import quantspec_backend
+from vllm_quantspec.integration.startup.engine_args import extension_path
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -118,7 +118,7 @@ def test_configuration_survives_pickling(books_4m):
 
 
 def test_a_users_worker_extension_is_kept():
-    from vllm_quantspec.integration import worker
+    from vllm_quantspec.integration.startup import worker
 
     path = extension_path("collections.OrderedDict")
     module, name = path.rsplit(".", 1)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch._inductor.config as inductor
 
-from vllm_quantspec.integration import overlap
+from vllm_quantspec.integration.startup import overlap
 
 
 @pytest.mark.parametrize(

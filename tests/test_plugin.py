@@ -117,7 +117,7 @@ def test_unasked_it_changes_nothing(cases, name):
     for key in ("backends", "tokens", "extension", "block_size"):
         assert here[key] == without[key], key
     assert here["known"] and not without["known"] and without["modules"] == []
-    assert here["extension"] == "" and "vllm_quantspec.integration.backend" not in here["modules"]
+    assert here["extension"] == "" and "vllm_quantspec.integration.cache.backend" not in here["modules"]
     assert messages(log) ^ messages(log_without) <= {"vllm-quantspec is registered."}
     assert len(messages(log)) > 50
 
@@ -137,7 +137,7 @@ def test_beside_another_plugin(cases):
 
 def test_another_vllm_version(monkeypatch, caplog):
     """Nothing is registered, with a warning; other engines of that vLLM go on."""
-    from vllm_quantspec.integration import engine_args, register
+    from vllm_quantspec.integration.startup import engine_args, register
 
     monkeypatch.setattr(register, "installed_vllm", lambda: "0.99.0")
     monkeypatch.setattr(engine_args, "install", lambda: pytest.fail("hooks were installed"))

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vllm_quantspec.format import PageFormat
-from vllm_quantspec.integration import prefill
+from vllm_quantspec.integration.gpu import prefill
 from vllm_quantspec.kernels import reference
 
 

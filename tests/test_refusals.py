@@ -8,8 +8,8 @@ import torch
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_quantspec import register
-from vllm_quantspec.integration import checks, version
-from vllm_quantspec.integration.backend import refuse_layer
+from vllm_quantspec.integration.cache.backend import refuse_layer
+from vllm_quantspec.integration.startup import checks, version
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],

@@ -9,11 +9,11 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.gpu import model_runner
 
 from vllm_quantspec.format import PageFormat
-from vllm_quantspec.integration import runner_v2
-from vllm_quantspec.integration.backend import QuantSpecMetadataBuilder, WindowMetadataBuilder
-from vllm_quantspec.integration.specs import make_specs
-from vllm_quantspec.integration.speculative_config import QuantSpecConfig
-from vllm_quantspec.integration.speculator import any_request_samples
+from vllm_quantspec.integration.cache.backend import QuantSpecMetadataBuilder, WindowMetadataBuilder
+from vllm_quantspec.integration.cache.specs import make_specs
+from vllm_quantspec.integration.gpu import runner as runner_v2
+from vllm_quantspec.integration.gpu.speculator import any_request_samples
+from vllm_quantspec.integration.startup.speculative_config import QuantSpecConfig
 
 
 @pytest.fixture

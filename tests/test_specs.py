@@ -10,7 +10,7 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from vllm_quantspec.format import PageFormat
-from vllm_quantspec.integration.specs import (
+from vllm_quantspec.integration.cache.specs import (
     HierarchicalKVManager,
     RecentWindowManager,
     make_specs,

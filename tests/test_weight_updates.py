@@ -8,8 +8,8 @@ import torch
 from engine_tools import engine, generate, quantspec, speculation_counts
 from safetensors.torch import load_file, save_file
 
-from vllm_quantspec.integration import weight_updates
-from vllm_quantspec.integration.draft_model import DraftModel
+from vllm_quantspec.integration.draft import weight_updates
+from vllm_quantspec.integration.draft.model import DraftModel
 
 
 @pytest.fixture

@@ -8,14 +8,14 @@ from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 if current_platform.is_cpu():
-    from vllm_quantspec.integration import cpu_generators, cpu_rejection_sampler, platform_cpu, runner_v1
+    from vllm_quantspec.integration.cpu import generators, platform, rejection_sampler, runner
 
-    for hook in (platform_cpu, cpu_rejection_sampler, cpu_generators, runner_v1):
+    for hook in (platform, rejection_sampler, generators, runner):
         hook.install()
 else:
-    from vllm_quantspec.integration import runner_v2
+    from vllm_quantspec.integration.gpu import runner
 
-    runner_v2.install()
+    runner.install()
 
 
 class WorkerExtension:

@@ -5,7 +5,7 @@ import logging
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 NAME = "QUANTSPEC"
-PATH = "vllm_quantspec.integration.backend.QuantSpecBackend"
+PATH = "vllm_quantspec.integration.cache.backend.QuantSpecBackend"
 
 
 def quantspec_backend() -> AttentionBackendEnum:

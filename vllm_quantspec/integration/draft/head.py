@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from vllm.model_executor.layers.linear import LinearMethodBase
 
-from vllm_quantspec.integration.int4_linear import Int4LinearMethod
+from vllm_quantspec.integration.draft.linears import Int4LinearMethod
 from vllm_quantspec.kernels import int4_linear, rescore_logits
 
 

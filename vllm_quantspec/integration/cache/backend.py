@@ -4,8 +4,8 @@ In a layer of the target, for all requests of the step at once:
  1. the step's keys and values go to the recent window;
  2. every page whose last token is verified by now is quantized, from exact values (design rule 2);
  3. decode and verification rows read pages and window; prefill rows read pages, window and their own tokens.
-A layer of the draft does 1 and 3, and reads the upper 4 bits. The work itself is in ``attention_gpu.py`` and
-``attention_cpu.py``.
+A layer of the draft does 1 and 3, and reads the upper 4 bits. The work itself is in ``gpu/attention.py`` and
+``cpu/attention.py``.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
 
 from vllm_quantspec.config import GROUP_SIZES, HEAD_SIZES
 from vllm_quantspec.format import PageFormat
-from vllm_quantspec.integration.backend_name import NAME
+from vllm_quantspec.integration.startup.backend_name import NAME
 
 if current_platform.is_cpu():
-    from vllm_quantspec.integration import attention_cpu as attention
+    from vllm_quantspec.integration.cpu import attention
 else:
-    from vllm_quantspec.integration import attention_gpu as attention
+    from vllm_quantspec.integration.gpu import attention
 
 WINDOW_SUFFIX = ".window"
 

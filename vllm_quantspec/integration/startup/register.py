@@ -2,7 +2,7 @@
 
 import logging
 
-from vllm_quantspec.integration.version import SUPPORTED, installed_vllm
+from vllm_quantspec.integration.startup.version import SUPPORTED, installed_vllm
 
 logger = logging.getLogger("vllm.quantspec")
 
@@ -13,8 +13,8 @@ def register() -> None:
         # Other engines must go on; one that asks for QuantSpec is refused by vLLM, which does not know the name.
         logger.warning("vllm-quantspec works with vLLM %s, not %s: it stays off.", " and ".join(SUPPORTED), installed_vllm())
         return
-    from vllm_quantspec.integration import engine_args
-    from vllm_quantspec.integration.backend_name import quantspec_backend
+    from vllm_quantspec.integration.startup import engine_args
+    from vllm_quantspec.integration.startup.backend_name import quantspec_backend
 
     quantspec_backend()
     engine_args.install()

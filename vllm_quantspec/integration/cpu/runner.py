@@ -11,10 +11,10 @@ import torch
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from vllm_quantspec.integration.backend import QuantSpecBackend, QuantSpecMetadataBuilder
-from vllm_quantspec.integration.proposer import QuantSpecProposer
-from vllm_quantspec.integration.speculative_config import QuantSpecConfig
-from vllm_quantspec.integration.window_layers import add_window_specs
+from vllm_quantspec.integration.cache.backend import QuantSpecBackend, QuantSpecMetadataBuilder
+from vllm_quantspec.integration.cache.window import add_window_specs
+from vllm_quantspec.integration.cpu.proposer import QuantSpecProposer
+from vllm_quantspec.integration.startup.speculative_config import QuantSpecConfig
 from vllm_quantspec.kernels import cpu_decode
 
 

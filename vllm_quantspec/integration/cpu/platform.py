@@ -2,7 +2,7 @@
 
 import functools
 
-from vllm_quantspec.integration.backend_name import quantspec_backend
+from vllm_quantspec.integration.startup.backend_name import quantspec_backend
 
 
 def install() -> None:

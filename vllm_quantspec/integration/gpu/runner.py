@@ -12,10 +12,10 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu import model_runner
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
-from vllm_quantspec.integration.backend import QuantSpecMetadataBuilder
-from vllm_quantspec.integration.speculative_config import QuantSpecConfig
-from vllm_quantspec.integration.speculator import QuantSpecSpeculator
-from vllm_quantspec.integration.window_layers import add_window_specs
+from vllm_quantspec.integration.cache.backend import QuantSpecMetadataBuilder
+from vllm_quantspec.integration.cache.window import add_window_specs
+from vllm_quantspec.integration.gpu.speculator import QuantSpecSpeculator
+from vllm_quantspec.integration.startup.speculative_config import QuantSpecConfig
 
 
 def set_draft_counts(runner: GPUModelRunner, num_draft_tokens: np.ndarray | None) -> None:

@@ -35,9 +35,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.model_executor.models.interfaces import supports_multimodal
 
-from vllm_quantspec.integration.calibration import calibrate
-from vllm_quantspec.integration.draft_head import RescoringHeadMethod
-from vllm_quantspec.integration.int4_linear import choose_int4_method, int4_bytes
+from vllm_quantspec.integration.draft.calibration import calibrate
+from vllm_quantspec.integration.draft.head import RescoringHeadMethod
+from vllm_quantspec.integration.draft.linears import choose_int4_method, int4_bytes
 from vllm_quantspec.weights import QuantizedWeight, quantize_weight
 
 logger = init_logger("vllm.quantspec.draft_model")
@@ -91,7 +91,7 @@ def build_draft_model(
         draft_weights: ``"int4"``, or ``"target"`` to share every linear.
         weight_group_size: input channels per INT4 scale: 128, 64 or 32. A linear whose input is not divisible by it
             takes the next smaller group.
-        quantize_lm_head: also run the output projection in INT4, see `draft_head`.
+        quantize_lm_head: also run the output projection in INT4, see `draft.head`.
         weight_rounding: ``"search"``, ``"nearest"`` or ``"gptq"``, see `vllm_quantspec.weights.quantize_weight`; GPTQ
             goes by the inputs that the linears have while the model writes texts of its own, see `calibration`.
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from vllm.logger import init_logger
 
-from vllm_quantspec.integration.draft_model import DraftModel
+from vllm_quantspec.integration.draft.model import DraftModel
 
 logger = init_logger("vllm.quantspec.weight_updates")
 

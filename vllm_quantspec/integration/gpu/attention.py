@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 
-from vllm_quantspec.integration import prefill
+from vllm_quantspec.integration.gpu import prefill
 from vllm_quantspec.kernels import cache_update
 from vllm_quantspec.kernels.decode_attention import decode_attention
 from vllm_quantspec.kernels.warm_up import warm_up_prefill
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec
 
     from vllm_quantspec.format import PageFormat
-    from vllm_quantspec.integration.backend import QuantSpecImpl, QuantSpecMetadata
+    from vllm_quantspec.integration.cache.backend import QuantSpecImpl, QuantSpecMetadata
 
 
 _warmed_up: set[PageFormat] = set()

@@ -14,14 +14,14 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_quantspec.config import METHOD, is_quantspec, parse_options
-from vllm_quantspec.integration import checks
-from vllm_quantspec.integration.backend_name import NAME, quantspec_backend
-from vllm_quantspec.integration.overlap import let_compiled_kernels_overlap
+from vllm_quantspec.integration.startup import checks
+from vllm_quantspec.integration.startup.backend_name import NAME, quantspec_backend
+from vllm_quantspec.integration.startup.overlap import let_compiled_kernels_overlap
 
 
 def extension_path(users_extension: str) -> str:
     """Path for ``worker_extension_cls``; the user's own extension, if any, is named in hexadecimal."""
-    path = "vllm_quantspec.integration.worker.WorkerExtension"
+    path = "vllm_quantspec.integration.startup.worker.WorkerExtension"
     if not users_extension or users_extension.startswith(path):
         return users_extension or path
     return f"{path}_of_{users_extension.encode().hex()}"
@@ -93,7 +93,7 @@ def install() -> None:
     def create_quantspec_config(self, target_model_config, target_parallel_config):
         if not is_quantspec(self.speculative_config):
             return create_speculative_config(self, target_model_config, target_parallel_config)
-        from vllm_quantspec.integration.speculative_config import make_config
+        from vllm_quantspec.integration.startup.speculative_config import make_config
 
         return make_config(self.speculative_config, target_model_config, target_parallel_config)
 

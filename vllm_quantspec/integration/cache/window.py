@@ -7,8 +7,8 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from vllm_quantspec.format import PageFormat
-from vllm_quantspec.integration.backend import WINDOW_SUFFIX, QuantSpecBackend, RecentWindow, num_speculative_tokens
-from vllm_quantspec.integration.specs import make_specs
+from vllm_quantspec.integration.cache.backend import WINDOW_SUFFIX, QuantSpecBackend, RecentWindow, num_speculative_tokens
+from vllm_quantspec.integration.cache.specs import make_specs
 
 
 def add_window_specs(vllm_config: VllmConfig, specs: dict[str, KVCacheSpec]) -> dict[str, KVCacheSpec]:

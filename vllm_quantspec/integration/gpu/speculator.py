@@ -24,9 +24,9 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator import (
     prepare_decode_inputs,
 )
 
-from vllm_quantspec.integration import weight_updates
-from vllm_quantspec.integration.backend import WINDOW_SUFFIX
-from vllm_quantspec.integration.draft_model import DraftModel, build_configured_draft
+from vllm_quantspec.integration.cache.backend import WINDOW_SUFFIX
+from vllm_quantspec.integration.draft import weight_updates
+from vllm_quantspec.integration.draft.model import DraftModel, build_configured_draft
 
 logger = init_logger("vllm.quantspec.speculator")
 

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from vllm_quantspec.config import GROUP_SIZES, HEAD_SIZES
-from vllm_quantspec.integration.version import check_version
+from vllm_quantspec.integration.startup.version import check_version
 from vllm_quantspec.kernels.decode_attention import MAX_REQUESTS, MIN_CAPABILITY
 
 if TYPE_CHECKING:

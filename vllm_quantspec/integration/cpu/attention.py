@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_quantspec.integration import llvm_scan
+from vllm_quantspec.integration.cpu import llvm_scan
 from vllm_quantspec.kernels import cpu_decode, reference, step
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.kv_cache_interface import AttentionSpec
 
-    from vllm_quantspec.integration.backend import QuantSpecImpl, QuantSpecMetadata
+    from vllm_quantspec.integration.cache.backend import QuantSpecImpl, QuantSpecMetadata
 
 llvm_scan.install()  # cpu_decode has loaded Numba
 
