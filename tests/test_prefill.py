@@ -1,5 +1,7 @@
 """A GPU's prefill, with PyTorch in place of FlashAttention and of the gather kernel: plan, pieces and their merging."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -86,7 +88,13 @@ def test_against_the_reference(piece, monkeypatch):
     class Spec:
         num_kv_heads, head_size = 2, 64
 
-    plan = prefill.plan_prefill(Spec, starts + 7, seq_lens, torch.device("cpu"))  # decode rows come before
+    # A decode row of 7 tokens comes before.
+    common = SimpleNamespace(
+        query_start_loc=starts,
+        query_start_loc_cpu=torch.cat((torch.zeros(1, dtype=torch.int32), starts + 7)),
+        seq_lens_cpu_upper_bound=torch.cat((torch.tensor([100], dtype=torch.int32), seq_lens)),
+    )
+    plan = prefill.plan_prefill(Spec, common, 1)
     assert len(plan.pieces) > 1 if piece == 64 else len(plan.pieces) == 2
     output = torch.full_like(query, torch.nan)
     prefill.prefill_attention(

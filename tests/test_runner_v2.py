@@ -9,8 +9,9 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.gpu import model_runner
 
 from vllm_quantspec.format import PageFormat
-from vllm_quantspec.integration.cache.backend import QuantSpecMetadataBuilder, WindowMetadataBuilder
+from vllm_quantspec.integration.cache.backend import QuantSpecMetadataBuilder
 from vllm_quantspec.integration.cache.specs import make_specs
+from vllm_quantspec.integration.cache.window import WindowMetadataBuilder
 from vllm_quantspec.integration.gpu import runner as runner_v2
 from vllm_quantspec.integration.gpu.speculator import any_request_samples
 from vllm_quantspec.integration.startup.speculative_config import QuantSpecConfig

@@ -10,7 +10,6 @@ A layer of the draft does 1 and 3, and reads the upper 4 bits. The work itself i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -27,46 +26,17 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from vllm_quantspec.config import GROUP_SIZES, HEAD_SIZES
 from vllm_quantspec.format import PageFormat
+from vllm_quantspec.integration.cache.metadata import WINDOW_SUFFIX, LayerSettings, QuantSpecMetadata
 from vllm_quantspec.integration.startup.backend_name import NAME
 
 if current_platform.is_cpu():
     from vllm_quantspec.integration.cpu import attention
 else:
     from vllm_quantspec.integration.gpu import attention
-
-WINDOW_SUFFIX = ".window"
-
-
-@dataclass
-class QuantSpecMetadata:
-    """One step's batch, decode and verification rows first (the runner reorders).
-
-    ``query_start_loc`` [num_reqs + 1] and ``seq_lens`` [num_reqs] int32 count the step's own tokens;
-    ``num_unverified`` [num_reqs] int32 of a request's query tokens, its last ones, are drafts. On a GPU the tensors are
-    the runner's persistent buffers, so a captured CUDA graph replays with later contents; ``max_query_len`` of the
-    decode rows and ``prefill`` (the plan of the others, if any) are fixed at capture.
-    """
-
-    num_actual_tokens: int
-    query_start_loc: torch.Tensor
-    seq_lens: torch.Tensor
-    num_unverified: torch.Tensor
-    block_table: torch.Tensor
-    num_decodes: int
-    num_decode_tokens: int
-    max_query_len: int = 1
-    prefill: Any = None
-    # What a platform works out once per step and reuses in all layers.
-    shared: dict[str, Any] = field(default_factory=dict, repr=False)
-
-
-@dataclass
-class WindowMetadata:
-    block_table: torch.Tensor
 
 
 class QuantSpecMetadataBuilder(AttentionMetadataBuilder[QuantSpecMetadata]):
@@ -111,25 +81,6 @@ class QuantSpecMetadataBuilder(AttentionMetadataBuilder[QuantSpecMetadata]):
         """Lengths and tables are read on the device when the kernels run: nothing to refresh."""
 
 
-class WindowMetadataBuilder(AttentionMetadataBuilder[WindowMetadata]):
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
-    supports_draft_decode_metadata_update: bool = True
-
-    def __init__(
-        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
-    ) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
-
-    def build(
-        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> WindowMetadata:
-        return WindowMetadata(common_attn_metadata.block_table_tensor)
-
-    def update_draft_decode_metadata(self, metadata: WindowMetadata) -> None:
-        """As above."""
-
-
 class QuantSpecBackend(AttentionBackend):
     forward_includes_kv_cache_update: bool = True
     accept_output_buffer: bool = True
@@ -169,40 +120,6 @@ class QuantSpecBackend(AttentionBackend):
         return QuantSpecMetadataBuilder
 
 
-class WindowBackend(QuantSpecBackend):
-    """Of the window's own KV cache group: a block table, nothing to compute."""
-
-    @staticmethod
-    def get_name() -> str:
-        return f"{NAME}_WINDOW"
-
-    @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec=None) -> list[int]:
-        return [kv_cache_spec.block_size] if kv_cache_spec is not None else [16, 32, 64, 128]
-
-    @staticmethod
-    def get_builder_cls() -> type[WindowMetadataBuilder]:
-        return WindowMetadataBuilder
-
-
-class RecentWindow(torch.nn.Module, AttentionLayerBase):
-    """The exact keys and values of one attention layer: a cache beside the layer's own, without computation.
-
-    ``kv_cache`` as vLLM binds it: uint8 [num_blocks, num_kv_heads, window_block_size, 2 * head_size * itemsize].
-    """
-
-    def __init__(self, spec: AttentionSpec) -> None:
-        super().__init__()
-        self.spec = spec
-        self.kv_cache = torch.tensor([])
-
-    def get_attn_backend(self) -> type[AttentionBackend]:
-        return WindowBackend
-
-    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        return self.spec
-
-
 def num_speculative_tokens(vllm_config: VllmConfig) -> int:
     config = vllm_config.speculative_config
     return config.num_speculative_tokens if config is not None else 0
@@ -232,12 +149,14 @@ class QuantSpecImpl(AttentionImpl):
         self.kv_cache_dtype = kv_cache_dtype
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         vllm_config = get_current_vllm_config()
-        self.format = PageFormat(
-            num_kv_heads, head_size, vllm_config.cache_config.block_size, vllm_config.model_config.dtype
+        self.settings = LayerSettings(
+            PageFormat(num_kv_heads, head_size, vllm_config.cache_config.block_size, vllm_config.model_config.dtype),
+            num_heads,
+            self.scale,
+            draft_bits=8 if getattr(vllm_config.speculative_config, "draft_kv", "int4") == "int8" else 4,
+            max_unverified=num_speculative_tokens(vllm_config),
+            fa_version=attention.flash_attention_version(head_size),
         )
-        self.num_speculative_tokens = num_speculative_tokens(vllm_config)
-        self.draft_kv = getattr(vllm_config.speculative_config, "draft_kv", "int4")
-        attention.prepare(self)
 
     def forward(
         self,
@@ -261,17 +180,17 @@ class QuantSpecImpl(AttentionImpl):
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("quantspec: fused output quantization is not supported.")
         if attn_metadata is None:  # memory profiling
-            attention.reserve(self, query)
+            attention.reserve(self.settings.format, query)
             return output
         owner = layer.kv_sharing_target_layer_name
         context = get_forward_context()
         window_name = (owner or layer.layer_name) + WINDOW_SUFFIX
         num_tokens = attn_metadata.num_actual_tokens
-        attention.attend(
-            self,
+        attention.layer_attention(
+            self.settings,
             attn_metadata,
             kv_cache.squeeze(2),
-            context.no_compile_layers[window_name].kv_cache.view(self.format.dtype),
+            context.no_compile_layers[window_name].kv_cache.view(self.settings.format.dtype),
             context.attn_metadata[window_name].block_table,
             query[:num_tokens],
             key[:num_tokens],

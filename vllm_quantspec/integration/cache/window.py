@@ -2,13 +2,73 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
+import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
-from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
 from vllm_quantspec.format import PageFormat
-from vllm_quantspec.integration.cache.backend import WINDOW_SUFFIX, QuantSpecBackend, RecentWindow, num_speculative_tokens
+from vllm_quantspec.integration.cache.backend import QuantSpecBackend, num_speculative_tokens
+from vllm_quantspec.integration.cache.metadata import WINDOW_SUFFIX, WindowMetadata
 from vllm_quantspec.integration.cache.specs import make_specs
+from vllm_quantspec.integration.startup.backend_name import NAME
+
+
+class WindowMetadataBuilder(AttentionMetadataBuilder[WindowMetadata]):
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+    supports_draft_decode_metadata_update: bool = True
+
+    def __init__(
+        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> WindowMetadata:
+        return WindowMetadata(common_attn_metadata.block_table_tensor)
+
+    def update_draft_decode_metadata(self, metadata: WindowMetadata) -> None:
+        """As above."""
+
+
+class WindowBackend(QuantSpecBackend):
+    """Of the window's own KV cache group: a block table, nothing to compute."""
+
+    @staticmethod
+    def get_name() -> str:
+        return f"{NAME}_WINDOW"
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec=None) -> list[int]:
+        return [kv_cache_spec.block_size] if kv_cache_spec is not None else [16, 32, 64, 128]
+
+    @staticmethod
+    def get_builder_cls() -> type[WindowMetadataBuilder]:
+        return WindowMetadataBuilder
+
+
+class RecentWindow(torch.nn.Module, AttentionLayerBase):
+    """The exact keys and values of one attention layer: a cache beside the layer's own, without computation.
+
+    ``kv_cache`` as vLLM binds it: uint8 [num_blocks, num_kv_heads, window_block_size, 2 * head_size * itemsize].
+    """
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.kv_cache = torch.tensor([])
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        return WindowBackend
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        return self.spec
 
 
 def add_window_specs(vllm_config: VllmConfig, specs: dict[str, KVCacheSpec]) -> dict[str, KVCacheSpec]:

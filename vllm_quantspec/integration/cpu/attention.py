@@ -13,16 +13,17 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.kv_cache_interface import AttentionSpec
 
-    from vllm_quantspec.integration.cache.backend import QuantSpecImpl, QuantSpecMetadata
+    from vllm_quantspec.format import PageFormat
+    from vllm_quantspec.integration.cache.metadata import LayerSettings, QuantSpecMetadata
 
 llvm_scan.install()  # cpu_decode has loaded Numba
 
 
-def prepare(impl: QuantSpecImpl) -> None:
-    """Nothing to check: the reference takes every shape."""
+def flash_attention_version(head_size: int) -> None:
+    """FlashAttention is not used here."""
 
 
-def reserve(impl: QuantSpecImpl, query: torch.Tensor) -> None:
+def reserve(fmt: PageFormat, query: torch.Tensor) -> None:
     """The CPU engine does not measure memory."""
 
 
@@ -30,8 +31,8 @@ def plan_prefill(spec: AttentionSpec, common: CommonAttentionMetadata, num_decod
     """The reference takes a step's prefill rows as they are."""
 
 
-def attend(
-    impl: QuantSpecImpl,
+def layer_attention(
+    settings: LayerSettings,
     md: QuantSpecMetadata,
     pages: torch.Tensor,
     window: torch.Tensor,
@@ -44,7 +45,7 @@ def attend(
     is_draft: bool,
 ) -> None:
     """Store, quantize, attend; see ``QuantSpecImpl.forward`` for the shapes."""
-    fmt = impl.format
+    fmt = settings.format
     plan = md.shared.get("plan")
     if plan is None:
         plan = md.shared["plan"] = step.plan_step(
@@ -54,7 +55,7 @@ def attend(
             md.num_unverified,
             md.block_table,
             window_table,
-            max_unverified=impl.num_speculative_tokens,
+            max_unverified=settings.max_unverified,
             quantize=not is_draft,
         )
     reference.write_window(fmt, window, plan.window_slots, key, value)
@@ -69,7 +70,7 @@ def attend(
                 md.seq_lens[: md.num_decodes],
                 md.block_table[: md.num_decodes],
                 window_table[: md.num_decodes],
-                impl.num_heads,
+                settings.num_heads,
             )
         output[: md.num_decode_tokens] = cpu_decode.run_decode(
             fmt,
@@ -77,8 +78,8 @@ def attend(
             pages,
             window,
             query[: md.num_decode_tokens],
-            impl.scale,
-            "draft" if is_draft and impl.draft_kv == "int4" else "target",
+            settings.scale,
+            settings.draft_bits if is_draft else 8,
         )
     for request in range(md.num_decodes, md.seq_lens.shape[0]):
         start, end = md.query_start_loc[request].item(), md.query_start_loc[request + 1].item()
@@ -94,5 +95,5 @@ def attend(
             md.seq_lens[request].item(),
             md.block_table[request],
             window_table[request],
-            impl.scale,
+            settings.scale,
         )

@@ -4,23 +4,20 @@ For each new engine vLLM's CPU platform looks through every loaded module for Tr
 loads, answer to any attribute name, ``__dict__`` too, with a foreign function, and the scan fails.
 """
 
-import functools
-
 from llvmlite.binding import ffi
+
+from vllm_quantspec.integration.startup.replace import replace
+
+
+def _without_dunders(getattr_of_library):
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr_of_library(self, name)
+
+    return __getattr__
 
 
 def install() -> None:
-    """Make LLVM's library object say that it has no double-underscore functions; idempotent."""
-    library = type(ffi.lib)
-    original = library.__getattr__
-    if getattr(original, "_quantspec", False):
-        return
-
-    @functools.wraps(original)
-    def without_dunders(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return original(self, name)
-
-    without_dunders._quantspec = True
-    library.__getattr__ = without_dunders
+    """Make LLVM's library object say that it has no double-underscore functions."""
+    replace(type(ffi.lib), "__getattr__", _without_dunders)

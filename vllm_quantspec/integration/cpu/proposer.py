@@ -17,7 +17,7 @@ from vllm.v1.sample.sampler import _SAMPLING_EPS
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
-from vllm_quantspec.integration.cache.backend import WINDOW_SUFFIX, QuantSpecMetadata, WindowMetadata
+from vllm_quantspec.integration.cache.metadata import WINDOW_SUFFIX, QuantSpecMetadata, WindowMetadata
 from vllm_quantspec.integration.draft import weight_updates
 from vllm_quantspec.integration.draft.model import DraftModel, build_configured_draft
 

@@ -7,11 +7,12 @@
   kernel reads the number before the placeholder's row as its probability: it may accept it, and a wrong token follows.
 """
 
-import functools
 import math
 
 import torch
 from vllm.v1.sample import rejection_sampler
+
+from vllm_quantspec.integration.startup.replace import replace
 
 
 def expand_batch_to_tokens(
@@ -47,21 +48,21 @@ class RejectPlaceholders:
         )
 
 
-def install() -> None:
-    """Replace the three functions where the platform is the CPU, once per process."""
-    from vllm.platforms import current_platform
-
-    original = rejection_sampler.apply_sampling_constraints
-    if not current_platform.is_cpu() or getattr(original, "_quantspec", False):
-        return
-
-    @functools.wraps(original)
-    def apply_sampling_constraints(logits, cu_num_draft_tokens, sampling_metadata):
+def _not_of_nothing(apply_sampling_constraints):
+    def apply_constraints_if_any(logits, cu_num_draft_tokens, sampling_metadata):
         if logits.shape[0] == 0:
             return logits
-        return original(logits, cu_num_draft_tokens, sampling_metadata)
+        return apply_sampling_constraints(logits, cu_num_draft_tokens, sampling_metadata)
 
-    apply_sampling_constraints._quantspec = True
-    rejection_sampler._rejection_random_sample = RejectPlaceholders(rejection_sampler._rejection_random_sample)
-    rejection_sampler.apply_sampling_constraints = apply_sampling_constraints
-    rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
+    return apply_constraints_if_any
+
+
+def _in_its_own_dtype(_expand_batch_to_tokens):
+    return expand_batch_to_tokens
+
+
+def install() -> None:
+    """Replace the three functions."""
+    replace(rejection_sampler, "_rejection_random_sample", RejectPlaceholders)
+    replace(rejection_sampler, "apply_sampling_constraints", _not_of_nothing)
+    replace(rejection_sampler, "expand_batch_to_tokens", _in_its_own_dtype)

@@ -5,15 +5,15 @@ vLLM has no public hook for any of them in 0.32; each replaces one method, and d
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_quantspec.integration.cache.backend import QuantSpecBackend, QuantSpecMetadataBuilder
 from vllm_quantspec.integration.cache.window import add_window_specs
+from vllm_quantspec.integration.cpu import generators
 from vllm_quantspec.integration.cpu.proposer import QuantSpecProposer
+from vllm_quantspec.integration.startup.replace import replace
 from vllm_quantspec.integration.startup.speculative_config import QuantSpecConfig
 from vllm_quantspec.kernels import cpu_decode
 
@@ -47,17 +47,7 @@ def give_placeholders_probs(runner, num_draft_tokens: list[int]) -> None:
         runner._draft_prob_req_ids = [*known, *missing]
 
 
-def install() -> None:
-    """Replace the four methods, once per process."""
-    if getattr(GPUModelRunner, "_quantspec_installed", False):
-        return
-    GPUModelRunner._quantspec_installed = True
-
-    get_kv_cache_spec = GPUModelRunner.get_kv_cache_spec
-    prepare_inputs = GPUModelRunner._prepare_inputs
-    get_draft_probs = GPUModelRunner._get_spec_decode_draft_probs
-
-    @functools.wraps(get_kv_cache_spec)
+def _with_windows(get_kv_cache_spec):
     def get_kv_cache_spec_with_windows(self):
         specs = add_window_specs(self.vllm_config, get_kv_cache_spec(self))
         layers = self.compilation_config.static_forward_context.values()
@@ -65,21 +55,38 @@ def install() -> None:
             cpu_decode.warm_up()
         return specs
 
-    @functools.wraps(prepare_inputs)
+    return get_kv_cache_spec_with_windows
+
+
+def _with_draft_counts(prepare_inputs):
     def prepare_inputs_with_draft_counts(self, scheduler_output, *args, **kwargs):
         set_draft_counts(self, scheduler_output)
-        return prepare_inputs(self, scheduler_output, *args, **kwargs)
+        result = prepare_inputs(self, scheduler_output, *args, **kwargs)
+        generators.remember(self)
+        return result
 
-    @functools.wraps(get_draft_probs)
+    return prepare_inputs_with_draft_counts
+
+
+def _of_all_requests(get_draft_probs):
     def get_draft_probs_of_all(self, spec_decode_metadata):
         give_placeholders_probs(self, spec_decode_metadata.num_draft_tokens)
         return get_draft_probs(self, spec_decode_metadata)
 
+    return get_draft_probs_of_all
+
+
+def _making_ours(_new):
     def new_proposer(cls, vllm_config, *args, **kwargs):
         ours = cls is DraftModelProposer and isinstance(vllm_config.speculative_config, QuantSpecConfig)
         return object.__new__(QuantSpecProposer if ours else cls)
 
-    GPUModelRunner.get_kv_cache_spec = get_kv_cache_spec_with_windows
-    GPUModelRunner._prepare_inputs = prepare_inputs_with_draft_counts
-    GPUModelRunner._get_spec_decode_draft_probs = get_draft_probs_of_all
-    DraftModelProposer.__new__ = new_proposer
+    return new_proposer
+
+
+def install() -> None:
+    """Replace the four methods."""
+    replace(GPUModelRunner, "get_kv_cache_spec", _with_windows)
+    replace(GPUModelRunner, "_prepare_inputs", _with_draft_counts)
+    replace(GPUModelRunner, "_get_spec_decode_draft_probs", _of_all_requests)
+    replace(DraftModelProposer, "__new__", _making_ours)

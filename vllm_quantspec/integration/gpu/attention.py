@@ -11,49 +11,38 @@ from typing import TYPE_CHECKING
 import torch
 from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 
-from vllm_quantspec.integration.gpu import prefill
+from vllm_quantspec.integration.gpu.prefill import plan_prefill, prefill_attention, reserve
 from vllm_quantspec.kernels import cache_update
 from vllm_quantspec.kernels.decode_attention import decode_attention
 from vllm_quantspec.kernels.warm_up import warm_up_prefill
 
 if TYPE_CHECKING:
-    from vllm.v1.attention.backend import CommonAttentionMetadata
-    from vllm.v1.kv_cache_interface import AttentionSpec
-
     from vllm_quantspec.format import PageFormat
-    from vllm_quantspec.integration.cache.backend import QuantSpecImpl, QuantSpecMetadata
+    from vllm_quantspec.integration.cache.metadata import LayerSettings, QuantSpecMetadata
 
+
+__all__ = ["flash_attention_version", "layer_attention", "plan_prefill", "reserve"]  # what a platform provides
 
 _warmed_up: set[PageFormat] = set()
 
 
-def prepare(impl: QuantSpecImpl) -> None:
-    """Raises ValueError where FlashAttention, which prefill needs, cannot run."""
-    impl.fa_version = get_flash_attn_version(head_size=impl.head_size)
-    if impl.fa_version is None:
+def flash_attention_version(head_size: int) -> int:
+    """Version of FlashAttention for this head size.
+
+    Raises:
+        ValueError: FlashAttention, which prefill needs, cannot run here.
+    """
+    version = get_flash_attn_version(head_size=head_size)
+    if version is None:
         raise ValueError(
             "quantspec: prefill uses vLLM's FlashAttention, which is not available here; install a vLLM built for this "
             "GPU, or run without quantspec."
         )
+    return version
 
 
-def reserve(impl: QuantSpecImpl, query: torch.Tensor) -> None:
-    """Let memory profiling see what a prefill step allocates for a moment."""
-    prefill.reserve(impl.format, query)
-
-
-def plan_prefill(spec: AttentionSpec, common: CommonAttentionMetadata, num_decodes: int) -> prefill.PrefillPlan:
-    """Plan the rows of a step after its first ``num_decodes``, from what the host knows of them."""
-    return prefill.plan_prefill(
-        spec,
-        common.query_start_loc_cpu[num_decodes:],
-        common.seq_lens_cpu_upper_bound[num_decodes:],
-        common.query_start_loc.device,
-    )
-
-
-def attend(
-    impl: QuantSpecImpl,
+def layer_attention(
+    settings: LayerSettings,
     md: QuantSpecMetadata,
     pages: torch.Tensor,
     window: torch.Tensor,
@@ -66,7 +55,7 @@ def attend(
     is_draft: bool,
 ) -> None:
     """Store, quantize, attend; see ``QuantSpecImpl.forward`` for the shapes."""
-    fmt, n = impl.format, md.num_decodes
+    fmt, n = settings.format, md.num_decodes
     num_reqs = md.seq_lens.shape[0]
     groups = [(slice(0, n), slice(0, n + 1), md.max_query_len)] if n else []
     if md.prefill is not None:
@@ -90,7 +79,7 @@ def attend(
                 md.block_table[rows],
                 table,
                 max_query_len=max_query_len,
-                max_unverified=impl.num_speculative_tokens,
+                max_unverified=settings.max_unverified,
             )
     if n:
         decode_attention(
@@ -102,14 +91,14 @@ def attend(
             md.seq_lens[:n],
             md.block_table[:n],
             window_table[:n],
-            impl.scale,
-            "draft" if is_draft and impl.draft_kv == "int4" else "target",
+            settings.scale,
+            settings.draft_bits if is_draft else 8,
             max_query_len=md.max_query_len,
             out=output[: md.num_decode_tokens],
         )
     if md.prefill is not None:
         first = md.num_decode_tokens
-        prefill.prefill_attention(
+        prefill_attention(
             fmt,
             md.prefill,
             pages,
@@ -119,7 +108,7 @@ def attend(
             value[first:],
             md.block_table[n:],
             window_table[n:],
-            impl.scale,
-            impl.fa_version,
+            settings.scale,
+            settings.fa_version,
             output[first:],
         )

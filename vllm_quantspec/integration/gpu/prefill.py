@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
+from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_quantspec.format import PageFormat
 from vllm_quantspec.kernels.gather_context import gather_context
@@ -62,19 +64,19 @@ def split_context(first: np.ndarray, max_tokens: int) -> list[tuple[np.ndarray, 
     return pieces
 
 
-def plan_prefill(spec, query_start_loc: torch.Tensor, seq_lens: torch.Tensor, device: torch.device) -> PrefillPlan:
-    """Plan prefill rows from host tensors: ``query_start_loc`` [n + 1] int32 and ``seq_lens`` [n] int32.
+def plan_prefill(spec: AttentionSpec, common: CommonAttentionMetadata, num_decodes: int) -> PrefillPlan:
+    """Plan the rows of a step after its first ``num_decodes``, from what the host knows of them.
 
     A prefill row holds no drafts, so its length on the host is exact.
     """
-    starts = query_start_loc.numpy()
+    starts = common.query_start_loc_cpu[num_decodes:].numpy()
     lengths = np.diff(starts)
-    first = seq_lens.numpy() - lengths
+    first = common.seq_lens_cpu_upper_bound[num_decodes:].numpy() - lengths
     pieces = split_context(first, piece_tokens(spec.num_kv_heads, spec.head_size))
     rows = [starts - starts[0], first]
     for piece_starts, piece_lengths in pieces:
         rows += [np.concatenate(([0], np.cumsum(piece_lengths))), piece_starts]
-    packed = async_tensor_h2d(np.concatenate(rows).astype(np.int32), device=device)
+    packed = async_tensor_h2d(np.concatenate(rows).astype(np.int32), device=common.query_start_loc.device)
     tensors = iter(packed.split([len(row) for row in rows]))
     return PrefillPlan(
         query_start_loc=next(tensors),
@@ -113,7 +115,7 @@ def prefill_attention(
         query, output: [num_tokens, num_heads, head_size]; key, value: [num_tokens, num_kv_heads, head_size].
     """
 
-    def attend(keys, values, cu_seqlens, max_len, causal, **kwargs):
+    def flash_attention(keys, values, cu_seqlens, max_len, causal, **kwargs):
         return flash_attn_varlen_func(
             q=query,
             k=keys,
@@ -129,9 +131,11 @@ def prefill_attention(
         )
 
     if not plan.pieces:
-        attend(key, value, plan.query_start_loc, plan.max_query_len, True, out=output)
+        flash_attention(key, value, plan.query_start_loc, plan.max_query_len, True, out=output)
         return
-    merged, merged_lse = attend(key, value, plan.query_start_loc, plan.max_query_len, True, return_softmax_lse=True)[:2]
+    merged, merged_lse = flash_attention(
+        key, value, plan.query_start_loc, plan.max_query_len, True, return_softmax_lse=True
+    )[:2]
     keys, values = _workspace(fmt, max(piece.num_tokens for piece in plan.pieces), query)
     for piece in plan.pieces:
         gather_context(
@@ -147,7 +151,7 @@ def prefill_attention(
             window_table,
             max_len=piece.max_len,
         )
-        part, lse = attend(
+        part, lse = flash_attention(
             keys[: piece.num_tokens],
             values[: piece.num_tokens],
             piece.cu_seqlens,

@@ -5,8 +5,6 @@ vLLM has no public hook for any of the three in 0.32; each replaces one function
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu import model_runner
@@ -15,6 +13,7 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm_quantspec.integration.cache.backend import QuantSpecMetadataBuilder
 from vllm_quantspec.integration.cache.window import add_window_specs
 from vllm_quantspec.integration.gpu.speculator import QuantSpecSpeculator
+from vllm_quantspec.integration.startup.replace import replace
 from vllm_quantspec.integration.startup.speculative_config import QuantSpecConfig
 
 
@@ -36,32 +35,33 @@ def set_draft_counts(runner: GPUModelRunner, num_draft_tokens: np.ndarray | None
                 async_tensor_h2d(counts, out=builder.num_unverified)
 
 
-def install() -> None:
-    """Replace the three functions, once per process."""
-    if getattr(GPUModelRunner, "_quantspec_installed", False):
-        return
-    GPUModelRunner._quantspec_installed = True
-
-    get_kv_cache_spec = GPUModelRunner.get_kv_cache_spec
-    prepare_inputs = GPUModelRunner.prepare_inputs
-    init_speculator = model_runner.init_speculator
-
-    @functools.wraps(get_kv_cache_spec)
+def _with_windows(get_kv_cache_spec):
     def get_kv_cache_spec_with_windows(self):
         return add_window_specs(self.vllm_config, get_kv_cache_spec(self))
 
-    @functools.wraps(prepare_inputs)
+    return get_kv_cache_spec_with_windows
+
+
+def _with_draft_counts(prepare_inputs):
     def prepare_inputs_with_draft_counts(self, *args, **kwargs):
         input_batch = prepare_inputs(self, *args, **kwargs)
         set_draft_counts(self, input_batch.num_draft_tokens_per_req)
         return input_batch
 
-    @functools.wraps(init_speculator)
+    return prepare_inputs_with_draft_counts
+
+
+def _with_quantspec(init_speculator):
     def init_quantspec_speculator(vllm_config, device, req_states):
         if isinstance(vllm_config.speculative_config, QuantSpecConfig):
             return QuantSpecSpeculator(vllm_config, device)
         return init_speculator(vllm_config, device, req_states)
 
-    GPUModelRunner.get_kv_cache_spec = get_kv_cache_spec_with_windows
-    GPUModelRunner.prepare_inputs = prepare_inputs_with_draft_counts
-    model_runner.init_speculator = init_quantspec_speculator
+    return init_quantspec_speculator
+
+
+def install() -> None:
+    """Replace the three functions."""
+    replace(GPUModelRunner, "get_kv_cache_spec", _with_windows)
+    replace(GPUModelRunner, "prepare_inputs", _with_draft_counts)
+    replace(model_runner, "init_speculator", _with_quantspec)

@@ -24,7 +24,7 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator import (
     prepare_decode_inputs,
 )
 
-from vllm_quantspec.integration.cache.backend import WINDOW_SUFFIX
+from vllm_quantspec.integration.cache.metadata import WINDOW_SUFFIX
 from vllm_quantspec.integration.draft import weight_updates
 from vllm_quantspec.integration.draft.model import DraftModel, build_configured_draft
 

@@ -1,12 +1,11 @@
 """Hooks into ``EngineArgs``: the word ``quantspec``, and everything that can be refused before anything is loaded.
 
-Three methods are wrapped: ``add_cli_args`` (a bare word beside JSON), ``create_speculative_config`` (our configuration
+Three methods are replaced: ``add_cli_args`` (a bare word beside JSON), ``create_speculative_config`` (our configuration
 class), ``create_engine_config`` (block size and attention backend follow from QuantSpec; checks before and after).
 """
 
 from __future__ import annotations
 
-import functools
 import json
 from typing import Any
 
@@ -17,6 +16,7 @@ from vllm_quantspec.config import METHOD, is_quantspec, parse_options
 from vllm_quantspec.integration.startup import checks
 from vllm_quantspec.integration.startup.backend_name import NAME, quantspec_backend
 from vllm_quantspec.integration.startup.overlap import let_compiled_kernels_overlap
+from vllm_quantspec.integration.startup.replace import replace
 
 
 def extension_path(users_extension: str) -> str:
@@ -70,16 +70,7 @@ def word_or_json(text: str) -> Any:
     return json.loads(text)
 
 
-def install() -> None:
-    """Wrap the three methods, once per process."""
-    if getattr(EngineArgs, "_quantspec_installed", False):
-        return
-    EngineArgs._quantspec_installed = True
-    add_cli_args = EngineArgs.add_cli_args
-    create_speculative_config = EngineArgs.create_speculative_config
-    create_engine_config = EngineArgs.create_engine_config
-
-    @functools.wraps(add_cli_args)
+def _with_bare_word(add_cli_args):
     def add_cli_args_with_word(parser):
         parser = add_cli_args(parser)
         for action in parser._actions:
@@ -89,7 +80,10 @@ def install() -> None:
                 action.choices = [*action.choices, METHOD]
         return parser
 
-    @functools.wraps(create_speculative_config)
+    return add_cli_args_with_word
+
+
+def _with_quantspec(create_speculative_config):
     def create_quantspec_config(self, target_model_config, target_parallel_config):
         if not is_quantspec(self.speculative_config):
             return create_speculative_config(self, target_model_config, target_parallel_config)
@@ -97,7 +91,10 @@ def install() -> None:
 
         return make_config(self.speculative_config, target_model_config, target_parallel_config)
 
-    @functools.wraps(create_engine_config)
+    return create_quantspec_config
+
+
+def _with_checks(create_engine_config):
     def create_checked_engine_config(self, *args, **kwargs) -> VllmConfig:
         uses_quantspec = prepare_args(self)
         config = create_engine_config(self, *args, **kwargs)
@@ -106,6 +103,11 @@ def install() -> None:
             let_compiled_kernels_overlap(config)
         return config
 
-    EngineArgs.add_cli_args = staticmethod(add_cli_args_with_word)
-    EngineArgs.create_speculative_config = create_quantspec_config
-    EngineArgs.create_engine_config = create_checked_engine_config
+    return create_checked_engine_config
+
+
+def install() -> None:
+    """Replace the three methods."""
+    replace(EngineArgs, "add_cli_args", _with_bare_word)
+    replace(EngineArgs, "create_speculative_config", _with_quantspec)
+    replace(EngineArgs, "create_engine_config", _with_checks)
