@@ -32,7 +32,7 @@ def replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
         return
     if before is not None:
         raise RuntimeError(
-            f"quantspec: {full_name} is replaced already, by {before.__module__}.{before.__qualname__}; join the two in one place."
+            f"quantspec: {full_name} is replaced already, by {before.__module__}.{before.__qualname__}; join the two."
         )
     found = inspect.getattr_static(owner, name, None)
     if found is None:
