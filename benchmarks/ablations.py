@@ -40,14 +40,14 @@ def window_start(position: int, group: int, groups: int = 2) -> int:
     return max(0, (position // group - (groups - 1)) * group)
 
 
-def read_quantized(keys: torch.Tensor, values: torch.Tensor, group: int, read: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The full groups of keys and values [heads, tokens, head size], as the "draft" or the "target" reads them."""
+def read_quantized(keys: torch.Tensor, values: torch.Tensor, group: int, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The full groups of keys and values [heads, tokens, head size], read with 4 or 8 bits."""
     heads, tokens, dim = keys.shape
     fmt = PageFormat(heads, dim, group)
     k, v = (x[:, : tokens // group * group].unflatten(1, (-1, group)) for x in (keys, values))
     k_upper, k_lower, k_scale, k_min = quantize_keys(k)
     v_upper, v_lower, v_scale, v_min = quantize_values(v, fmt.value_group_size)
-    if read == "draft":
+    if bits == 4:
         k_lower = v_lower = None
     k = dequantize_keys(k_upper, k_lower, k_scale, k_min)
     v = dequantize_values(v_upper, v_lower, v_scale, v_min)
@@ -113,11 +113,11 @@ class Excerpt:
         model.hidden_states(ids, model.linears, attend=record)
         self.quantized: dict[tuple[int, str], list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
-    def log_probabilities(self, linears: dict, read: str, group: int, groups: int) -> torch.Tensor:
-        """[scored, vocabulary], with ``linears`` and old tokens read as the "draft" or the "target" does."""
-        if (group, read) not in self.quantized:
-            self.quantized = {(group, read): [read_quantized(k, v, group, read) for k, v in self.exact]}  # one: memory
-        old = self.quantized[group, read]
+    def log_probabilities(self, linears: dict, bits: int, group: int, groups: int) -> torch.Tensor:
+        """[scored, vocabulary], with ``linears`` and old tokens read with 4 or 8 bits."""
+        if (group, bits) not in self.quantized:
+            self.quantized = {(group, bits): [read_quantized(k, v, group, bits) for k, v in self.exact]}  # one: memory
+        old = self.quantized[group, bits]
 
         def decode(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             own = k.bfloat16().float(), v.bfloat16().float()
@@ -251,10 +251,10 @@ def main() -> None:
         for ids in (e for text in texts for e in excerpts(text, context, args.excerpts)):
             excerpt = Excerpt(model, torch.tensor(ids, device=device), min(args.scored, context))
             windows = {(v.group, v.window) for v in variants}
-            targets = {w: excerpt.log_probabilities(model.linears, "target", *w) for w in sorted(windows)}
+            targets = {w: excerpt.log_probabilities(model.linears, 8, *w) for w in sorted(windows)}
             for v in variants:
-                read = "draft" if v.kv == "int4" else "target"
-                draft = excerpt.log_probabilities(linears[v.weights], read, v.group, v.window)
+                bits = 4 if v.kv == "int4" else 8
+                draft = excerpt.log_probabilities(linears[v.weights], bits, v.group, v.window)
                 sums[v] += compare(targets[v.group, v.window], draft)
             tokens += min(args.scored, context)
             print(f"{context}: {tokens} positions, {time.perf_counter() - started:.0f} s", flush=True)

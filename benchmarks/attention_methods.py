@@ -220,7 +220,7 @@ def triton(batch, pool):
     return launch
 
 
-def hierarchical(batch, pool, read, plain=False):
+def hierarchical(batch, pool, bits, plain=False):
     from vllm_quantspec.kernels.decode_attention import decode_attention
 
     point, (pages, window) = batch.point, pool
@@ -235,7 +235,7 @@ def hierarchical(batch, pool, read, plain=False):
     tables = batch.pages + 1
 
     def launch(i):
-        arguments = (fmt, pages, window, batch.query, batch.starts, batch.seq_lens, tables[i], window_tables[i], SCALE, read)
+        arguments = (fmt, pages, window, batch.query, batch.starts, batch.seq_lens, tables[i], window_tables[i], SCALE, bits)
         if plain:
             return reference.decode_attention(*arguments)
         # FlashAttention's launches do not overlap with one another either.
@@ -262,8 +262,8 @@ METHODS = {
     "xformers-int4": Method("xformers triton_splitk, int4", "int4-rows", xformers, 0.02, (1,), compiles=True),
     "triton-fp8": Method("vLLM Triton, FP8", "fp8", triton, 0.15, compiles=True),
     "triton-int4": Method("vLLM Triton, int4_per_token_head", "int4-per-token-head", triton, 0.02, (1,), compiles=True),
-    "draft": Method("hierarchical, draft (4 bits)", "quantspec", partial(hierarchical, read="draft"), 0.01, (1,)),
-    "target": Method("hierarchical, target (8 bits)", "quantspec", partial(hierarchical, read="target"), 0.01),
+    "draft": Method("hierarchical, draft (4 bits)", "quantspec", partial(hierarchical, bits=4), 0.01, (1,)),
+    "target": Method("hierarchical, target (8 bits)", "quantspec", partial(hierarchical, bits=8), 0.01),
 }
 
 

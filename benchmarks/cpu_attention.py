@@ -102,9 +102,9 @@ class Problem:
         )
         return output
 
-    def decode(self, read: str, kernel=cpu_decode.decode_attention) -> torch.Tensor:
+    def decode(self, bits: int, kernel=cpu_decode.decode_attention) -> torch.Tensor:
         caches = (self.fmt, self.pages, self.window, self.query, self.query_start_loc, self.seq_lens)
-        return kernel(*caches, self.block_table, self.window_table, self.scale, read)
+        return kernel(*caches, self.block_table, self.window_table, self.scale, bits)
 
     def prefill(self) -> torch.Tensor:
         own = (self.query, self.key[0, self.own], self.value[0, self.own], self.seq_len)
@@ -133,12 +133,12 @@ def run(context: int, seconds: float) -> list[dict]:
     for num_heads, kv_heads, batch, tokens in DECODE:
         problem = Problem(num_heads, kv_heads, batch, context, tokens)
         exact = problem.vllm().float()
-        error = (problem.decode("target").float() - exact).abs().max() / exact.abs().max()
+        error = (problem.decode(8).float() - exact).abs().max() / exact.abs().max()
         assert error < 0.05, f"decode_attention and vLLM disagree: {error}"
         calls = {"vllm_bf16": problem.vllm}
         for prefix, kernel in (("", cpu_decode.decode_attention), ("reference_", reference.decode_attention)):
-            for read in ("draft", "target"):
-                calls[prefix + read] = lambda read=read, p=problem, kernel=kernel: p.decode(read, kernel)
+            for name, bits in (("draft", 4), ("target", 8)):
+                calls[prefix + name] = lambda bits=bits, p=problem, kernel=kernel: p.decode(bits, kernel)
         shape = {"kind": "decode", "heads": f"{num_heads}/{kv_heads}", "batch": batch, "context": context}
         rows.append({**shape, "tokens": tokens, **measure(calls, seconds)})
         show(rows[-1])

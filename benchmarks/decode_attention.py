@@ -20,23 +20,24 @@ RESULTS = Path(__file__).parent / "results" / "decode_attention"
 DEVICE = "cuda"
 BETWEEN = 256 << 20  # bytes read between two reads of one page
 
-# read, query tokens, query heads, KV heads, lengths, must reach, aim
+# bits read of each code, query tokens, query heads, KV heads, lengths, must reach, aim
 UNEVEN = [131072, 65536, 32768, 16384, 8192, 8192, 4096, 4096, 2048, 2048, 1024, 1024, 512, 512, 256, 100]
+READER = {4: "draft", 8: "target"}
 ROWS = [
-    ("draft", 1, 32, 8, [131072], 2.5, 3.3),
-    ("draft", 1, 32, 32, [131072], 2.8, 3.3),
-    ("draft", 1, 32, 8, [32768], 2.2, 3.0),
-    ("draft", 1, 32, 8, [32768] * 8, 2.6, 3.3),
-    ("draft", 1, 32, 8, [8192], None, None),
-    ("draft", 1, 32, 8, [8192] * 8, None, None),
-    ("draft", 1, 32, 8, UNEVEN, None, None),
-    ("draft", 1, 32, 8, [2048] * 64, None, None),
-    ("target", 5, 32, 8, [131072], 1.4, 1.8),
-    ("target", 5, 32, 8, [32768], None, None),
-    ("target", 5, 32, 8, [32768] * 8, None, None),
-    ("target", 5, 32, 32, [131072], None, None),
-    ("target", 1, 32, 8, [131072], None, None),
-    ("target", 1, 32, 8, [32768] * 8, None, None),
+    (4, 1, 32, 8, [131072], 2.5, 3.3),
+    (4, 1, 32, 32, [131072], 2.8, 3.3),
+    (4, 1, 32, 8, [32768], 2.2, 3.0),
+    (4, 1, 32, 8, [32768] * 8, 2.6, 3.3),
+    (4, 1, 32, 8, [8192], None, None),
+    (4, 1, 32, 8, [8192] * 8, None, None),
+    (4, 1, 32, 8, UNEVEN, None, None),
+    (4, 1, 32, 8, [2048] * 64, None, None),
+    (8, 5, 32, 8, [131072], 1.4, 1.8),
+    (8, 5, 32, 8, [32768], None, None),
+    (8, 5, 32, 8, [32768] * 8, None, None),
+    (8, 5, 32, 32, [131072], None, None),
+    (8, 1, 32, 8, [131072], None, None),
+    (8, 1, 32, 8, [32768] * 8, None, None),
 ]
 
 
@@ -70,13 +71,13 @@ def random_cache(fmt, lengths, sets):
     return pages, window, tables
 
 
-def page_reads(fmt, lengths, query_len, read):
+def page_reads(fmt, lengths, query_len, bits):
     """Bytes that must be read: pages below each boundary, window, query; and what BF16 attention reads."""
     token = fmt.num_kv_heads * 2 * fmt.head_size * 2
     ours = 0
     for n in lengths:
         exact_from = max(0, ((n - query_len) // fmt.group_size - 1) * fmt.group_size)
-        ours += exact_from * fmt.bytes_per_token(read) + (n - exact_from) * token
+        ours += exact_from * fmt.bytes_per_token(bits) + (n - exact_from) * token
     return ours, sum(lengths) * token
 
 
@@ -90,8 +91,8 @@ def prepare(fmt, row):
     """A function (launch configuration or None) that launches once per set of pages, and the number of sets."""
     from vllm_quantspec.kernels.decode_attention import decode_attention
 
-    read, query_len, query_heads, _, lengths, *_ = row
-    ours, _ = page_reads(fmt, lengths, query_len, read)
+    bits, query_len, query_heads, _, lengths, *_ = row
+    ours, _ = page_reads(fmt, lengths, query_len, bits)
     sets = min(32, -(-BETWEEN // int(ours)) + 1)
     pages, window, tables = random_cache(fmt, lengths, sets)
     query = torch.randn(len(lengths) * query_len, query_heads, fmt.head_size, dtype=fmt.dtype, device=DEVICE)
@@ -102,7 +103,7 @@ def prepare(fmt, row):
     def run(configuration=None):
         for table, window_table in tables:
             decode_attention(
-                fmt, pages, window, query, starts, seq_lens, table, window_table, fmt.head_size**-0.5, read,
+                fmt, pages, window, query, starts, seq_lens, table, window_table, fmt.head_size**-0.5, bits,
                 max_query_len=query_len, out=out, warps_and_stages=configuration, overlap=False,
             )  # fmt: skip
 
@@ -113,7 +114,7 @@ def flash_attention_time(fmt, row, block_size):
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
     _, query_len, query_heads, heads, lengths, *_ = row
-    _, read_bytes = page_reads(fmt, lengths, query_len, "draft")
+    _, read_bytes = page_reads(fmt, lengths, query_len, 4)
     sets = min(32, -(-BETWEEN // read_bytes) + 1)
     counts = [-(-n // block_size) for n in lengths]
     shape = (sum(counts) * sets, block_size, heads, fmt.head_size)
@@ -151,9 +152,9 @@ def copy_bandwidth():
 
 
 def name_of(row):
-    read, query_len, query_heads, heads, lengths, *_ = row
+    bits, query_len, query_heads, heads, lengths, *_ = row
     size = f"{lengths[0] // 1024}k" if len(set(lengths)) == 1 else "uneven"
-    return f"{read} q{query_len} {query_heads}/{heads} {size} batch {len(lengths)}"
+    return f"{READER[bits]} q{query_len} {query_heads}/{heads} {size} batch {len(lengths)}"
 
 
 def plot(results):

@@ -59,7 +59,7 @@ def pool_tokens(heads, methods, free_bytes):
 def bytes_read(method, point, query_tokens):
     if METHODS[method].format == "quantspec":
         fmt = PageFormat(point.heads, DIM, PAGE)
-        return int(page_reads(fmt, [point.length] * point.requests, query_tokens, method)[0])
+        return int(page_reads(fmt, [point.length] * point.requests, query_tokens, 4 if method == "draft" else 8)[0])
     return point.tokens * point.heads * FORMATS[METHODS[method].format].bytes_per_token
 
 

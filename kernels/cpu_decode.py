@@ -19,7 +19,7 @@ import numba as nb
 import numpy as np
 import torch
 
-from vllm_quantspec.format import PageFormat
+from vllm_quantspec.format import PageFormat, check_bits
 from vllm_quantspec.kernels import reference
 
 # vLLM binds the thread that runs the model to one core; the others of this process are for the helpers below.
@@ -438,10 +438,10 @@ def run_decode(
     window: torch.Tensor,
     query: torch.Tensor,
     softmax_scale: float,
-    read: str,
+    bits: int,
 ) -> torch.Tensor:
     """One layer of a planned step; see `decode_attention`."""
-    reference.check_read(read)
+    check_bits(bits)
     heads, dim, num_reqs, steps = fmt.num_kv_heads, fmt.head_size, len(plan.row_counts), plan.steps
     per_head, num_tokens = query.shape[1] // heads, len(plan.requests)
     rows = steps * per_head
@@ -472,7 +472,7 @@ def run_decode(
         dim,
         fmt.value_group_size,
         fmt.window_block_size,
-        read == "target",
+        bits == 8,
         maximum,
         total,
         output,
@@ -496,11 +496,11 @@ def decode_attention(
     block_table: torch.Tensor,
     window_block_table: torch.Tensor,
     softmax_scale: float,
-    read: str,
+    bits: int,
 ) -> torch.Tensor:
     """Arguments and result as of `reference.decode_attention`; tensors are on the CPU."""
     plan = plan_decode(fmt, query_start_loc, seq_lens, block_table, window_block_table, query.shape[1])
-    return run_decode(fmt, plan, pages, window, query, softmax_scale, read)
+    return run_decode(fmt, plan, pages, window, query, softmax_scale, bits)
 
 
 @cache
@@ -511,5 +511,5 @@ def warm_up() -> None:
     window = torch.zeros(2, 1, fmt.window_block_size, 2 * 64, dtype=fmt.dtype)
     pages = torch.zeros(2, 1, fmt.head_bytes, dtype=torch.uint8)
     starts, lengths = torch.tensor([0, 1]), torch.tensor([130])
-    for read in ("draft", "target"):
-        decode_attention(fmt, pages, window, torch.ones(1, 1, 64), starts, lengths, blocks, blocks.repeat(1, 4), 1.0, read)
+    for bits in (4, 8):
+        decode_attention(fmt, pages, window, torch.ones(1, 1, 64), starts, lengths, blocks, blocks.repeat(1, 4), 1.0, bits)

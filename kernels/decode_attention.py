@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from vllm_quantspec.format import PageFormat
+from vllm_quantspec.format import PageFormat, check_bits
 from vllm_quantspec.kernels import nvrtc
 
 SOURCE = Path(__file__).with_suffix(".cu")
@@ -40,7 +40,7 @@ def decode_attention(
     block_table: torch.Tensor,
     window_block_table: torch.Tensor,
     softmax_scale: float,
-    read: str,
+    bits: int,
     *,
     max_query_len: int,
     out: torch.Tensor | None = None,
@@ -53,7 +53,7 @@ def decode_attention(
     shapes. Run once with the same shapes before capturing.
 
     The launch may begin under the end of the kernel launched before it. That kernel may write the window, as
-    ``cache_update.store`` does, and pages if ``read`` is "target", as ``quantize`` does, but no query, length or table.
+    ``cache_update.store`` does, and pages if ``bits`` is 8, as ``quantize`` does, but no query, length or table.
 
     Args:
         pages: uint8 [num_blocks, H, head_bytes], 16-byte aligned; the strides of blocks and heads are free.
@@ -63,7 +63,7 @@ def decode_attention(
         seq_lens: int32 [R], lengths that include the step's own tokens.
         block_table: int32 [R, any], page ids; entry = position // G.
         window_block_table: int32 [R, any], window block ids; entry = position // W.
-        read: "draft" reads the upper codes of pages, "target" both.
+        bits: of each code that are read: 4 reads the upper codes of pages, 8 both.
         max_query_len: no request has more query tokens than this.
         out: [T, Hq, D] like query; rows outside query_start_loc are left as they are.
         warps_and_stages: overrides the launch configuration, for tuning.
@@ -78,13 +78,12 @@ def decode_attention(
     """
     out = torch.empty_like(query) if out is None else out
     per_head = _check(
-        fmt, pages, window, query, query_start_loc, seq_lens, block_table, window_block_table, read, max_query_len, out
+        fmt, pages, window, query, query_start_loc, seq_lens, block_table, window_block_table, bits, max_query_len, out
     )
     tiles, passes = row_tiles(fmt.head_size, max_query_len * per_head)
     device = query.device.index
     with torch.cuda.device(device):
-        code_bits = 4 if read == "draft" else 8
-        kernel, warps, sizes = _kernel(fmt, code_bits, per_head, tiles, passes, device, warps_and_stages, overlap)
+        kernel, warps, sizes = _kernel(fmt, bits, per_head, tiles, passes, device, warps_and_stages, overlap)
         requests = seq_lens.shape[0]
         partial, spill, arrived = _workspace(device, *sizes, 2 * requests * fmt.num_kv_heads * passes)
         params = _Params(
@@ -101,10 +100,9 @@ def decode_attention(
 
 
 def _check(
-    fmt, pages, window, query, query_start_loc, seq_lens, block_table, window_block_table, read, max_query_len, out
+    fmt, pages, window, query, query_start_loc, seq_lens, block_table, window_block_table, bits, max_query_len, out
 ) -> int:
-    if read not in ("draft", "target"):
-        raise ValueError(f'read must be "draft" or "target", got {read!r}.')
+    check_bits(bits)
     if fmt.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"decode_attention reads bfloat16 or float16 windows, got {fmt.dtype}.")
     heads, dim, requests = fmt.num_kv_heads, fmt.head_size, seq_lens.shape[0]
@@ -143,9 +141,9 @@ def _check(
 # --- Compiling --------------------------------------------------------------------------------------------------------
 
 
-def _bytes_per_warp(fmt: PageFormat, code_bits: int, tiles: int, stages: int) -> int:
+def _bytes_per_warp(fmt: PageFormat, bits: int, tiles: int, stages: int) -> int:
     """Shared memory of one warp: as in the kernel, its ring and its query fragments."""
-    dim, planes = fmt.head_size, code_bits // 4
+    dim, planes = fmt.head_size, bits // 4
     stage = planes * 32 * dim + 128 * fmt.num_value_groups + 4 * dim
     return max(stages * stage, 32 * (4 * dim + 16), 32 * tiles * (dim + 4)) + 16 * dim * tiles
 
@@ -162,11 +160,11 @@ def _static_bytes(warps: int, tiles: int) -> int:
     return 5632 + warps * (768 + 160 * tiles)
 
 
-def _configuration(fmt: PageFormat, code_bits: int, tiles: int, shared_bytes: int) -> tuple[int, int]:
+def _configuration(fmt: PageFormat, bits: int, tiles: int, shared_bytes: int) -> tuple[int, int]:
     """Warps per CTA (one CTA per multiprocessor), as many as registers allow, and the ring stages that fit."""
     for warps in (8, 4, 2, 1):
         for stages in (3, 2):
-            if warps * _bytes_per_warp(fmt, code_bits, tiles, stages) <= shared_bytes - _static_bytes(warps, tiles):
+            if warps * _bytes_per_warp(fmt, bits, tiles, stages) <= shared_bytes - _static_bytes(warps, tiles):
                 return warps, stages
     raise RuntimeError(f"decode_attention needs more shared memory than this GPU has for head size {fmt.head_size}.")
 
@@ -174,7 +172,7 @@ def _configuration(fmt: PageFormat, code_bits: int, tiles: int, shared_bytes: in
 @cache
 def _kernel(
     fmt: PageFormat,
-    code_bits: int,
+    bits: int,
     query_group: int,
     tiles: int,
     passes: int,
@@ -187,13 +185,13 @@ def _kernel(
     if (properties.major, properties.minor) < MIN_CAPABILITY:
         raise RuntimeError(f"decode_attention needs compute capability 8.0 or newer, {properties.name} has less.")
     optin = properties.shared_memory_per_block_optin
-    warps, stages = warps_and_stages or _configuration(fmt, code_bits, tiles, optin)
+    warps, stages = warps_and_stages or _configuration(fmt, bits, tiles, optin)
     macros = {
         "HEAD_SIZE": fmt.head_size,
         "GROUP_SIZE": fmt.group_size,
         "VALUE_GROUP_SIZE": fmt.value_group_size,
         "WINDOW_BLOCK": fmt.window_block_size,
-        "CODE_BITS": code_bits,
+        "CODE_BITS": bits,
         "QUERY_GROUP": query_group,
         "ROW_TILES": tiles,
         "PASSES": passes,
@@ -201,7 +199,7 @@ def _kernel(
         "STAGES": stages,
         "IS_BF16": int(fmt.dtype == torch.bfloat16),
     }
-    shared_bytes = warps * _bytes_per_warp(fmt, code_bits, tiles, stages)
+    shared_bytes = warps * _bytes_per_warp(fmt, bits, tiles, stages)
     grid, rows = properties.multi_processor_count, 8 * tiles
     kernel = nvrtc.load(
         SOURCE, macros, device, grid=(grid, 1), threads=32 * warps, shared_bytes=shared_bytes, overlap=overlap

@@ -6,7 +6,7 @@ the device, and the grid depends on shapes and host integers only.
 
 import torch
 
-from vllm_quantspec.format import PageFormat
+from vllm_quantspec.format import PageFormat, check_bits
 from vllm_quantspec.kernels.cache_update import (
     check_device,
     check_int32,
@@ -36,7 +36,7 @@ def gather_context(
     window_block_table: torch.Tensor,
     *,
     max_len: int,
-    read: str = "target",
+    bits: int = 8,
 ) -> None:
     """Write a piece of each request's context to its rows cu_seqlens[r] to cu_seqlens[r+1] of out_key and out_value.
 
@@ -54,14 +54,13 @@ def gather_context(
         block_table: int32 [R, any], page ids; entry = position // G.
         window_block_table: int32 [R, any], window block ids; entry = position // W, 0 = no block.
         max_len: no piece is longer than this.
-        read: "draft" reads the upper codes of pages, "target" both.
+        bits: of each code that are read: 4 reads the upper codes of pages, 8 both.
 
     Raises:
         ValueError: if an argument does not fit the above.
         RuntimeError: where Triton is not installed.
     """
-    if read not in ("draft", "target"):
-        raise ValueError(f'read must be "draft" or "target", got {read!r}.')
+    check_bits(bits)
     if max_len < 1:
         raise ValueError(f"max_len must be at least 1, got {max_len}.")
     check_pages(fmt, pages)
@@ -110,7 +109,7 @@ def gather_context(
         W=fmt.window_block_size,
         VG=fmt.value_group_size,
         DP=power_of_two(dim),
-        TARGET=read == "target",
+        CODE_BITS=bits,
         UNITS=UNITS,
         num_warps=WARPS,
     )
@@ -124,7 +123,7 @@ def _float(codes):
 
 @jit
 def _load_codes(
-    upper, D: tl.constexpr, DP: tl.constexpr, DRAFT_BYTES: tl.constexpr, TARGET: tl.constexpr, UNITS: tl.constexpr
+    upper, D: tl.constexpr, DP: tl.constexpr, DRAFT_BYTES: tl.constexpr, CODE_BITS: tl.constexpr, UNITS: tl.constexpr
 ):
     """Codes uint8 [UNITS, DP/32, g, t, y, e, par, b] of UNITS rows (keys) or columns (values) of tiles at `upper`."""
     byte = tl.arange(0, UNITS * DP * 16)
@@ -135,7 +134,7 @@ def _load_codes(
         at = upper + byte // (DP * 16) * (D * 16) + byte % (DP * 16)
         mask = byte % (DP * 16) < D * 16
     u = tl.load(at, mask=mask, other=0)
-    if TARGET:
+    if CODE_BITS == 8:
         w = tl.load(at + DRAFT_BYTES, mask=mask, other=0)
         codes = tl.join((u << 4) | (w & 15), (u & 0xF0) | (w >> 4))
     else:
@@ -144,10 +143,10 @@ def _load_codes(
 
 
 @jit
-def _factor_and_offset(scales, minima, TARGET: tl.constexpr):
+def _factor_and_offset(scales, minima, CODE_BITS: tl.constexpr):
     s = tl.load(scales).to(tl.float32)
     z = tl.load(minima).to(tl.float32)
-    if TARGET:  # codes are 16 * upper + lower + 8
+    if CODE_BITS == 8:  # codes are 16 * upper + lower + 8
         z = z - s * 0.5
         s = s * 0.0625
     return s, z
@@ -166,7 +165,7 @@ def _gather_keys(
     DP: tl.constexpr,
     G: tl.constexpr,
     DRAFT_BYTES: tl.constexpr,
-    TARGET: tl.constexpr,
+    CODE_BITS: tl.constexpr,
     UNITS: tl.constexpr,
 ):
     TOKENS: tl.constexpr = 32 * UNITS
@@ -174,10 +173,10 @@ def _gather_keys(
     # channel = s*16 + h*8 + t*2 + e, stored as [t][s][h][e]
     at = channel // 2 % 4 * (D // 4) + channel // 16 * 4 + channel // 8 % 2 * 2 + channel % 2
     at = (head_page + G * D).to(tl.pointer_type(tl.float16)) + tl.where(channel < D, at, 0)
-    s, z = _factor_and_offset(at, at + D, TARGET)
+    s, z = _factor_and_offset(at, at + D, CODE_BITS)
     for unit in range(0, G // TOKENS):
         position = page * G + unit * TOKENS + tl.arange(0, TOKENS)
-        codes = _load_codes(head_page + unit * (TOKENS * D // 2), D, DP, DRAFT_BYTES, TARGET, UNITS)
+        codes = _load_codes(head_page + unit * (TOKENS * D // 2), D, DP, DRAFT_BYTES, CODE_BITS, UNITS)
         # (n, j, g, t, y, e, par, b) -> (n, y, g, j, par, b, t, e)
         codes = tl.reshape(tl.permute(codes, (0, 4, 2, 1, 6, 7, 3, 5)), (TOKENS, DP))
         x = _float(codes) * s + z
@@ -200,7 +199,7 @@ def _gather_values(
     G: tl.constexpr,
     VG: tl.constexpr,
     DRAFT_BYTES: tl.constexpr,
-    TARGET: tl.constexpr,
+    CODE_BITS: tl.constexpr,
     UNITS: tl.constexpr,
 ):
     TOKENS: tl.constexpr = 32 * UNITS
@@ -212,8 +211,8 @@ def _gather_values(
         at = (token // 2 % 4 * (G // 4) + token // 16 * 4 + token // 8 % 2 * 2 + token % 2)[:, None]
         if VG < D:
             at = tl.where(channel < D, at + channel // VG * G, 0)
-        s, z = _factor_and_offset(scales + at, scales + at + D // VG * G, TARGET)
-        codes = _load_codes(head_page + (G + unit * TOKENS) * D // 2, D, DP, DRAFT_BYTES, TARGET, UNITS)
+        s, z = _factor_and_offset(scales + at, scales + at + D // VG * G, CODE_BITS)
+        codes = _load_codes(head_page + (G + unit * TOKENS) * D // 2, D, DP, DRAFT_BYTES, CODE_BITS, UNITS)
         # (n, dq, g, t, y, e, par, b) -> (n, par, b, t, e, dq, y, g)
         codes = tl.reshape(tl.permute(codes, (0, 6, 7, 3, 5, 1, 4, 2)), (TOKENS, DP))
         x = _float(codes) * s + z
@@ -254,7 +253,7 @@ def _gather(
     W: tl.constexpr,
     VG: tl.constexpr,
     DP: tl.constexpr,
-    TARGET: tl.constexpr,
+    CODE_BITS: tl.constexpr,
     UNITS: tl.constexpr,
 ):
     DRAFT_BYTES: tl.constexpr = G * D + 4 * D + 4 * G * (D // VG)
@@ -286,10 +285,10 @@ def _gather(
     row_zero = row_start - begin  # where position 0 would be
     if page * G < boundary:
         if is_value == 0:
-            _gather_keys(head_page, out, out_stride, row_zero, page, begin, old_end, D, DP, G, DRAFT_BYTES, TARGET, UNITS)
+            _gather_keys(head_page, out, out_stride, row_zero, page, begin, old_end, D, DP, G, DRAFT_BYTES, CODE_BITS, UNITS)
         else:
             _gather_values(
-                head_page, out, out_stride, row_zero, page, begin, old_end, D, DP, G, VG, DRAFT_BYTES, TARGET, UNITS
+                head_page, out, out_stride, row_zero, page, begin, old_end, D, DP, G, VG, DRAFT_BYTES, CODE_BITS, UNITS
             )
 
     if page * G + G > boundary:

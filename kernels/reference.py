@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from vllm_quantspec.format import (
     PageFormat,
+    check_bits,
     pack_key_codes,
     pack_value_codes,
     permute_scales,
@@ -33,11 +34,6 @@ CHUNK_BYTES = 2 << 20
 PREFILL_PADDING, CONTEXT_PADDING = 64, 256
 # Attention scores that one block of `prefill_attention` may hold, in elements of one query head.
 PREFILL_SCORES = 1 << 25
-
-
-def check_read(read: str) -> None:
-    if read not in ("draft", "target"):
-        raise ValueError(f'read must be "draft" or "target", got {read!r}.')
 
 
 # --- The window -------------------------------------------------------------------------------------------------------
@@ -107,19 +103,19 @@ def quantize_pages(
 
 
 def dequantize_pages(
-    fmt: PageFormat, pages: torch.Tensor, page_ids: torch.Tensor, read: str, dtype: torch.dtype
+    fmt: PageFormat, pages: torch.Tensor, page_ids: torch.Tensor, bits: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values [n, G, H, D] of the pages `page_ids` [n], as the draft or the target reads them."""
-    check_read(read)
+    """Keys and values [n, G, H, D] of the pages `page_ids` [n], bits with 4 or 8 `bits`."""
+    check_bits(bits)
     data = pages.view(torch.int64)[page_ids].view(torch.uint8)
     k_scale, k_min = (unpermute_scales(fmt.field(data, name)).float() for name in ("k_scale", "k_min"))
     v_scale, v_min = (unpermute_value_scales(fmt.field(data, name), fmt.group_size).float() for name in ("v_scale", "v_min"))
-    if read == "target":
+    if bits == 8:
         # As in `_scales`: one multiplication for both halves of the code.
         k_scale, k_min = k_scale / 16, k_min - k_scale / 2
         v_scale, v_min = v_scale / 16, v_min - v_scale / 2
-    keys = torch.addcmul(k_min[..., None, :], _codes(fmt, data, "k", read), k_scale[..., None, :])
-    values = _codes(fmt, data, "v", read).unflatten(-1, (fmt.num_value_groups, -1))
+    keys = torch.addcmul(k_min[..., None, :], _codes(fmt, data, "k", bits), k_scale[..., None, :])
+    values = _codes(fmt, data, "v", bits).unflatten(-1, (fmt.num_value_groups, -1))
     values = torch.addcmul(v_min[..., None], values, v_scale[..., None]).flatten(-2)
     return keys.to(dtype).transpose(1, 2), values.to(dtype).transpose(1, 2)
 
@@ -135,11 +131,11 @@ def _code_order(kind: str, group_size: int, head_size: int, device: torch.device
     return order.permute((1, 5, 3, 2, 7, 0, 4, 6) if kind == "k" else (1, 7, 0, 4, 6, 2, 5, 3)).flatten()
 
 
-def _codes(fmt: PageFormat, data: torch.Tensor, kind: str, read: str) -> torch.Tensor:
+def _codes(fmt: PageFormat, data: torch.Tensor, kind: str, bits: int) -> torch.Tensor:
     """Codes fp32 [n, H, G, D] of the keys or values ("k", "v") of pages `data`: U or 16*U + L + 8."""
     upper = fmt.field(data, kind + "_upper")
     even, odd = upper & 15, upper >> 4
-    if read == "target":
+    if bits == 8:
         lower = fmt.field(data, kind + "_lower")
         even, odd = even * 16 + (lower & 15), odd * 16 + (lower >> 4)
     codes = torch.cat((even, odd), dim=-1)
@@ -164,13 +160,13 @@ def _scale_order(length: int, device: torch.device) -> torch.Tensor:
     return torch.arange(length, device=device).view(4, -1, 2, 2, 2).permute(3, 1, 0, 4, 2).flatten()
 
 
-def _scales(fmt: PageFormat, data: torch.Tensor, kind: str, read: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _scales(fmt: PageFormat, data: torch.Tensor, kind: str, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Factor and offset fp32 of the codes of `_field_rows`: keys' [n, H, D], values' [n, H, value groups, G]."""
     shape = (fmt.head_size,) if kind == "k" else (fmt.num_value_groups, fmt.group_size)
     stored = [fmt.field(data, kind + name).unflatten(-1, shape).float() for name in ("_scale", "_min")]
     order = _scale_order(shape[-1], data.device)
     scale, minimum = (x.gather(-1, order.expand(x.shape)) for x in stored)
-    if read == "draft":
+    if bits == 4:
         return scale, minimum
     return scale / 16, minimum - scale / 2  # 8 steps of scale / 16: the lower codes are stored + 8
 
@@ -192,7 +188,7 @@ def _value_words(group_size: int, head_size: int, device: torch.device) -> torch
 
 
 def _field_rows(
-    fmt: PageFormat, data: torch.Tensor, kind: str, order: torch.Tensor, read: str, scratch: torch.Tensor
+    fmt: PageFormat, data: torch.Tensor, kind: str, order: torch.Tensor, bits: int, scratch: torch.Tensor
 ) -> torch.Tensor:
     """Codes fp32 [n, H, G*D] of the keys or values ("k", "v") of pages `data` [n, H, bytes].
 
@@ -203,7 +199,7 @@ def _field_rows(
     upper = _gather_words(fmt.field(data, kind + "_upper"), order)
     nibbles, high_nibbles = 0x0F0F0F0F, -0x0F0F0F10
     columns = fmt.head_size if kind == "k" else fmt.group_size
-    if read == "draft":
+    if bits == 4:
         even, odd = upper & nibbles, (upper >> 4).bitwise_and_(nibbles)
     else:
         lower = _gather_words(fmt.field(data, kind + "_lower"), order)
@@ -262,7 +258,7 @@ def decode_attention(
     block_table: torch.Tensor,
     window_block_table: torch.Tensor,
     softmax_scale: float,
-    read: str,
+    bits: int,
 ) -> torch.Tensor:
     """Causal attention of a few query tokens per request; the step's own keys and values are in the window already.
 
@@ -272,12 +268,12 @@ def decode_attention(
         seq_lens: [R], lengths that include the step's own tokens.
         block_table: [R, any], page ids; entry = position // G.
         window_block_table: [R, any], window block ids; entry = position // W.
-        read: "draft" reads the upper codes of pages, "target" both.
+        bits: of each code that are read: 4 reads the upper codes of pages, 8 both.
 
     Returns:
         [T, Hq, D] in the query's dtype.
     """
-    check_read(read)
+    check_bits(bits)
     device, heads, dim = query.device, fmt.num_kv_heads, fmt.head_size
     per_head = query.shape[1] // heads
     query_lens = query_start_loc.diff()
@@ -299,7 +295,7 @@ def decode_attention(
 
     acc = _SoftmaxSum(q.shape[:3], dim, device)
     _add_window(acc, fmt, window, window_block_table, q, *per_row, query_lens > 0)
-    _add_pages(acc, fmt, pages, block_table, q, per_row[1], read)
+    _add_pages(acc, fmt, pages, block_table, q, per_row[1], bits)
     output = acc.result().unflatten(2, (rows, per_head)).transpose(1, 2)  # [R, rows, H, per_head, D]
     result = torch.zeros_like(query)
     result[: len(requests)] = output[requests, offsets].flatten(1, 2).to(query.dtype)
@@ -335,7 +331,7 @@ def _add_window(acc, fmt, window, window_block_table, q, positions, boundary, ac
         acc.add(r, scores, lambda probs, values=values: probs @ values)
 
 
-def _add_pages(acc, fmt, pages, block_table, q, boundary, read) -> None:
+def _add_pages(acc, fmt, pages, block_table, q, boundary, bits) -> None:
     """Pages below each row's boundary [R, M]; q [R, H, M, D]."""
     group, dim, device = fmt.group_size, fmt.head_size, q.device
     count = (boundary[:, -1] + group - 1) // group
@@ -346,34 +342,34 @@ def _add_pages(acc, fmt, pages, block_table, q, boundary, read) -> None:
     partial = (blocks + 1) * group > boundary[requests, 0]  # pages that the first row does not read whole
     tokens = _column_order(group, device)
     q_columns = q[..., _column_order(dim, device)]
-    data_bytes = fmt.draft_bytes if read == "draft" else fmt.head_bytes
+    data_bytes = fmt.draft_bytes if bits == 4 else fmt.head_bytes
     chunk = max(1, CHUNK_BYTES // (fmt.num_kv_heads * group * dim * 4))
     scratch = torch.empty(min(chunk, len(requests)) * fmt.num_kv_heads * group * dim, device=device)
     for i in range(0, len(requests), chunk):
         r = requests[i : i + chunk]
         data = pages[..., :data_bytes].view(torch.int64)[ids[i : i + chunk]].view(torch.uint8)
-        scores = _page_scores(fmt, data, q_columns[r], read, scratch)
+        scores = _page_scores(fmt, data, q_columns[r], bits, scratch)
         if partial[i : i + chunk].any():
             token = blocks[i : i + chunk, None] * group + tokens
             scores.masked_fill_((token[:, None, :] >= boundary[r][..., None])[:, None], -torch.inf)
-        acc.add(r, scores, lambda probs, data=data: _page_sum(fmt, data, probs, read, scratch))
+        acc.add(r, scores, lambda probs, data=data: _page_sum(fmt, data, probs, bits, scratch))
 
 
-def _page_scores(fmt, data, q, read, scratch):
+def _page_scores(fmt, data, q, bits, scratch):
     """q [n, H, M, D] in `_column_order` . keys of pages -> [n, H, M, G], tokens in `_column_order`."""
     order = _key_words(fmt.group_size, fmt.head_size, data.device)
-    codes = _field_rows(fmt, data, "k", order, read, scratch).unflatten(-1, (fmt.group_size, fmt.head_size))
-    scale, offset = _scales(fmt, data, "k", read)
+    codes = _field_rows(fmt, data, "k", order, bits, scratch).unflatten(-1, (fmt.group_size, fmt.head_size))
+    scale, offset = _scales(fmt, data, "k", bits)
     scores = (q * scale[:, :, None]) @ codes.transpose(-1, -2)
     return scores.add_(q @ offset[..., None])
 
 
-def _page_sum(fmt, data, probs, read, scratch):
+def _page_sum(fmt, data, probs, bits, scratch):
     """probs [n, H, M, G], tokens in `_column_order`, . values of pages -> [n, H, M, D]."""
     group, value_groups = fmt.group_size, fmt.num_value_groups
     order = _value_words(group, fmt.head_size, data.device)
-    codes = _field_rows(fmt, data, "v", order, read, scratch).unflatten(-1, (value_groups, -1, group))
-    scale, offset = _scales(fmt, data, "v", read)
+    codes = _field_rows(fmt, data, "v", order, bits, scratch).unflatten(-1, (value_groups, -1, group))
+    scale, offset = _scales(fmt, data, "v", bits)
     probs = probs[:, :, None]  # [n, H, 1, M, G] against [n, H, value groups, ...]
     output = (probs * scale[..., None, :]) @ codes.transpose(-1, -2)
     output = output.add_(probs @ offset[..., None])
@@ -418,7 +414,7 @@ def prefill_attention(
         values.insert(0, exact[..., fmt.head_size :])
     if start > 0:
         ids = block_table_row[: -(-start // fmt.group_size)]
-        old_keys, old_values = dequantize_pages(fmt, pages, ids, "target", dtype)
+        old_keys, old_values = dequantize_pages(fmt, pages, ids, 8, dtype)
         keys.insert(0, old_keys.flatten(0, 1)[:start])
         values.insert(0, old_values.flatten(0, 1)[:start])
     keys, values = (torch.cat(x).transpose(0, 1) for x in (keys, values))  # [H, S, D]

@@ -319,7 +319,7 @@ class Context:
         self.max_len = max(1, *lengths)
         self.starts, self.first = (torch.tensor([row[i] for row in rows], dtype=torch.int32) for i in (1, 0))
 
-    def expect(self, read, dtype):
+    def expect(self, bits, dtype):
         heads, dim, size = self.fmt.num_kv_heads, self.fmt.head_size, self.fmt.window_block_size
         keys, values = (torch.full((int(self.cu_seqlens[-1]) + 2, heads, dim), 7.0, dtype=dtype) for _ in range(2))
         for r, (first, begin, end, _) in enumerate(self.rows):
@@ -331,7 +331,7 @@ class Context:
             if begin < min(boundary, end):
                 ids = self.batch.block_table[r, : -(-min(boundary, end) // self.fmt.group_size)].long()
                 pages = self.batch.pages.contiguous()
-                old = reference.dequantize_pages(self.fmt, pages, ids, read, torch.float32)
+                old = reference.dequantize_pages(self.fmt, pages, ids, bits, torch.float32)
                 for out, x in zip((keys, values), old, strict=True):
                     part = rounded(x.flatten(0, 1)[begin : min(boundary, end)], dtype)
                     out[row : row + len(part)] = part
@@ -340,19 +340,19 @@ class Context:
                 keys[row + token - begin], values[row + token - begin] = exact.split(dim, dim=-1)
         return keys, values
 
-    def run(self, read="target", dtype=None):
+    def run(self, bits=8, dtype=None):
         batch, dtype = self.batch.on(DEVICE), dtype or self.fmt.dtype
         heads, dim = self.fmt.num_kv_heads, self.fmt.head_size
         out = torch.full((int(self.cu_seqlens[-1]) + 2, 2 * heads + 1, dim), 7.0, dtype=dtype, device=DEVICE)
         keys, values = out[:, :heads], out[:, heads : 2 * heads]
         lengths = (x.to(DEVICE) for x in (self.cu_seqlens, self.starts, self.first))
         tables = batch.block_table, batch.window_block_table
-        gather_context(self.fmt, batch.pages, batch.window, keys, values, *lengths, *tables, max_len=self.max_len, read=read)
+        gather_context(self.fmt, batch.pages, batch.window, keys, values, *lengths, *tables, max_len=self.max_len, bits=bits)
         assert (out[:, -1] == 7).all()
         return keys.cpu(), values.cpu()
 
-    def check(self, read="target", dtype=None):
-        for got, expected in zip(self.run(read, dtype), self.expect(read, dtype or self.fmt.dtype), strict=True):
+    def check(self, bits=8, dtype=None):
+        for got, expected in zip(self.run(bits, dtype), self.expect(bits, dtype or self.fmt.dtype), strict=True):
             assert same_bits(got, expected)
 
 
@@ -369,9 +369,9 @@ def test_gather_shapes(head_size, group_size, dtype):
 @runs
 def test_gather_draft_and_dtypes():
     context = Context(PageFormat(2, 64, 64), [(300, 17, 300, 0), (200, 0, 190, 128)])
-    context.check("draft")
-    context.check("target", torch.float16)
-    context.check("target", torch.float32)
+    context.check(4)
+    context.check(8, torch.float16)
+    context.check(8, torch.float32)
 
 
 @runs
@@ -429,8 +429,8 @@ def test_refuses():
     with pytest.raises(ValueError, match="pages must be uint8"):
         batch.quantize()
     context = Context(PageFormat(1, 64, 64), [(70, 0, 70, 0)])
-    with pytest.raises(ValueError, match="read must be"):
-        context.run("both")
+    with pytest.raises(ValueError, match="bits must be 4 or 8"):
+        context.run(6)
     context.starts = context.starts.long()
     with pytest.raises(ValueError, match="starts must be int32"):
         context.run()

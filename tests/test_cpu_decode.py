@@ -9,23 +9,23 @@ from vllm_quantspec.kernels import cpu_decode
 from vllm_quantspec.kernels.cpu_decode import decode_attention
 
 
-@pytest.mark.parametrize("read", ["draft", "target"])
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_matches_naive(shape, dtype, read):
+def test_matches_naive(shape, dtype, bits):
     num_heads, kv_heads, dim, group = shape
     seq_lens = boundary_lengths(group)
     query_lens = [min(n, 1 + i % 9) for i, n in enumerate(seq_lens)]
     cache = Cache(num_heads, PageFormat(kv_heads, dim, group, dtype), seq_lens, query_lens)
-    assert_close(cache.decode(read, decode_attention), cache.oracle(read), dtype)
+    assert_close(cache.decode(bits, decode_attention), cache.oracle(bits), dtype)
 
 
-@pytest.mark.parametrize("read", ["draft", "target"])
-def test_across_a_group_boundary(read):
+@pytest.mark.parametrize("bits", [4, 8])
+def test_across_a_group_boundary(bits):
     for crossing in range(1, 9):
         lengths = [192 + crossing, 640 + 9 - crossing, 64 + crossing]
         cache = Cache(4, PageFormat(2, 64, 64, torch.float32), lengths, [9, 9, 9], seed=crossing)
-        assert_close(cache.decode(read, decode_attention), cache.oracle(read), torch.float32)
+        assert_close(cache.decode(bits, decode_attention), cache.oracle(bits), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -34,8 +34,8 @@ def test_after_a_prefix_hit(dtype):
     seq_lens = [group + 1, 2 * group + 1, 2 * group + 5, 3 * group + 9, 4 * group + 2, 700]
     hits = [group, 2 * group, 2 * group, 2 * group, group, 0]
     cache = Cache(4, PageFormat(2, 64, group, dtype), seq_lens, [1, 1, 5, 9, 2, 3], hits)
-    for read in ("draft", "target"):
-        assert_close(cache.decode(read, decode_attention), cache.oracle(read), dtype)
+    for bits in (4, 8):
+        assert_close(cache.decode(bits, decode_attention), cache.oracle(bits), dtype)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -45,18 +45,18 @@ def test_split_over_tasks_and_threads(threads, pages_per_task, monkeypatch):
     monkeypatch.setattr(cpu_decode, "_CPUS", cpu_decode._CPUS and set(cpu_decode._CPUS))
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     cache = Cache(4, PageFormat(2, 64, 64, torch.float32), [300, 10, 2900, 64, 513], [1, 0, 33, 2, 17])
-    assert_close(cache.decode("target", decode_attention), cache.oracle("target"), torch.float32)
+    assert_close(cache.decode(8, decode_attention), cache.oracle(8), torch.float32)
 
 
 def test_padding_is_ignored():
     cache = Cache(4, PageFormat(2, 64, 64, torch.bfloat16), [300, 65], [2, 1])
-    whole = cache.decode("draft", decode_attention)
+    whole = cache.decode(4, decode_attention)
     cache.seq_lens = [300, 65, 0, 0]
     cache.query_start_loc = torch.tensor([0, 2, 3, 3, 3])
     cache.block_table = torch.cat((cache.block_table, torch.zeros_like(cache.block_table)))
     cache.window_table = torch.cat((cache.window_table, torch.zeros_like(cache.window_table)))
     cache.query = torch.cat((cache.query, torch.full_like(cache.query[:2], torch.nan)))
-    padded = cache.decode("draft", decode_attention)
+    padded = cache.decode(4, decode_attention)
     assert torch.equal(padded[:3], whole) and not padded[3:].isnan().any()
 
 
@@ -65,7 +65,7 @@ def test_attention_that_is_spread_and_attention_that_is_sharp():
     for scale in (1e-3, 1.0, 30.0):
         cache = Cache(4, PageFormat(2, 128, 128, torch.float32), [4000, 129], [3, 1])
         cache.softmax_scale *= scale
-        assert_close(cache.decode("target", decode_attention), cache.oracle("target"), torch.float32)
+        assert_close(cache.decode(8, decode_attention), cache.oracle(8), torch.float32)
 
 
 def test_exponential():

@@ -64,55 +64,55 @@ class Case:
         self.query_start_loc = starts.int()
         self.query = (randn(sum(query_lens), query_heads, dim) * 0.7).to(fmt.dtype)
 
-    def arguments(self, read, window=None):
+    def arguments(self, bits, window=None):
         lengths = (self.query_start_loc, self.seq_lens, self.block_table, self.window_block_table)
         window = self.window if window is None else window
-        return (self.fmt, self.pages, window, self.query, *lengths, self.fmt.head_size**-0.5, read)
+        return (self.fmt, self.pages, window, self.query, *lengths, self.fmt.head_size**-0.5, bits)
 
-    def run(self, read, **options):
+    def run(self, bits, **options):
         out = torch.full_like(self.query, float("nan"))
-        decode_attention(*self.arguments(read), max_query_len=self.max_query_len, out=out, **options)
+        decode_attention(*self.arguments(bits), max_query_len=self.max_query_len, out=out, **options)
         return out
 
-    def expected(self, read):
-        return reference.decode_attention(*self.arguments(read, self.window.nan_to_num(0)))
+    def expected(self, bits):
+        return reference.decode_attention(*self.arguments(bits, self.window.nan_to_num(0)))
 
-    def check(self, read, **options):
-        got, expected = self.run(read, **options).float(), self.expected(read).float()
+    def check(self, bits, **options):
+        got, expected = self.run(bits, **options).float(), self.expected(bits).float()
         error = (got - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-3)
         assert error.max() < (1e-2 if self.fmt.dtype == torch.bfloat16 else 4e-3)
 
 
-@pytest.mark.parametrize("read", ["draft", "target"])
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "head_size, group_size, heads, query_heads",
     [(128, 128, 8, 32), (128, 64, 2, 2), (64, 128, 2, 4), (64, 64, 2, 32), (96, 64, 2, 8), (256, 128, 2, 16)],
 )
-def test_shapes(head_size, group_size, heads, query_heads, dtype, read):
+def test_shapes(head_size, group_size, heads, query_heads, dtype, bits):
     fmt = PageFormat(heads, head_size, group_size, dtype)
     lengths = [1, 2 * group_size, 5 * group_size + 17, 33 * group_size + 5, 700]
-    Case(fmt, query_heads, lengths, [1] * len(lengths)).check(read)
+    Case(fmt, query_heads, lengths, [1] * len(lengths)).check(bits)
 
 
 @pytest.mark.parametrize("group", [1, 2, 4, 8, 16, 32])
 @pytest.mark.parametrize("query_len", range(1, 10))
 def test_query_tokens(group, query_len):
     lengths = [query_len, 4000, 128 * 6 + 3, 128 * 6 + query_len - 1, 128 * 20, 300]
-    Case(PageFormat(2, 128), 2 * group, lengths, [query_len] * len(lengths)).check("target")
+    Case(PageFormat(2, 128), 2 * group, lengths, [query_len] * len(lengths)).check(8)
 
 
-@pytest.mark.parametrize("read", ["draft", "target"])
-def test_uneven(read):
+@pytest.mark.parametrize("bits", [4, 8])
+def test_uneven(bits):
     generator = torch.Generator().manual_seed(1)
     lengths = [int(2 ** (4 + 11 * torch.rand(1, generator=generator))) for _ in range(255)] + [70_000]
     query_lens = [1 + i % 5 if n > 5 else 1 for i, n in enumerate(lengths)]
-    Case(PageFormat(2, 128), 8, lengths, query_lens).check(read)
+    Case(PageFormat(2, 128), 8, lengths, query_lens).check(bits)
 
 
-@pytest.mark.parametrize("read", ["draft", "target"])
-def test_long(read):
-    Case(PageFormat(2, 128), 8, [256 * 1024 - 3], [3]).check(read)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_long(bits):
+    Case(PageFormat(2, 128), 8, [256 * 1024 - 3], [3]).check(bits)
 
 
 @pytest.mark.parametrize("query_len", [1, 5])
@@ -120,44 +120,44 @@ def test_prefix_hits(query_len):
     lengths = [128 * n + 1 + extra for n in (3, 8, 9, 12) for extra in (4, 60, 100)]
     hits = [(n - 1) // 128 * 128 - back for n, back in zip(lengths, (0, 128, 256) * 4, strict=True)]
     hits = [hit if hit <= n - query_len else 0 for hit, n in zip(hits, lengths, strict=True)]
-    Case(PageFormat(2, 128), 8, lengths, [query_len] * len(lengths), hits).check("target")
+    Case(PageFormat(2, 128), 8, lengths, [query_len] * len(lengths), hits).check(8)
 
 
 def test_small_codes_of_large_sums():
     """Attention spread evenly over a long context: the average of many values, not of their offsets."""
     case = Case(PageFormat(1, 128), 4, [100_000], [1])
     case.query *= 0.01
-    case.check("draft")
+    case.check(4)
 
 
 def test_empty_requests():
     case = Case(PageFormat(2, 128), 8, [500, 300, 1000], [1, 1, 1])
     case.query_start_loc = torch.tensor([0, 1, 1, 2], dtype=torch.int32, device=DEVICE)
     case.query = case.query[:2]
-    case.check("draft")
+    case.check(4)
     case.seq_lens[1] = 0
-    case.check("draft")
+    case.check(4)
 
 
 def test_cuda_graph_replays_other_lengths():
     case = Case(PageFormat(2, 128), 8, [9000, 200, 3000], [2, 2, 2])
-    out = case.run("draft")
+    out = case.run(4)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        decode_attention(*case.arguments("draft"), max_query_len=2, out=out)
+        decode_attention(*case.arguments(4), max_query_len=2, out=out)
     for _ in range(3):
         for x in (case.block_table, case.window_block_table, case.seq_lens):
             x.copy_(x.roll(1, 0))
         case.query.copy_(torch.randn_like(case.query))
         graph.replay()
-        expected = case.expected("draft").float()
+        expected = case.expected(4).float()
         assert (out.float() - expected).norm() / expected.norm() < 1e-2
 
 
-@pytest.mark.parametrize("read", ["draft", "target"])
-def test_overlaps_with_the_stores_around_it(read):
+@pytest.mark.parametrize("bits", [4, 8])
+def test_overlaps_with_the_stores_around_it(bits):
     """Layer after layer, each storing into the same window: attention reads its own, and the next waits until it has."""
-    query_lens = [1] * 5 if read == "draft" else [5] * 5
+    query_lens = [1] * 5 if bits == 4 else [5] * 5
     case = Case(PageFormat(2, 128), 8, [9000, 200, 3000, 70, 513], query_lens)
     layers, tokens = 24, sum(query_lens)
     new = torch.randn(layers, 2, tokens, 2, 128, device=DEVICE).to(case.fmt.dtype)
@@ -169,7 +169,7 @@ def test_overlaps_with_the_stores_around_it(read):
             cache_update.store(case.fmt, case.window, key, value, *lengths, max_query_len=case.max_query_len)
             case.query = query
             options = {"max_query_len": case.max_query_len, "out": out, "overlap": overlap}
-            decode_attention(*case.arguments(read), **options)
+            decode_attention(*case.arguments(bits), **options)
 
     expected, outs = torch.empty_like(queries), torch.empty_like(queries)
     run(expected, False)
@@ -201,7 +201,7 @@ def test_target_reads_pages_that_were_quantized_just_before():
     def run(outs, overlap):
         for (key, value), out in zip(new, outs, strict=True):
             cache_update.quantize(fmt, case.pages, case.window, key, value, **writer, **sizes)
-            decode_attention(*case.arguments("target"), out=out, overlap=overlap, **options)
+            decode_attention(*case.arguments(8), out=out, overlap=overlap, **options)
 
     expected, outs = (torch.empty(24, *case.query.shape, dtype=fmt.dtype, device=DEVICE) for _ in range(2))
     run(expected, False)
@@ -214,14 +214,14 @@ def test_target_reads_pages_that_were_quantized_just_before():
 
 def test_repeated_runs_agree():
     case = Case(PageFormat(8, 128), 32, [20_000, 100, 3000], [1, 1, 1])
-    first = case.run("draft")
-    assert all(torch.equal(case.run("draft"), first) for _ in range(20))
+    first = case.run(4)
+    assert all(torch.equal(case.run(4), first) for _ in range(20))
 
 
 def test_refuses():
     case = Case(PageFormat(2, 128), 8, [300], [1])
-    with pytest.raises(ValueError, match="read must be"):
-        case.run("both")
+    with pytest.raises(ValueError, match="bits must be 4 or 8"):
+        case.run(6)
     case.seq_lens = case.seq_lens.long()
     with pytest.raises(ValueError, match="seq_lens must be int32"):
-        case.run("draft")
+        case.run(4)

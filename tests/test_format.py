@@ -90,7 +90,7 @@ def test_offsets(dim, group):
     assert fmt.page_bytes == 3 * fmt.head_bytes
     assert fmt.draft_bytes == fmt.field_ranges["k_lower"][0]
     assert fmt.bytes_per_token() == fmt.page_bytes / group
-    assert fmt.bytes_per_token("draft") == 3 * fmt.draft_bytes / group
+    assert fmt.bytes_per_token(4) == 3 * fmt.draft_bytes / group
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         size = PageFormat(3, dim, group, dtype).window_block_size
         assert group % size == 0 and size * 2 * dim * dtype.itemsize <= fmt.head_bytes

@@ -72,7 +72,7 @@ class Cache:
         slots = reference.window_slots(fmt, self.window_table, torch.full_like(tokens, r), tokens)
         reference.write_window(fmt, self.window, slots, self.keys[r][tokens], self.values[r][tokens])
 
-    def decode(self, read, kernel=reference.decode_attention):
+    def decode(self, bits, kernel=reference.decode_attention):
         return kernel(
             self.fmt,
             self.pages,
@@ -83,7 +83,7 @@ class Cache:
             self.block_table,
             self.window_table,
             self.softmax_scale,
-            read,
+            bits,
         )
 
     def prefill(self, r=0):
@@ -102,7 +102,7 @@ class Cache:
             self.softmax_scale,
         )
 
-    def oracle(self, read, prefill=False):
+    def oracle(self, bits, prefill=False):
         """What decode_attention (or prefill_attention) must return, in fp64."""
         group, outputs = self.fmt.group_size, []
         for r, (length, query_len) in enumerate(zip(self.seq_lens, self.query_lens, strict=True)):
@@ -114,7 +114,7 @@ class Cache:
                 k, v = (x[r][: position + 1].double() for x in (self.keys, self.values))
                 if boundary:
                     ids = self.block_table[r, : boundary // group]
-                    old = reference.dequantize_pages(self.fmt, self.pages, ids, read, torch.float32)
+                    old = reference.dequantize_pages(self.fmt, self.pages, ids, bits, torch.float32)
                     k[:boundary], v[:boundary] = (x.flatten(0, 1).double() for x in old)
                 q = self.query[int(self.query_start_loc[r]) + i].double()
                 k, v = (x.repeat_interleave(self.num_heads // self.fmt.num_kv_heads, dim=1) for x in (k, v))
@@ -133,25 +133,25 @@ def boundary_lengths(group):
     return [1, 9, group - 1, group, group + 1, 2 * group - 1, 2 * group, 2 * group + 1, 3 * group, 5 * group + 3]
 
 
-@pytest.mark.parametrize("read", ["draft", "target"])
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_decode_matches_naive(shape, dtype, read):
+def test_decode_matches_naive(shape, dtype, bits):
     num_heads, kv_heads, dim, group = shape
     fmt = PageFormat(kv_heads, dim, group, dtype)
     seq_lens = boundary_lengths(group)
     query_lens = [min(n, 1 + i % 9) for i, n in enumerate(seq_lens)]
     cache = Cache(num_heads, fmt, seq_lens, query_lens)
-    assert_close(cache.decode(read), cache.oracle(read), dtype)
+    assert_close(cache.decode(bits), cache.oracle(bits), dtype)
 
 
-@pytest.mark.parametrize("read", ["draft", "target"])
-def test_decode_across_a_group_boundary(read):
+@pytest.mark.parametrize("bits", [4, 8])
+def test_decode_across_a_group_boundary(bits):
     """Rows of one request read different numbers of pages, and the last row's pages are not the first row's."""
     fmt = PageFormat(2, 64, 64, torch.float32)
     for crossing in range(1, 9):
         cache = Cache(4, fmt, [192 + crossing, 640 + 9 - crossing, 64 + crossing], [9, 9, 9], seed=crossing)
-        assert_close(cache.decode(read), cache.oracle(read), torch.float32)
+        assert_close(cache.decode(bits), cache.oracle(bits), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -162,33 +162,33 @@ def test_decode_after_a_prefix_hit(dtype):
     seq_lens = [group + 1, 2 * group + 1, 2 * group + 5, 3 * group + 9, 4 * group + 2, 700]
     hits = [group, 2 * group, 2 * group, 2 * group, group, 0]
     cache = Cache(4, fmt, seq_lens, [1, 1, 5, 9, 2, 3], hits)
-    for read in ("draft", "target"):
-        assert_close(cache.decode(read), cache.oracle(read), dtype)
+    for bits in (4, 8):
+        assert_close(cache.decode(bits), cache.oracle(bits), dtype)
 
 
 def test_decode_chunks_and_many_rows(monkeypatch):
     """Small chunks merge to the same result; query lengths up to 33 tokens, and requests without tokens."""
     fmt = PageFormat(2, 64, 64, torch.float32)
     cache = Cache(4, fmt, [300, 10, 900, 64, 513], [1, 0, 33, 2, 17])
-    whole = cache.decode("target")
-    assert_close(whole, cache.oracle("target"), torch.float32)
+    whole = cache.decode(8)
+    assert_close(whole, cache.oracle(8), torch.float32)
     for pages_at_a_time in (1, 3):
         monkeypatch.setattr(reference, "CHUNK_BYTES", pages_at_a_time * 2 * 64 * 64 * 4)
-        torch.testing.assert_close(cache.decode("target"), whole, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(cache.decode(8), whole, atol=1e-5, rtol=1e-5)
 
 
 def test_padding_is_ignored():
     """Padded requests (length 0, no tokens, null tables) and padded tokens change nothing."""
     fmt = PageFormat(2, 64, 64, torch.bfloat16)
     cache = Cache(4, fmt, [300, 65], [2, 1])
-    whole = cache.decode("draft")
+    whole = cache.decode(4)
     cache.seq_lens = [300, 65, 0, 0]
     cache.query_start_loc = torch.tensor([0, 2, 3, 3, 3])
     null = torch.zeros(2, 99, dtype=torch.int32)
     cache.block_table = torch.cat((cache.block_table, null[:, : cache.block_table.shape[1]]))
     cache.window_table = torch.cat((cache.window_table, null[:, : cache.window_table.shape[1]]))
     cache.query = torch.cat((cache.query, torch.full_like(cache.query[:2], torch.nan)))
-    padded = cache.decode("draft")
+    padded = cache.decode(4)
     assert torch.equal(padded[:3], whole)
     assert not padded[3:].isnan().any()
 
@@ -202,7 +202,7 @@ def test_prefill_matches_naive(shape, dtype):
     cases += [(4 * group, 33, 2 * group), (4 * group + 1, group // 2, 0)]
     for seq_len, query_len, hit in cases:
         cache = Cache(num_heads, fmt, [seq_len], [query_len], [hit])
-        assert_close(cache.prefill(), cache.oracle("target", prefill=True), dtype)
+        assert_close(cache.prefill(), cache.oracle(8, prefill=True), dtype)
 
 
 def test_prefill_in_query_blocks(monkeypatch):
@@ -274,8 +274,8 @@ def test_pages_round_trip_and_untouched_neighbours():
         reference.quantize_pages(fmt, cache.pages, ids, keys, values)
         others = [i for i in range(len(before)) if i not in ids]
         assert torch.equal(cache.pages[others], before[others])
-        draft = reference.dequantize_pages(fmt, cache.pages, ids, "draft", torch.float32)
-        target = reference.dequantize_pages(fmt, cache.pages, ids, "target", torch.float32)
+        draft = reference.dequantize_pages(fmt, cache.pages, ids, 4, torch.float32)
+        target = reference.dequantize_pages(fmt, cache.pages, ids, 8, torch.float32)
         data = cache.pages[ids]
         for x, kind in ((draft, None), (target, "lower")):
             for actual, expected in zip(x, slow_reading(fmt, data, kind), strict=True):
@@ -287,5 +287,5 @@ def test_pages_round_trip_and_untouched_neighbours():
 
 def test_wrong_reading_is_refused():
     cache = Cache(4, PageFormat(2, 64), [5], [1])
-    with pytest.raises(ValueError, match='"draft" or "target"'):
-        cache.decode("both")
+    with pytest.raises(ValueError, match="bits must be 4 or 8"):
+        cache.decode(6)

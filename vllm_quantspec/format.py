@@ -42,6 +42,16 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 GROUP_SIZES = (64, 128)
 
 
+def check_bits(bits: int) -> None:
+    """A page is read with 4 bits of each code, the upper ones, or with all 8.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if bits not in (4, 8):
+        raise ValueError(f"bits must be 4 or 8, got {bits!r}.")
+
+
 @dataclass(frozen=True)
 class PageFormat:
     """Sizes and byte offsets of a page and of a window block, for one layer.
@@ -124,9 +134,10 @@ class PageFormat:
         tokens = self.head_bytes // (2 * self.head_size * self.dtype.itemsize)
         return 1 << (tokens.bit_length() - 1)
 
-    def bytes_per_token(self, read: str = "target") -> float:
-        """Bytes of cache that one token of this layer occupies ("target"), or that the draft reads of it ("draft")."""
-        return self.num_kv_heads * (self.draft_bytes if read == "draft" else self.head_bytes) / self.group_size
+    def bytes_per_token(self, bits: int = 8) -> float:
+        """Bytes of cache that one token of this layer occupies, or, with ``bits`` 4, those that a 4-bit reading needs."""
+        check_bits(bits)
+        return self.num_kv_heads * (self.draft_bytes if bits == 4 else self.head_bytes) / self.group_size
 
     def field(self, head_bytes: torch.Tensor, name: str) -> torch.Tensor:
         """A view of one field of `head_bytes` (uint8 [..., bytes]): codes as uint8, scales and minima as fp16."""
