@@ -30,7 +30,8 @@ On a CPU, where vLLM has no synthetic acceptance, the script can be tried (``--s
 
 vLLM reserves the whole card, so ``peak_gib`` is what a point needs of it: the blocks of the KV cache that its sequences
 hold, and everything else at its peak as vLLM's own profiling found it (weights, INT4 copy, a prompt chunk of 16k tokens,
-sampling, CUDA graphs).
+sampling, CUDA graphs). ``start_s`` is the time of an engine's start (random weights, INT4 copy,
+compilation, graphs; caches of compiled code as the machine has them), ``capacity_tokens`` what its KV cache holds.
 """
 
 import argparse
@@ -295,6 +296,7 @@ def child(args) -> None:
     if args.tensor_parallel_size > 1:  # skip_prompts goes to other processes
         os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     import torch
+    import vllm
     from vllm import LLM
 
     if not sys.stdin.readline():  # the engine before this one still has the GPU
@@ -304,6 +306,7 @@ def child(args) -> None:
     longest = max(context for context, _ in points)
     query_len = 1 + drafted(args.child)
     shape = LLAMA | SHAPES[args.shape] | ({"num_hidden_layers": args.layers} if args.layers else {})
+    started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         folders = {"self": f"{folder}/self", "draft": f"{folder}/draft"}
         for name, config in (("self", shape), ("draft", shape | DRAFTS[args.shape])):
@@ -325,7 +328,9 @@ def child(args) -> None:
             **engine_arguments(args.child, args.acceptance, json.loads(args.options), folders),
         )
     cache = Cache(llm)
-    engine = {"config": args.child, "blocks": cache.config.num_blocks} | llm.collective_rpc(memory_without_cache)[0]
+    engine = {"config": args.child, "vllm": vllm.__version__, "blocks": cache.config.num_blocks}
+    engine |= {"start_s": time.perf_counter() - started, "capacity_tokens": int(cache.sequences(longest) * longest)}
+    engine |= llm.collective_rpc(memory_without_cache)[0]
     if args.prefill:
         seconds = time_to_first_token(llm, longest)
         print("ROW " + json.dumps(engine | {"context": longest, "batch": 0, "prefill_s": seconds}), flush=True)

@@ -50,7 +50,7 @@ def gather(fmt, pages, window, out_key, out_value, cu_seqlens, starts, first, bl
         for position in range(start, start + end - row):
             if position < boundary:
                 keys, values = reference.dequantize_pages(
-                    fmt, pages, block_table[r, position // group, None], "target", fmt.dtype
+                    fmt, pages, block_table[r, position // group, None], 8, fmt.dtype
                 )
                 key, value = keys[0, position % group], values[0, position % group]
             else:

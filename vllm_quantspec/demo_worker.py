@@ -145,8 +145,8 @@ def memory(llm) -> dict[str, Any]:
     return {
         "kv_bytes": {
             "exact": layers * 2 * heads * size * model.dtype.itemsize,
-            "target": layers * page.bytes_per_token("target"),
-            "draft": layers * page.bytes_per_token("draft"),
+            "target": layers * page.bytes_per_token(8),
+            "draft": layers * page.bytes_per_token(4),
         },
         "kv_dtype": str(model.dtype).removeprefix("torch."),
         "kv_capacity": config.cache_config.kv_cache_size_tokens or 0,

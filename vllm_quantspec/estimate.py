@@ -162,7 +162,7 @@ def memory(
         weights,
         int4,
         model.num_layers * fmt.num_kv_heads * 2 * model.head_size * model.dtype.itemsize,
-        model.num_layers * fmt.bytes_per_token("target"),
+        model.num_layers * fmt.bytes_per_token(8),
         model.num_layers * window_blocks * fmt.page_bytes,
         max(0.0, free),
         max(0.0, free - int4),
@@ -228,7 +228,7 @@ def speed(
         return model.num_layers * (passes * read + fixed / 1e3)
 
     exact_bytes = fmt.num_kv_heads * 2 * model.head_size * model.dtype.itemsize
-    target, draft = fmt.bytes_per_token("target"), fmt.bytes_per_token("draft")
+    target, draft = fmt.bytes_per_token(8), fmt.bytes_per_token(4)
     per_head = max(1, model.num_heads // tp // fmt.num_kv_heads)
     head = read_ms(model.head_weights * model.dtype.itemsize / tp, READ)
     linears = read_ms(model.linear_weights * model.dtype.itemsize / tp, LINEAR)
