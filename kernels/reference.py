@@ -6,8 +6,7 @@ They define what the other kernels must compute, and serve the CPU. Shapes and n
     window  dtype [num_blocks, H, W, 2*D]          Block 0 is the null block: an entry 0 in a table means "not there".
 
 H KV heads, D channels, G tokens per page, W tokens per window block (keys, then values, in the last dim), R requests,
-T tokens. A query at position p reads tokens from w(p) = max(0, (p // G - 1) * G) on exact, from the window, and older
-ones from pages.
+T tokens. A query at position p reads tokens from window_start(p) on exact, from the window, and older ones from pages.
 """
 
 from functools import cache
@@ -26,6 +25,7 @@ from vllm_quantspec.format import (
     quantize_values,
     unpermute_scales,
     unpermute_value_scales,
+    window_start,
 )
 
 # fp32 codes that one chunk of `decode_attention` unpacks at a time; keys, then values, stay in the L2 cache.
@@ -60,18 +60,13 @@ def window_slots(
     return torch.where(there, block * size + positions % size, -1)
 
 
-def quantized_below(fmt: PageFormat, positions: torch.Tensor) -> torch.Tensor:
-    """w(p): the first position that a query at `positions` reads exact."""
-    return ((positions // fmt.group_size - 1) * fmt.group_size).clamp(min=0)
-
-
 def exact_start(fmt: PageFormat, window_block_table: torch.Tensor, first_positions: torch.Tensor) -> torch.Tensor:
     """First position [R] from which on each request's window holds every token up to its `first_positions` [R].
 
-    At least w(first position); later only after a prefix-cache hit, whose tokens have no window blocks.
+    At least window_start(first position); later only after a prefix-cache hit, whose tokens have no window blocks.
     """
     size, width = fmt.window_block_size, window_block_table.shape[1]
-    start = quantized_below(fmt, first_positions)
+    start = window_start(first_positions, fmt.group_size)
     entries = start[:, None] // size + torch.arange(2 * fmt.group_size // size, device=start.device)
     blocks = window_block_table.gather(1, entries.clamp(max=width - 1).long())
     missing = (blocks <= 0) & (entries * size < first_positions[:, None])
@@ -290,7 +285,7 @@ def decode_attention(
     last = seq_lens - 1
     positions = torch.minimum(first[:, None] + torch.arange(rows, device=device), last[:, None])
     start = exact_start(fmt, window_block_table, first)
-    boundary = torch.maximum(quantized_below(fmt, positions), start[:, None])  # [R, rows], ascending
+    boundary = torch.maximum(window_start(positions, fmt.group_size), start[:, None])  # [R, rows], ascending
     per_row = [x.repeat_interleave(per_head, dim=1) for x in (positions, boundary)]  # [R, M]
 
     acc = _SoftmaxSum(q.shape[:3], dim, device)
@@ -403,7 +398,7 @@ def prefill_attention(
     """
     num_tokens, dtype, size = query.shape[0], query.dtype, fmt.window_block_size
     first = torch.tensor([seq_len - num_tokens], device=query.device)
-    start = torch.maximum(quantized_below(fmt, first), exact_start(fmt, window_table_row[None], first))
+    start = torch.maximum(window_start(first, fmt.group_size), exact_start(fmt, window_table_row[None], first))
     first, start = int(first), int(start)
 
     keys, values = [key], [value]

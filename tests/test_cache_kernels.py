@@ -6,7 +6,7 @@ import pytest
 import torch
 from interpreter import DEVICE, INTERPRETED, RUNS, run_in_the_interpreter, runs
 
-from vllm_quantspec.format import PageFormat
+from vllm_quantspec.format import PageFormat, window_start
 from vllm_quantspec.kernels import reference
 from vllm_quantspec.kernels.step import plan_step, quantize_completed
 
@@ -71,8 +71,8 @@ class Batch:
         self.window_block_table = torch.zeros(len(rows), max(lengths) // size + 1, dtype=torch.int32)
         blocks = []
         for r, (first, query_len, _, hit) in enumerate(rows):
-            held = max(0, (first // group - 1) * group)
-            kept = max(0, ((first + query_len - max_drafts) // group - 1) * group) if newest_only else 0
+            held = window_start(first, group)
+            kept = window_start(first + query_len - max_drafts, group) if newest_only else 0
             for entry in range(-(-(first + query_len) // size)):
                 position = entry * size
                 old = held <= position < first and position >= hit
@@ -326,7 +326,7 @@ class Context:
             table = self.batch.window_block_table[r : r + 1]
             position = torch.tensor([first])
             start = reference.exact_start(self.fmt, table, position)
-            boundary = int(torch.maximum(reference.quantized_below(self.fmt, position), start))
+            boundary = int(torch.maximum(window_start(position, self.fmt.group_size), start))
             row = int(self.cu_seqlens[r])
             if begin < min(boundary, end):
                 ids = self.batch.block_table[r, : -(-min(boundary, end) // self.fmt.group_size)].long()

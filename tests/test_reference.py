@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vllm_quantspec import format
-from vllm_quantspec.format import PageFormat
+from vllm_quantspec.format import PageFormat, window_start
 from vllm_quantspec.kernels import reference
 
 SHAPES = [  # query heads, KV heads, head size, group size
@@ -68,7 +68,7 @@ class Cache:
         if full:
             exact = [x[r][: full * group].unflatten(0, (full, group)) for x in (self.keys, self.values)]
             reference.quantize_pages(fmt, self.pages, self.block_table[r, :full], *exact)
-        tokens = torch.arange(max(self.hits[r], max(0, (first // group - 1) * group)), length)
+        tokens = torch.arange(max(self.hits[r], window_start(first, group)), length)
         slots = reference.window_slots(fmt, self.window_table, torch.full_like(tokens, r), tokens)
         reference.write_window(fmt, self.window, slots, self.keys[r][tokens], self.values[r][tokens])
 
@@ -110,7 +110,7 @@ class Cache:
             for i in range(query_len):
                 position = first + i
                 anchor = first if prefill else position
-                boundary = max(0, (anchor // group - 1) * group, min(self.hits[r], first))
+                boundary = max(window_start(anchor, group), min(self.hits[r], first))
                 k, v = (x[r][: position + 1].double() for x in (self.keys, self.values))
                 if boundary:
                     ids = self.block_table[r, : boundary // group]

@@ -5,16 +5,12 @@ import random
 import pytest
 import torch
 
-from vllm_quantspec.format import PageFormat
+from vllm_quantspec.format import PageFormat, window_start
 from vllm_quantspec.kernels import reference
 from vllm_quantspec.kernels.step import plan_step, quantize_completed
 
 FMT = PageFormat(num_kv_heads=2, head_size=64, group_size=64, dtype=torch.bfloat16)
 G, W = FMT.group_size, FMT.window_block_size
-
-
-def window_start(position: int) -> int:
-    return max(0, (position // G - 1) * G)
 
 
 def make_batch(rng: random.Random, num_reqs: int, max_drafts: int):
@@ -31,9 +27,9 @@ def make_batch(rng: random.Random, num_reqs: int, max_drafts: int):
     window = torch.zeros(num_reqs, width * G // W, dtype=torch.int32)
     next_block = 1
     for r, (first, length, _, hit) in enumerate(rows):
-        kept = window_start(max(first + length - max_drafts, 0))
+        kept = window_start(max(first + length - max_drafts, 0), G)
         for position in range(0, first + length, W):
-            held = position >= hit and (window_start(first) <= position < first or position + W > max(kept, 0))
+            held = position >= hit and (window_start(first, G) <= position < first or position + W > max(kept, 0))
             held = held and (position + W <= first or position + W > kept or position < first)
             if held:
                 window[r, position // W] = next_block

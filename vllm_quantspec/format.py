@@ -52,6 +52,16 @@ def check_bits(bits: int) -> None:
         raise ValueError(f"bits must be 4 or 8, got {bits!r}.")
 
 
+def window_start(position: int | torch.Tensor, group_size: int) -> int | torch.Tensor:
+    """The first position that a query at ``position`` reads exact, from the window; it reads older ones from pages.
+
+    The start of the group before the query's own: between G and 2 * G - 1 tokens before the query, or 0. For an int or an
+    integer tensor of any shape.
+    """
+    start = (position // group_size - 1) * group_size
+    return start.clamp(min=0) if isinstance(start, torch.Tensor) else max(start, 0)
+
+
 @dataclass(frozen=True)
 class PageFormat:
     """Sizes and byte offsets of a page and of a window block, for one layer.
