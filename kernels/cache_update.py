@@ -4,7 +4,7 @@ Everything is read on the device: positions and lengths from `query_start_loc` a
 block tables. Grids depend on shapes and host integers only, so a captured CUDA graph replays with any lengths that fit
 them. Run each function once with the same shapes before capturing: Triton compiles on the first call.
 
-`step.plan_step` with `reference.write_window` and `step.quantize_completed` compute the same in plain PyTorch.
+`step.plan_step` with `step.write_window` and `step.quantize_completed` compute the same in plain PyTorch.
 """
 
 import torch
@@ -112,7 +112,7 @@ def quantize(
     max_query_len: int,
     max_unverified: int,
 ) -> None:
-    """Quantize the pages whose last token is verified by now, from exact values: the bytes of `quantize_pages`.
+    """Quantize the pages whose last token is verified by now, from exact values: the bytes of `format.encode_pages`.
 
     A request whose step starts at position p0 gets its pages from max(p0 - max_unverified, 0) // G on (see `step`), but
     none that begins before the tokens the window still holds, up to (seq_len - num_unverified) // G, exclusive. Tokens

@@ -277,3 +277,23 @@ def permute_value_scales(scales: torch.Tensor) -> torch.Tensor:
 def unpermute_value_scales(stored: torch.Tensor, group_size: int) -> torch.Tensor:
     """The inverse of `permute_value_scales`: [..., groups*G] -> [..., G, groups]."""
     return unpermute_scales(stored.unflatten(-1, (-1, group_size))).transpose(-1, -2)
+
+
+# --- Whole pages ------------------------------------------------------------------------------------------------------
+
+
+def encode_pages(fmt: PageFormat, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Exact keys and values [n, G, H, D] -> the bytes of their pages, uint8 [n, H, head_bytes]."""
+    k_upper, k_lower, k_scale, k_min = quantize_keys(keys.transpose(1, 2))
+    v_upper, v_lower, v_scale, v_min = quantize_values(values.transpose(1, 2), fmt.value_group_size)
+    fields = {
+        "k_upper": pack_key_codes(k_upper),
+        "v_upper": pack_value_codes(v_upper),
+        "k_scale": permute_scales(k_scale),
+        "k_min": permute_scales(k_min),
+        "v_scale": permute_value_scales(v_scale),
+        "v_min": permute_value_scales(v_min),
+        "k_lower": pack_key_codes(k_lower),
+        "v_lower": pack_value_codes(v_lower),
+    }
+    return torch.cat([fields[name].contiguous().view(torch.uint8) for name in fmt.field_ranges], dim=-1)
