@@ -1,27 +1,27 @@
-"""Attention on the CPU: compiled kernel and PyTorch reference on quantized pages, vLLM's CPU kernel on BF16, same run.
+"""Attention on the CPU: our kernels on quantized pages, vLLM's CPU kernel on BF16, in the same run.
 
     python benchmarks/cpu_attention.py                        # the table
     python benchmarks/cpu_attention.py --json OUT --plot OUT  # and the files
 
 Every row calls its candidates in turn and reports medians in milliseconds: CPU time with one thread (the default),
 which other work on the machine hardly changes, else elapsed time. `spread` is the row's largest third / first quartile.
-`draft` and `target` are kernels/cpu_decode.py, which the engine runs; `reference_*` are its PyTorch twin, a few dozen
-operations per chunk of pages; for prefill, `target` is PyTorch's own attention on dequantized pages.
+`draft` and `target` are kernels/cpu_decode.py with 4 and 8 bits; for prefill, `target` is kernels/cpu_prefill.py, PyTorch's
+own attention on dequantized pages.
 
-What was tried for the reference: moving words of 8 codes instead of codes (kept), `gather` for their order rather than
-strided copies (kept), a scratch buffer for the conversion to float (kept), fp16 and bf16 products (slower to convert, or
-rounded scores). It stays bound by PyTorch's several passes over every code; hence the compiled kernel, which makes one.
+Decode in plain PyTorch (words of 8 codes moved by `gather` and converted into a scratch buffer, the best of what was tried)
+stays bound by several passes over every code; hence the compiled kernel, which makes one.
 """
 
 import argparse
 import statistics
 import time
+from functools import partial
 
 import torch
 from common import machine, write_json
 
 from vllm_quantspec.format import PageFormat
-from vllm_quantspec.kernels import cpu_decode, reference
+from vllm_quantspec.kernels import cpu_decode, cpu_prefill, reference, step
 
 HEAD_SIZE = 128
 DTYPE = torch.bfloat16
@@ -54,8 +54,8 @@ class Problem:
         self.own = slice(context - query_len, context)
         self.key, self.value = key, value
         for r in range(batch):
-            slots = reference.window_slots(fmt, self.window_table, torch.full_like(recent, r), recent)
-            reference.write_window(fmt, self.window, slots, key[r, recent], value[r, recent])
+            slots = step.window_slots(fmt, self.window_table, torch.full_like(recent, r), recent)
+            step.write_window(fmt, self.window, slots, key[r, recent], value[r, recent])
         self._fill_vllm(key, value, group)
 
     def _fill_vllm(self, key: torch.Tensor, value: torch.Tensor, block_size: int) -> None:
@@ -102,14 +102,14 @@ class Problem:
         )
         return output
 
-    def decode(self, bits: int, kernel=cpu_decode.decode_attention) -> torch.Tensor:
+    def decode(self, bits: int) -> torch.Tensor:
         caches = (self.fmt, self.pages, self.window, self.query, self.query_start_loc, self.seq_lens)
-        return kernel(*caches, self.block_table, self.window_table, self.scale, bits)
+        return cpu_decode.decode_attention(*caches, self.block_table, self.window_table, self.scale, bits)
 
     def prefill(self) -> torch.Tensor:
         own = (self.query, self.key[0, self.own], self.value[0, self.own], self.seq_len)
         tables = (self.block_table[0], self.window_table[0])
-        return reference.prefill_attention(self.fmt, self.pages, self.window, *own, *tables, self.scale)
+        return cpu_prefill.prefill_attention(self.fmt, self.pages, self.window, *own, *tables, self.scale)
 
 
 def measure(candidates: dict, seconds: float) -> dict:
@@ -135,10 +135,7 @@ def run(context: int, seconds: float) -> list[dict]:
         exact = problem.vllm().float()
         error = (problem.decode(8).float() - exact).abs().max() / exact.abs().max()
         assert error < 0.05, f"decode_attention and vLLM disagree: {error}"
-        calls = {"vllm_bf16": problem.vllm}
-        for prefix, kernel in (("", cpu_decode.decode_attention), ("reference_", reference.decode_attention)):
-            for name, bits in (("draft", 4), ("target", 8)):
-                calls[prefix + name] = lambda bits=bits, p=problem, kernel=kernel: p.decode(bits, kernel)
+        calls = {"vllm_bf16": problem.vllm, "draft": partial(problem.decode, 4), "target": partial(problem.decode, 8)}
         shape = {"kind": "decode", "heads": f"{num_heads}/{kv_heads}", "batch": batch, "context": context}
         rows.append({**shape, "tokens": tokens, **measure(calls, seconds)})
         show(rows[-1])
@@ -151,7 +148,7 @@ def run(context: int, seconds: float) -> list[dict]:
     return rows
 
 
-CANDIDATES = ("vllm_bf16", "draft", "target", "reference_draft", "reference_target")
+CANDIDATES = ("vllm_bf16", "draft", "target")
 COLUMNS = ("kind", "heads", "batch", "context", "tokens", *CANDIDATES, "spread")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from vllm_quantspec.format import PageFormat
+from vllm_quantspec.format import PageFormat, window_start
 
 RESULTS = Path(__file__).parent / "results" / "decode_attention"
 DEVICE = "cuda"
@@ -76,8 +76,8 @@ def page_reads(fmt, lengths, query_len, bits):
     token = fmt.num_kv_heads * 2 * fmt.head_size * 2
     ours = 0
     for n in lengths:
-        exact_from = max(0, ((n - query_len) // fmt.group_size - 1) * fmt.group_size)
-        ours += exact_from * fmt.bytes_per_token(bits) + (n - exact_from) * token
+        start = window_start(n - query_len, fmt.group_size)
+        ours += start * fmt.bytes_per_token(bits) + (n - start) * token
     return ours, sum(lengths) * token
 
 

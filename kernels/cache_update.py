@@ -4,30 +4,24 @@ Everything is read on the device: positions and lengths from `query_start_loc` a
 block tables. Grids depend on shapes and host integers only, so a captured CUDA graph replays with any lengths that fit
 them. Run each function once with the same shapes before capturing: Triton compiles on the first call.
 
-`step.plan_step` with `reference.write_window` and `step.quantize_completed` compute the same in plain PyTorch.
+`step.plan_step` with `step.write_window` and `step.quantize_completed` compute the same in plain PyTorch.
 """
 
 import torch
 
 from vllm_quantspec.format import PageFormat
-from vllm_quantspec.kernels.nvrtc import OVERLAP_CAPABILITY
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # the module must import everywhere; a kernel runs only where Triton is
-    triton = None
-
-    class tl:
-        constexpr = None
-
-
-def jit(function=None, **options):
-    """`triton.jit`, or nothing where Triton is not installed."""
-    if function is None:
-        return lambda f: jit(f, **options)
-    return function if triton is None else triton.jit(function, **options)
-
+from vllm_quantspec.kernels.launch import (
+    check_device,
+    check_int32,
+    check_metadata,
+    check_pages,
+    check_rows,
+    check_window,
+    jit,
+    overlap,
+    power_of_two,
+    tl,
+)
 
 # Launch configurations, found on an H200 (see benchmarks/NOTES.md).
 STORE_CTAS = 4096  # with more tokens to look at, a CTA takes several
@@ -36,8 +30,6 @@ QUANTIZE_CTAS = 1056  # at most so many; each then takes several pieces of pages
 QUANTIZE_DECODE_CTAS = 528  # likewise where few pages can be complete: most steps only find that none is
 QUANTIZE_WARPS = 4
 QUANTIZE_REGISTERS = 96  # of a thread, up to head size 128
-
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def store(
@@ -70,8 +62,8 @@ def store(
         RuntimeError: where Triton is not installed.
     """
     check_window(fmt, window)
-    _check_rows(fmt, key=key, value=value)
-    _check_metadata(query_start_loc, seq_lens, window_block_table=window_block_table)
+    check_rows(fmt, key=key, value=value)
+    check_metadata(query_start_loc, seq_lens, window_block_table=window_block_table)
     if max_query_len < 1:
         raise ValueError(f"max_query_len must be at least 1, got {max_query_len}.")
     check_device(window)
@@ -120,7 +112,7 @@ def quantize(
     max_query_len: int,
     max_unverified: int,
 ) -> None:
-    """Quantize the pages whose last token is verified by now, from exact values: the bytes of `quantize_pages`.
+    """Quantize the pages whose last token is verified by now, from exact values: the bytes of `format.encode_pages`.
 
     A request whose step starts at position p0 gets its pages from max(p0 - max_unverified, 0) // G on (see `step`), but
     none that begins before the tokens the window still holds, up to (seq_len - num_unverified) // G, exclusive. Tokens
@@ -144,8 +136,8 @@ def quantize(
     """
     check_pages(fmt, pages)
     check_window(fmt, window)
-    _check_rows(fmt, key=key, value=value)
-    _check_metadata(query_start_loc, seq_lens, block_table=block_table, window_block_table=window_block_table)
+    check_rows(fmt, key=key, value=value)
+    check_metadata(query_start_loc, seq_lens, block_table=block_table, window_block_table=window_block_table)
     check_int32(num_unverified=num_unverified)
     if max_query_len < 1 or max_unverified < 0:
         raise ValueError(f"Need a positive max_query_len and max_unverified >= 0, got {max_query_len}, {max_unverified}.")
@@ -191,72 +183,6 @@ def quantize(
         maxnreg=QUANTIZE_REGISTERS if dim <= 128 else None,
         **overlap(window),
     )
-
-
-def overlap(x: torch.Tensor) -> dict[str, bool]:
-    """Arguments of a launch that may begin under the end of the one before it (programmatic dependent launch).
-
-    Its kernel waits before it uses what that one writes, and releases its successor after that, so that whoever runs ahead
-    finds all but its direct predecessor complete.
-    """
-    overlaps = x.is_cuda and torch.cuda.get_device_capability(x.device) >= OVERLAP_CAPABILITY
-    return {"OVERLAP": True, "launch_pdl": True} if overlaps else {"OVERLAP": False}
-
-
-# --- Argument checks --------------------------------------------------------------------------------------------------
-
-
-def power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
-def check_device(x: torch.Tensor) -> None:
-    if triton is None:
-        raise RuntimeError("The cache kernels need Triton, which is not installed.")
-    if not x.is_cuda and isinstance(_store, triton.JITFunction):
-        raise ValueError(f"The cache kernels run on a GPU (on {x.device} only with TRITON_INTERPRET=1).")
-
-
-def check_pages(fmt: PageFormat, pages: torch.Tensor) -> None:
-    inner = (fmt.num_kv_heads, fmt.head_bytes)
-    if pages.dtype != torch.uint8 or pages.shape[1:] != inner or pages.stride(2) != 1:
-        raise ValueError(
-            f"pages must be uint8 [any, {inner[0]}, {inner[1]}] with contiguous heads, "
-            f"got {pages.dtype} {list(pages.shape)}."
-        )
-    if (pages.data_ptr() | pages.stride(0) | pages.stride(1)) & 1:
-        raise ValueError(f"pages must begin at even addresses, got strides {pages.stride()}.")
-
-
-def check_window(fmt: PageFormat, window: torch.Tensor) -> None:
-    inner = (fmt.num_kv_heads, fmt.window_block_size, 2 * fmt.head_size)
-    if window.dtype != fmt.dtype or window.shape[1:] != inner or window.stride()[2:] != (inner[2], 1):
-        raise ValueError(
-            f"window must be {fmt.dtype} [any, {inner[0]}, {inner[1]}, {inner[2]}] with contiguous heads, "
-            f"got {window.dtype} {list(window.shape)}."
-        )
-
-
-def _check_rows(fmt: PageFormat, **tensors: torch.Tensor) -> None:
-    for name, x in tensors.items():
-        if x.dtype not in _FLOATS or x.shape[1:] != (fmt.num_kv_heads, fmt.head_size) or x.stride(2) != 1:
-            raise ValueError(
-                f"{name} must be floating point [any, {fmt.num_kv_heads}, {fmt.head_size}] with contiguous channels, "
-                f"got {x.dtype} {list(x.shape)}."
-            )
-
-
-def check_int32(**tensors: torch.Tensor) -> None:
-    for name, x in tensors.items():
-        if x.dtype != torch.int32 or x.stride(-1) != 1:
-            raise ValueError(f"{name} must be int32 with contiguous rows, got {x.dtype} with strides {x.stride()}.")
-
-
-def _check_metadata(query_start_loc: torch.Tensor, seq_lens: torch.Tensor, **tables: torch.Tensor) -> None:
-    check_int32(query_start_loc=query_start_loc, seq_lens=seq_lens, **tables)
-    requests = seq_lens.shape[0]
-    if requests < 1 or query_start_loc.shape[0] != requests + 1 or any(t.shape[0] != requests for t in tables.values()):
-        raise ValueError(f"Need one start more than the {requests} requests and a row of each table for each of them.")
 
 
 # --- Kernels ----------------------------------------------------------------------------------------------------------
@@ -334,7 +260,7 @@ def _store(
 @jit
 def exact_start(first, window_row, width, mask, G: tl.constexpr, W: tl.constexpr):
     """As reference.exact_start, for requests [N]: their first positions, and pointers to their rows of the table."""
-    start = tl.maximum(first // G - 1, 0) * G
+    start = tl.maximum(first // G - 1, 0) * G  # format.window_start
     entry = (start // W)[:, None] + tl.arange(0, 2 * G // W)[None, :]
     needed = mask[:, None] & (entry * W < first[:, None])
     block = tl.load(window_row[:, None] + entry, mask=needed & (entry < width), other=0)

@@ -19,8 +19,8 @@ import numba as nb
 import numpy as np
 import torch
 
-from vllm_quantspec.format import PageFormat, check_bits
-from vllm_quantspec.kernels import reference
+from vllm_quantspec.format import PageFormat, check_bits, window_start
+from vllm_quantspec.kernels.step import exact_start
 
 # vLLM binds the thread that runs the model to one core; the others of this process are for the helpers below.
 _CPUS = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
@@ -408,8 +408,8 @@ def plan_decode(
     requests = torch.repeat_interleave(query_lens)
     first = (lengths - query_lens).clamp_min(0)
     positions = torch.minimum(first[:, None] + torch.arange(steps), lengths[:, None] - 1)
-    exact = reference.exact_start(fmt, window_block_table, first)
-    boundary = torch.maximum(reference.quantized_below(fmt, positions), exact[:, None])
+    exact = exact_start(fmt, window_block_table, first)
+    boundary = torch.maximum(window_start(positions, group), exact[:, None])
     row_counts = (query_lens * per_head).numpy()
     tasks = []
     for r, (rows, quantized) in enumerate(zip(row_counts.tolist(), boundary[:, -1].tolist(), strict=True)):

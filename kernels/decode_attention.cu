@@ -117,17 +117,10 @@ DEV float exp2_fast(float x) {
   asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(r) : "f"(x));
   return r;
 }
-template <u32 MASK, u32 BITS>
-DEV u32 and_or(u32 w) {
-  u32 r;
-  asm("lop3.b32 %0,%1,%2,%3,0xea;" : "=r"(r) : "r"(w), "n"(MASK), "n"(BITS));
-  return r;
-}
 DEV u32 pack_exact(float low, float high) { return IS_BF16 ? pack_bf16(low, high) : pack_f16(low, high); }
 DEV u32 exact_to_f16(u32 x) {
   return IS_BF16 ? pack_f16(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u)) : x;
 }
-DEV u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
 // ---- Codes to fp16 --------------------------------------------------------------------------------------------------
 // x[par * 2 + b] is the pair e = 0, 1 of the word's codes as fp16. Bits ORed into the mantissa of 1024 (bits 0-3) or 64
@@ -252,7 +245,7 @@ struct Params {
   float scale;  // softmax scale * log2(e)
 };
 
-DEV int exact_from(int position) {
+DEV int window_start(int position) {  // format.window_start
   const int page = position / G - 1;
   return page > 0 ? page * G : 0;
 }
@@ -260,7 +253,7 @@ DEV int exact_from(int position) {
 // Units of one (head, row tile) of a request: at least one, so that every output row is written.
 DEV int units_of(int first, int last) {
   if (last < first || first < 0) return 1;
-  const int start = exact_from(first);
+  const int start = window_start(first);
   return start / 32 + WINDOW_COST * ((last - start) / 16 + 1) + SEGMENT_COST;
 }
 
@@ -389,7 +382,7 @@ DEV void scale_query(Keys& k, u32 stage, u32 query, int lane) {
 // Boundaries of a row: it reads pages below `from`, the window in [from, position].
 DEV void row_bounds(const Params& p, const Segment& s, int row, int exact_start, int& from, int& position) {
   position = min(s.first + (int)((u32)(s.tile * ROWS + row) / QUERY_GROUP), s.last);
-  from = max(exact_from(position), exact_start);
+  from = max(window_start(position), exact_start);
 }
 
 DEV void attend_slice(State& st, const Keys& k, u32 stage, const Params& p, const Segment& seg, int token,
@@ -540,7 +533,7 @@ DEV void attend(State& st, const Params& p, const Segment& seg, int begin, int e
   reset(st);
   if (seg.last < seg.first || seg.first < 0 || seg.rows <= 0) return;
   constexpr int PER = G / 32;
-  const int start = exact_from(seg.first), plain = start / 32;
+  const int start = window_start(seg.first), plain = start / 32;
   // Units from `plain` on are 16 tokens, cost WINDOW_COST each, and belong to the warp that holds their first.
   const int b = begin - seg.begin, e = end - seg.begin;
   const int recent_b = max(0, b - plain + WINDOW_COST - 1) / WINDOW_COST,
@@ -563,7 +556,7 @@ DEV void attend(State& st, const Params& p, const Segment& seg, int begin, int e
   int exact_start = start;
   if (missing) exact_start = min(seg.first, (start / WINDOW_BLOCK + 32 - __clz(missing)) * WINDOW_BLOCK);
   const int low = max(start, exact_start),
-            high = max(exact_from(seg.last), exact_start);  // boundaries of first and last row
+            high = max(window_start(seg.last), exact_start);  // boundaries of first and last row
   const int slice_e = min(most_e, (high + 31) / 32);
 
   if (slice_b < slice_e) {

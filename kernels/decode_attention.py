@@ -13,10 +13,10 @@ import torch
 
 from vllm_quantspec.format import PageFormat, check_bits
 from vllm_quantspec.kernels import nvrtc
+from vllm_quantspec.kernels.workspace import Workspace
 
 SOURCE = Path(__file__).with_suffix(".cu")
 MAX_REQUESTS = 1024
-MIN_CAPABILITY = (8, 0)
 
 
 class _Params(ctypes.Structure):
@@ -85,7 +85,7 @@ def decode_attention(
     with torch.cuda.device(device):
         kernel, warps, sizes = _kernel(fmt, bits, per_head, tiles, passes, device, warps_and_stages, overlap)
         requests = seq_lens.shape[0]
-        partial, spill, arrived = _workspace(device, *sizes, 2 * requests * fmt.num_kv_heads * passes)
+        partial, spill, arrived = _workspace.tensors(device, *sizes, 2 * requests * fmt.num_kv_heads * passes)
         params = _Params(
             *(x.data_ptr() for x in (query, pages, window, query_start_loc, seq_lens, block_table, window_block_table)),
             *(x.data_ptr() for x in (out, partial, spill, arrived)),
@@ -182,7 +182,7 @@ def _kernel(
 ) -> tuple[nvrtc.Kernel, int, tuple[int, int]]:
     """The kernel, warps per CTA, floats of partial and of spilled outputs."""
     properties = torch.cuda.get_device_properties(device)
-    if (properties.major, properties.minor) < MIN_CAPABILITY:
+    if (properties.major, properties.minor) < nvrtc.MIN_CAPABILITY:
         raise RuntimeError(f"decode_attention needs compute capability 8.0 or newer, {properties.name} has less.")
     optin = properties.shared_memory_per_block_optin
     warps, stages = warps_and_stages or _configuration(fmt, bits, tiles, optin)
@@ -208,23 +208,4 @@ def _kernel(
     return kernel, warps, sizes
 
 
-_workspaces: dict[int, list[torch.Tensor]] = {}
-
-
-def _workspace(device: int, partial: int, spill: int, segments: int) -> list[torch.Tensor]:
-    """Scratch memory shared by all launches on a device: they follow one another on one stream."""
-    needed = (partial, spill, segments)
-    have = _workspaces.get(device)
-    if have is None or any(x.numel() < n for x, n in zip(have, needed, strict=True)):
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("Run decode_attention once with these shapes before capturing it in a CUDA graph.")
-        sizes = [max(n, 0 if have is None else x.numel()) for n, x in zip(needed, have or needed, strict=True)]
-        sizes[2] = max(sizes[2], 1 << 14)
-        floats = [torch.empty(n, dtype=torch.float32, device=f"cuda:{device}") for n in sizes[:2]]
-        # Graphs captured earlier keep pointing at the old tensors, so those are never freed.
-        _retired.append(have)
-        have = _workspaces[device] = [*floats, torch.zeros(sizes[2], dtype=torch.int32, device=f"cuda:{device}")]
-    return have
-
-
-_retired: list[list[torch.Tensor] | None] = []
+_workspace = Workspace("decode_attention", (torch.float32, 0), (torch.float32, 0), (torch.int32, 1 << 14))

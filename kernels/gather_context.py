@@ -7,12 +7,13 @@ the device, and the grid depends on shapes and host integers only.
 import torch
 
 from vllm_quantspec.format import PageFormat, check_bits
-from vllm_quantspec.kernels.cache_update import (
+from vllm_quantspec.kernels.cache_update import exact_start
+from vllm_quantspec.kernels.launch import (
     check_device,
     check_int32,
     check_pages,
+    check_rows,
     check_window,
-    exact_start,
     jit,
     power_of_two,
     tl,
@@ -41,8 +42,8 @@ def gather_context(
     """Write a piece of each request's context to its rows cu_seqlens[r] to cu_seqlens[r+1] of out_key and out_value.
 
     The rows are the tokens at positions starts[r] on, as the query token at position first[r] reads them: exact, from
-    the window, from max(w(first), exact_start) on, else from pages. Tokens at first[r] or later that have no window
-    block, and rows of no request, are left as they are.
+    the window, from max(window_start(first), exact_start) on, else from pages. Tokens at first[r] or later that have no
+    window block, and rows of no request, are left as they are.
 
     Args:
         pages: uint8 [num_blocks, H, head_bytes]; the strides of blocks and heads are free, but even.
@@ -65,12 +66,7 @@ def gather_context(
         raise ValueError(f"max_len must be at least 1, got {max_len}.")
     check_pages(fmt, pages)
     check_window(fmt, window)
-    for name, x in (("out_key", out_key), ("out_value", out_value)):
-        if not x.dtype.is_floating_point or x.shape[1:] != (fmt.num_kv_heads, fmt.head_size) or x.stride(2) != 1:
-            raise ValueError(
-                f"{name} must be floating point [any, {fmt.num_kv_heads}, {fmt.head_size}] with contiguous channels, "
-                f"got {x.dtype} {list(x.shape)}."
-            )
+    check_rows(fmt, out_key=out_key, out_value=out_value)
     check_int32(
         cu_seqlens=cu_seqlens, starts=starts, first=first, block_table=block_table, window_block_table=window_block_table
     )

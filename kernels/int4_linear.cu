@@ -78,13 +78,6 @@ DEV void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-template <u32 MASK, u32 BITS>
-DEV u32 and_or(u32 w) {
-  u32 r;
-  asm("lop3.b32 %0,%1,%2,%3,0xea;" : "=r"(r) : "r"(w), "n"(MASK), "n"(BITS));
-  return r;
-}
-DEV u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 DEV float low_float(u32 x) {
 #if IS_BF16
   return __uint_as_float(x << 16);

@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 
 from vllm_quantspec.kernels import nvrtc
-from vllm_quantspec.weights import GROUP_SIZES
+from vllm_quantspec.kernels.workspace import Workspace
+from vllm_quantspec.weights import WEIGHT_GROUP_SIZES
 
 SOURCE = Path(__file__).with_suffix(".cu")
-MIN_CAPABILITY = (8, 0)
 ROWS, CHUNK = 16, 128
 # Codes become floats by being ORed into this number's mantissa, so zero points are stored with it added.
 MAGIC = {torch.bfloat16: 128, torch.float16: 64}
@@ -67,13 +67,13 @@ def supported(
     """
     if dtype not in MAGIC:
         return f"INT4 linears take bfloat16 or float16 activations, not {dtype}."
-    if group_size not in GROUP_SIZES:
-        return f"INT4 linears take groups of {', '.join(map(str, GROUP_SIZES))} channels, not {group_size}."
+    if group_size not in WEIGHT_GROUP_SIZES:
+        return f"INT4 linears take groups of {', '.join(map(str, WEIGHT_GROUP_SIZES))} channels, not {group_size}."
     if in_features <= 0 or in_features % group_size:
         return f"{in_features} input channels are not divisible by the group size {group_size}."
     if out_features <= 0 or out_features % ROWS:
         return f"{out_features} output channels are not divisible by {ROWS}."
-    if capability is not None and tuple(capability) < MIN_CAPABILITY:
+    if capability is not None and tuple(capability) < nvrtc.MIN_CAPABILITY:
         return f"INT4 linears need compute capability 8.0 or newer, this GPU has {capability[0]}.{capability[1]}."
     return None
 
@@ -292,7 +292,7 @@ def launch(
         partial, arrived = 0, 0
         if plan.splits > 1:
             floats = plan.splits * token_blocks * plan.token_tiles * tiles * 128
-            partial, arrived = (t.data_ptr() for t in _workspace(device, floats, plan.blocks * token_blocks))
+            partial, arrived = (t.data_ptr() for t in _workspace.tensors(device, floats, plan.blocks * token_blocks))
         params = _Params(
             *(t.data_ptr() for t in (x, codes, scales_zeros)),
             0 if bias is None else bias.data_ptr(),
@@ -370,7 +370,7 @@ def macros_of(plan: Plan, group_size: int, bf16: bool) -> dict[str, int]:
 @cache
 def _kernel(plan: Plan, group_size: int, bf16: bool, device: int) -> nvrtc.Kernel:
     capability = torch.cuda.get_device_capability(device)
-    if capability < MIN_CAPABILITY:
+    if capability < nvrtc.MIN_CAPABILITY:
         raise RuntimeError(supported(128, 16, 128, torch.bfloat16, capability))
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError("Run int4_linear once with these shapes before capturing it in a CUDA graph.")
@@ -385,21 +385,5 @@ def _kernel(plan: Plan, group_size: int, bf16: bool, device: int) -> nvrtc.Kerne
     )
 
 
-_workspaces: dict[int, list[torch.Tensor]] = {}
-_retired: list[list[torch.Tensor]] = []
-
-
-def _workspace(device: int, floats: int, counters: int) -> list[torch.Tensor]:
-    """Partial sums and arrival counters (zero between launches): all launches on a device follow one another."""
-    have = _workspaces.get(device)
-    if have is None or have[0].numel() < floats or have[1].numel() < counters:
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("Run int4_linear once with these shapes before capturing it in a CUDA graph.")
-        if have is not None:
-            _retired.append(have)  # graphs captured earlier keep pointing at it
-            floats, counters = max(floats, have[0].numel()), max(counters, have[1].numel())
-        have = _workspaces[device] = [
-            torch.empty(max(floats, 1 << 20), dtype=torch.float32, device=f"cuda:{device}"),
-            torch.zeros(max(counters, 1 << 12), dtype=torch.int32, device=f"cuda:{device}"),
-        ]
-    return have
+# Partial sums and arrival counters.
+_workspace = Workspace("int4_linear", (torch.float32, 1 << 20), (torch.int32, 1 << 12))

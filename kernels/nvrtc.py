@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+MIN_CAPABILITY = (8, 0)  # of a GPU, for the CUDA kernels
 OVERLAP_CAPABILITY = (9, 0)  # the first that has programmatic dependent launch
 
 

@@ -16,6 +16,15 @@ DEV uint4 lds128(u32 a) {
 DEV void copy16(u32 to, const void* from) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0],[%1],16;" ::"r"(to), "l"(from) : "memory");
 }
+// Word i of v; i is known when compiling.
+DEV u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+// (w & MASK) | BITS
+template <u32 MASK, u32 BITS>
+DEV u32 and_or(u32 w) {
+  u32 r;
+  asm("lop3.b32 %0,%1,%2,%3,0xea;" : "=r"(r) : "r"(w), "n"(MASK), "n"(BITS));
+  return r;
+}
 
 // ---- Programmatic dependent launch: nothing where the GPU does not have it -------------------------------------------
 DEV void wait_for_predecessor() {

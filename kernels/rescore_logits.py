@@ -10,7 +10,7 @@ are likely to be large together, have neighbouring ids), and in each group the t
 import torch
 import torch.nn.functional as F
 
-from vllm_quantspec.kernels.cache_update import check_device, jit, overlap, power_of_two, tl
+from vllm_quantspec.kernels.launch import check_device, jit, overlap, power_of_two, tl
 
 GROUPS, RUN = 256, 16
 # Found on an H200 (see benchmarks/NOTES.md): warps of a CTA, which is a group of one token, and channels of a row that it

@@ -12,8 +12,47 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_quantspec.format import PageFormat
-from vllm_quantspec.kernels import reference
+from vllm_quantspec.format import PageFormat, encode_pages, window_start
+
+# --- The window -------------------------------------------------------------------------------------------------------
+
+
+def window_slots(
+    fmt: PageFormat, window_block_table: torch.Tensor, row_of_token: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """Slots int64 [T] of tokens at `positions` [T] of requests `row_of_token` [T]; -1 where the table has no block."""
+    size, width = fmt.window_block_size, window_block_table.shape[1]
+    entry = positions // size
+    block = window_block_table[row_of_token, entry.clamp(0, width - 1)].long()
+    there = (block > 0) & (entry < width) & (positions >= 0)
+    return torch.where(there, block * size + positions % size, -1)
+
+
+def exact_start(fmt: PageFormat, window_block_table: torch.Tensor, first_positions: torch.Tensor) -> torch.Tensor:
+    """First position [R] from which on each request's window holds every token up to its `first_positions` [R].
+
+    At least window_start(first position); later only after a prefix-cache hit, whose tokens have no window blocks.
+    """
+    size, width = fmt.window_block_size, window_block_table.shape[1]
+    start = window_start(first_positions, fmt.group_size)
+    entries = start[:, None] // size + torch.arange(2 * fmt.group_size // size, device=start.device)
+    blocks = window_block_table.gather(1, entries.clamp(max=width - 1).long())
+    missing = ((blocks <= 0) | (entries >= width)) & (entries * size < first_positions[:, None])
+    after_missing = torch.where(missing, (entries + 1) * size, 0).amax(dim=1)
+    return torch.minimum(torch.maximum(start, after_missing), first_positions)
+
+
+def write_window(fmt: PageFormat, window: torch.Tensor, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    """Store key and value [T, H, D] at `slots` int64 [T] = window block id * W + offset; slots below W are skipped."""
+    size = fmt.window_block_size
+    block, offset = slots.clamp(min=0) // size, slots.clamp(min=0) % size
+    new = torch.cat((key, value), dim=-1).to(window.dtype)
+    # A skipped token rewrites what its slot of the null block holds: no boolean index, so no host synchronisation.
+    new = torch.where((slots >= size)[:, None, None], new, window[block, :, offset])
+    window[block, :, offset] = new
+
+
+# --- The step ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -58,27 +97,27 @@ def plan_step(
     num_reqs = seq_lens.shape[0]
     request = torch.repeat_interleave(torch.arange(num_reqs, device=seq_lens.device), query_lens)
     offset = torch.arange(request.shape[0], device=request.device) - starts[request]
-    window_slots = reference.window_slots(fmt, window_block_table, request, first[request] + offset)
+    token_slots = window_slots(fmt, window_block_table, request, first[request] + offset)
 
     empty = torch.zeros(0, dtype=torch.long, device=seq_lens.device)
     if not quantize:
-        return StepPlan(window_slots, empty, empty.view(0, group), empty.view(0, group))
+        return StepPlan(token_slots, empty, empty.view(0, group), empty.view(0, group))
 
-    exact = reference.exact_start(fmt, window_block_table, first)
+    exact = exact_start(fmt, window_block_table, first)
     low = torch.maximum((first - max_unverified).clamp_min(0) // group, -(-exact // group))
     high = (seq_lens - num_unverified.to(seq_lens)) // group
     counts = torch.where(query_lens > 0, (high - low).clamp_min(0), 0)
     owner = torch.repeat_interleave(torch.arange(num_reqs, device=seq_lens.device), counts)
     if owner.numel() == 0:
-        return StepPlan(window_slots, empty, empty.view(0, group), empty.view(0, group))
+        return StepPlan(token_slots, empty, empty.view(0, group), empty.view(0, group))
     page = torch.arange(owner.shape[0], device=owner.device) - (counts.cumsum(0) - counts)[owner] + low[owner]
     position = page[:, None] * group + torch.arange(group, device=page.device)
     token_index = position - first[owner, None] + starts[owner, None]
     token_index = torch.where(position >= first[owner, None], token_index, -1)
-    slots = reference.window_slots(fmt, window_block_table, owner.repeat_interleave(group), position.flatten()).view_as(
+    slots = window_slots(fmt, window_block_table, owner.repeat_interleave(group), position.flatten()).view_as(
         position
     )
-    return StepPlan(window_slots, block_table[owner, page].long(), token_index, slots)
+    return StepPlan(token_slots, block_table[owner, page].long(), token_index, slots)
 
 
 def quantize_completed(
@@ -107,4 +146,4 @@ def quantize_completed(
         mask = fresh[..., None, None]
         keys = torch.where(mask, keys, old[..., : fmt.head_size])
         values = torch.where(mask, values, old[..., fmt.head_size :])
-    reference.quantize_pages(fmt, pages, plan.page_ids, keys, values)
+    pages[plan.page_ids] = encode_pages(fmt, keys, values)

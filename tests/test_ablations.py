@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from vllm_quantspec.config import parse_options
-from vllm_quantspec.format import PageFormat
-from vllm_quantspec.kernels import reference
+from vllm_quantspec.format import PageFormat, window_start
+from vllm_quantspec.kernels import reference, step
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import ablations  # noqa: E402
@@ -17,8 +17,8 @@ import needle  # noqa: E402
 
 
 @pytest.mark.parametrize("group", [64, 128])
-@pytest.mark.parametrize("read", ["draft", "target"])
-def test_the_emulated_cache_reads_as_the_products(read, group, length=700, queries=9):
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_emulated_cache_reads_as_the_products(bits, group, length=700, queries=9):
     """Two groups of window: attention over pages and window blocks as the product's reference computes it."""
     torch.manual_seed(0)
     fmt = PageFormat(2, 64, group)
@@ -32,8 +32,8 @@ def test_the_emulated_cache_reads_as_the_products(read, group, length=700, queri
     reference.quantize_pages(fmt, pages, torch.arange(1, full + 1), *groups)
     window_table = torch.arange(1, length // size + 2)[None].int()
     window = torch.zeros(window_table.shape[1] + 1, 2, size, 128, dtype=torch.bfloat16)
-    slots = reference.window_slots(fmt, window_table, torch.zeros(length, dtype=torch.long), torch.arange(length))
-    reference.write_window(fmt, window, slots, keys.transpose(0, 1), values.transpose(0, 1))
+    slots = step.window_slots(fmt, window_table, torch.zeros(length, dtype=torch.long), torch.arange(length))
+    step.write_window(fmt, window, slots, keys.transpose(0, 1), values.transpose(0, 1))
     expected = reference.decode_attention(
         fmt,
         pages,
@@ -44,11 +44,11 @@ def test_the_emulated_cache_reads_as_the_products(read, group, length=700, queri
         torch.arange(1, full + 1)[None].int(),
         window_table,
         64**-0.5,
-        read,
+        bits,
     ).transpose(0, 1)
 
     own = keys[:, first:].float(), values[:, first:].float()
-    old = ablations.read_quantized(keys, values, group, read)
+    old = ablations.read_quantized(keys, values, group, bits)
     actual = ablations.attend(query, own, (keys, values), old, first, group, 2)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
     other = ablations.attend(query, own, (keys, values), old, first, group, 4)
@@ -66,7 +66,7 @@ def test_attention_without_a_quantized_cache_is_causal_attention(monkeypatch):
 def test_window(group):
     positions = torch.arange(1000)
     starts = {k: torch.tensor([ablations.window_start(p, group, k) for p in positions.tolist()]) for k in (1, 2, 4)}
-    assert torch.equal(starts[2], reference.quantized_below(PageFormat(1, 64, group), positions))
+    assert torch.equal(starts[2], window_start(positions, group))
     for k, start in starts.items():
         exact = (positions - start)[positions >= k * group] + 1  # with the position itself
         assert (exact.min(), exact.max()) == ((k - 1) * group + 1, k * group)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from interpreter import DEVICE, INTERPRETED, RUNS, run_in_the_interpreter, runs
 
-from vllm_quantspec.format import PageFormat
+from vllm_quantspec.format import PageFormat, window_start
 from vllm_quantspec.kernels import reference
-from vllm_quantspec.kernels.step import plan_step, quantize_completed
+from vllm_quantspec.kernels.step import plan_step, quantize_completed, write_window
 
 pytest.importorskip("triton")
 
@@ -71,8 +71,8 @@ class Batch:
         self.window_block_table = torch.zeros(len(rows), max(lengths) // size + 1, dtype=torch.int32)
         blocks = []
         for r, (first, query_len, _, hit) in enumerate(rows):
-            held = max(0, (first // group - 1) * group)
-            kept = max(0, ((first + query_len - max_drafts) // group - 1) * group) if newest_only else 0
+            held = window_start(first, group)
+            kept = window_start(first + query_len - max_drafts, group) if newest_only else 0
             for entry in range(-(-(first + query_len) // size)):
                 position = entry * size
                 old = held <= position < first and position >= hit
@@ -128,7 +128,7 @@ class Batch:
         )
         own = slice(int(self.query_start_loc[0]), int(self.query_start_loc[-1]))
         window, pages = self.window.clone(), self.pages.clone()
-        reference.write_window(self.fmt, window, plan.window_slots, self.key[own], self.value[own])
+        write_window(self.fmt, window, plan.window_slots, self.key[own], self.value[own])
         quantize_completed(self.fmt, plan, pages, window, self.key[own], self.value[own])
         return window, pages, plan.page_ids
 
@@ -324,9 +324,7 @@ class Context:
         keys, values = (torch.full((int(self.cu_seqlens[-1]) + 2, heads, dim), 7.0, dtype=dtype) for _ in range(2))
         for r, (first, begin, end, _) in enumerate(self.rows):
             table = self.batch.window_block_table[r : r + 1]
-            position = torch.tensor([first])
-            start = reference.exact_start(self.fmt, table, position)
-            boundary = int(torch.maximum(reference.quantized_below(self.fmt, position), start))
+            boundary = reference.exact_start(self.fmt, table[0], first)
             row = int(self.cu_seqlens[r])
             if begin < min(boundary, end):
                 ids = self.batch.block_table[r, : -(-min(boundary, end) // self.fmt.group_size)].long()

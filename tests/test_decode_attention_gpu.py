@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vllm_quantspec.format import PageFormat
+from vllm_quantspec.format import PageFormat, window_start
 from vllm_quantspec.kernels import cache_update, reference
 
 if not torch.cuda.is_available():
@@ -50,7 +50,7 @@ class Case:
                 split = [x.unflatten(1, (count, group))[:, chosen].permute(1, 2, 0, 3) for x in (keys, values)]
                 reference.quantize_pages(fmt, self.pages, pages[chosen].long(), *split)
             page += count
-            first_exact = max(0, (max(0, length - query_len) // group - 1) * group, hit)
+            first_exact = max(window_start(length - query_len, group), hit)
             for entry in range(first_exact // size, -(-length // size)):
                 block = torch.full((1, heads, size, 2 * dim), float("nan"), device=DEVICE)
                 used = min(size, length - entry * size)

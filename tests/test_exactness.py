@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, shared_path
 from engine_tools import QUANTSPEC_CACHE, engine, generate, quantspec, speculation_counts
 
-from vllm_quantspec.format import dequantize_keys, dequantize_values, quantize_keys, quantize_values
+from vllm_quantspec.format import dequantize_keys, dequantize_values, quantize_keys, quantize_values, window_start
 from vllm_quantspec.integration.cache.backend import QuantSpecImpl
 from vllm_quantspec.integration.cpu.proposer import QuantSpecProposer
 from vllm_quantspec.integration.draft.model import DRAFT_PREFIX
@@ -68,8 +68,8 @@ class Oracle:
         self.pages: dict[tuple[int, bool], tuple[torch.Tensor, torch.Tensor]] = {}
         self.pages_read = 0
 
-    def quantized_below(self, position: int) -> int:
-        return max(0, (position // self.group_size - 1) * self.group_size)
+    def window_start(self, position: int) -> int:
+        return window_start(position, self.group_size)
 
     def page(self, block: int, draft: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [group_size, H, D] of a page as they are read, from exact ones; quantized once."""
@@ -99,7 +99,7 @@ class Oracle:
         rows = []
         for i, query in enumerate(call.query):
             position = call.first + i
-            boundary = self.quantized_below(position if call.is_decode else call.first)
+            boundary = self.window_start(position if call.is_decode else call.first)
             pages = [self.page(block, draft) for block in range(boundary // self.group_size)]
             newest = [tokens[p] for p in range(boundary, position + 1)]
             keys, values = (
@@ -159,7 +159,7 @@ def test_attention_of_the_engine(dtype, group_size, draft_weights, books_4m, pas
             count[kind] += 1
             pages[kind] += oracle.pages_read - before
             last = call.first + len(call.query) - 1
-            crossing += kind == "verify" and oracle.quantized_below(call.first) != oracle.quantized_below(last)
+            crossing += kind == "verify" and oracle.window_start(call.first) != oracle.window_start(last)
         print(f"{target} {dtype} G={group_size}: calls {count}, largest error {worst}")
         assert max(worst.values()) < TOLERANCE[getattr(torch, dtype)], worst
         assert count["prefill"] >= 2 and count["verify"] > 20 and count["draft"] > 80
@@ -172,7 +172,7 @@ class DraftReading(Oracle):
 
 
 class OneGroupLess(Oracle):
-    def quantized_below(self, position: int) -> int:
+    def window_start(self, position: int) -> int:
         return position // self.group_size * self.group_size
 
 

@@ -17,10 +17,26 @@ from vllm_quantspec.format import (
     unpack_value_codes,
     unpermute_scales,
     unpermute_value_scales,
+    window_start,
 )
 
 HEAD_SIZES = [32, 64, 96, 128, 256]
 GROUP_SIZES = [64, 128]
+
+
+def test_window_start():
+    starts = {0: 0, 63: 0, 64: 0, 127: 0, 128: 64, 191: 64, 192: 128, 1000: 896}
+    assert {position: window_start(position, 64) for position in starts} == starts
+    assert [window_start(p, 128) for p in (0, 255, 256, 1000)] == [0, 0, 128, 768]
+    positions = torch.tensor([list(starts)], dtype=torch.int32)
+    got = window_start(positions, 64)
+    assert got.dtype == torch.int32 and got.tolist() == [list(starts.values())]
+
+
+@pytest.mark.parametrize("wrong", [0, 16, "target", None])
+def test_wrong_bits_are_refused(wrong):
+    with pytest.raises(ValueError, match="bits must be 4 or 8, got"):
+        PageFormat(3, 64).bytes_per_token(wrong)
 
 
 def random_codes(*shape):

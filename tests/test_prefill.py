@@ -45,8 +45,7 @@ def gather(fmt, pages, window, out_key, out_value, cu_seqlens, starts, first, bl
     size, group = fmt.window_block_size, fmt.group_size
     for r, start in enumerate(starts.tolist()):
         row, end = cu_seqlens[r : r + 2].tolist()
-        boundary = reference.quantized_below(fmt, first[r : r + 1])
-        boundary = torch.maximum(boundary, reference.exact_start(fmt, window_table[r : r + 1], first[r : r + 1]))
+        boundary = reference.exact_start(fmt, window_table[r], int(first[r]))
         for position in range(start, start + end - row):
             if position < boundary:
                 keys, values = reference.dequantize_pages(

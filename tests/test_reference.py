@@ -1,4 +1,4 @@
-"""The PyTorch kernels against a naive twin: one query row at a time, everything dequantized, softmax in fp64."""
+"""The specification against an oracle that knows the exact keys and values, softmax in fp64."""
 
 import math
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from vllm_quantspec import format
-from vllm_quantspec.format import PageFormat
-from vllm_quantspec.kernels import reference
+from vllm_quantspec.format import PageFormat, window_start
+from vllm_quantspec.kernels import reference, step
 
 SHAPES = [  # query heads, KV heads, head size, group size
     (4, 2, 64, 128),
@@ -68,9 +68,9 @@ class Cache:
         if full:
             exact = [x[r][: full * group].unflatten(0, (full, group)) for x in (self.keys, self.values)]
             reference.quantize_pages(fmt, self.pages, self.block_table[r, :full], *exact)
-        tokens = torch.arange(max(self.hits[r], max(0, (first // group - 1) * group)), length)
-        slots = reference.window_slots(fmt, self.window_table, torch.full_like(tokens, r), tokens)
-        reference.write_window(fmt, self.window, slots, self.keys[r][tokens], self.values[r][tokens])
+        tokens = torch.arange(max(self.hits[r], window_start(first, group)), length)
+        slots = step.window_slots(fmt, self.window_table, torch.full_like(tokens, r), tokens)
+        step.write_window(fmt, self.window, slots, self.keys[r][tokens], self.values[r][tokens])
 
     def decode(self, bits, kernel=reference.decode_attention):
         return kernel(
@@ -86,10 +86,10 @@ class Cache:
             bits,
         )
 
-    def prefill(self, r=0):
+    def prefill(self, kernel=reference.prefill_attention, r=0):
         own = slice(self.seq_lens[r] - self.query_lens[r], None)
         tokens = slice(int(self.query_start_loc[r]), int(self.query_start_loc[r + 1]))
-        return reference.prefill_attention(
+        return kernel(
             self.fmt,
             self.pages,
             self.window,
@@ -110,7 +110,7 @@ class Cache:
             for i in range(query_len):
                 position = first + i
                 anchor = first if prefill else position
-                boundary = max(0, (anchor // group - 1) * group, min(self.hits[r], first))
+                boundary = max(window_start(anchor, group), min(self.hits[r], first))
                 k, v = (x[r][: position + 1].double() for x in (self.keys, self.values))
                 if boundary:
                     ids = self.block_table[r, : boundary // group]
@@ -166,15 +166,10 @@ def test_decode_after_a_prefix_hit(dtype):
         assert_close(cache.decode(bits), cache.oracle(bits), dtype)
 
 
-def test_decode_chunks_and_many_rows(monkeypatch):
-    """Small chunks merge to the same result; query lengths up to 33 tokens, and requests without tokens."""
+def test_many_rows_and_requests_without_tokens():
     fmt = PageFormat(2, 64, 64, torch.float32)
     cache = Cache(4, fmt, [300, 10, 900, 64, 513], [1, 0, 33, 2, 17])
-    whole = cache.decode(8)
-    assert_close(whole, cache.oracle(8), torch.float32)
-    for pages_at_a_time in (1, 3):
-        monkeypatch.setattr(reference, "CHUNK_BYTES", pages_at_a_time * 2 * 64 * 64 * 4)
-        torch.testing.assert_close(cache.decode(8), whole, atol=1e-5, rtol=1e-5)
+    assert_close(cache.decode(8), cache.oracle(8), torch.float32)
 
 
 def test_padding_is_ignored():
@@ -203,52 +198,6 @@ def test_prefill_matches_naive(shape, dtype):
     for seq_len, query_len, hit in cases:
         cache = Cache(num_heads, fmt, [seq_len], [query_len], [hit])
         assert_close(cache.prefill(), cache.oracle(8, prefill=True), dtype)
-
-
-def test_prefill_in_query_blocks(monkeypatch):
-    fmt = PageFormat(2, 64, 64, torch.float32)
-    cache = Cache(4, fmt, [500], [150])
-    whole = cache.prefill()
-    monkeypatch.setattr(reference, "_causal_suffix_cpu", reference._causal_suffix)  # what other devices use
-    for scores in (500 * 32, 1 << 25):
-        monkeypatch.setattr(reference, "PREFILL_SCORES", scores)
-        torch.testing.assert_close(cache.prefill(), whole)
-
-
-@pytest.mark.parametrize("size", [64, 128])
-def test_window_slots_and_write(size):
-    fmt = PageFormat(2, 64, size, torch.bfloat16)
-    w = fmt.window_block_size
-    window = torch.randn(6, 2, w, 128).bfloat16()
-    before = window.clone()
-    table = torch.tensor([[3, 0, 5], [0, 2, 1]], dtype=torch.int32)
-    rows = torch.tensor([0, 0, 0, 1, 1, 1])
-    positions = torch.tensor([1, w, 2 * w + 3, 5, 2 * w - 1, 3 * w])  # the last one is beyond the table
-    slots = reference.window_slots(fmt, table, rows, positions)
-    assert slots.tolist() == [3 * w + 1, -1, 5 * w + 3, -1, 2 * w + w - 1, -1]
-    key, value = torch.randn(2, 6, 2, 64).bfloat16()
-    slots[4] = w - 1  # a slot of the null block
-    reference.write_window(fmt, window, slots, key, value)
-    for token, (block, offset) in {0: (3, 1), 2: (5, 3)}.items():
-        assert torch.equal(window[block, :, offset, :64], key[token])
-        assert torch.equal(window[block, :, offset, 64:], value[token])
-        before[block, :, offset] = window[block, :, offset]
-    assert torch.equal(window, before)
-
-
-def test_exact_start():
-    fmt = PageFormat(1, 64, 128, torch.bfloat16)
-    w = fmt.window_block_size
-    assert w == 64
-    table = torch.arange(1, 11, dtype=torch.int32).repeat(6, 1)
-    table[1, :4] = 0  # a hit of 256 tokens
-    table[2, :4] = 0
-    table[3, :] = 0
-    table[4, :2] = 0  # older than what the window holds
-    table[5, 5] = 0  # a hole: exact only after it
-    first = torch.tensor([300, 300, 256, 384, 300, 400], dtype=torch.int32)
-    start = reference.exact_start(fmt, table, first)
-    assert start.tolist() == [128, 256, 256, 384, 128, 384]
 
 
 def slow_reading(fmt, data, lower):

@@ -9,12 +9,11 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from vllm_quantspec.format import PageFormat
+from vllm_quantspec.format import PageFormat, window_start
 from vllm_quantspec.integration.cache.specs import (
     HierarchicalKVManager,
     RecentWindowManager,
     make_specs,
-    window_start,
 )
 
 

@@ -5,16 +5,12 @@ import random
 import pytest
 import torch
 
-from vllm_quantspec.format import PageFormat
-from vllm_quantspec.kernels import reference
+from vllm_quantspec.format import PageFormat, window_start
+from vllm_quantspec.kernels import reference, step
 from vllm_quantspec.kernels.step import plan_step, quantize_completed
 
 FMT = PageFormat(num_kv_heads=2, head_size=64, group_size=64, dtype=torch.bfloat16)
 G, W = FMT.group_size, FMT.window_block_size
-
-
-def window_start(position: int) -> int:
-    return max(0, (position // G - 1) * G)
 
 
 def make_batch(rng: random.Random, num_reqs: int, max_drafts: int):
@@ -31,9 +27,9 @@ def make_batch(rng: random.Random, num_reqs: int, max_drafts: int):
     window = torch.zeros(num_reqs, width * G // W, dtype=torch.int32)
     next_block = 1
     for r, (first, length, _, hit) in enumerate(rows):
-        kept = window_start(max(first + length - max_drafts, 0))
+        kept = window_start(max(first + length - max_drafts, 0), G)
         for position in range(0, first + length, W):
-            held = position >= hit and (window_start(first) <= position < first or position + W > max(kept, 0))
+            held = position >= hit and (window_start(first, G) <= position < first or position + W > max(kept, 0))
             held = held and (position + W <= first or position + W > kept or position < first)
             if held:
                 window[r, position // W] = next_block
@@ -63,7 +59,7 @@ def test_plan_against_a_loop(seed):
     key, value = fresh[:, 0], fresh[:, 1]
 
     plan = plan_step(FMT, starts, seq_lens, drafts, tables, window_table, max_unverified=max_drafts)
-    reference.write_window(FMT, window, plan.window_slots, key, value)
+    step.write_window(FMT, window, plan.window_slots, key, value)
     pages = torch.full((int(tables.max()) + 1, 2, FMT.head_bytes), 0xA5, dtype=torch.uint8)
     untouched = pages[0, 0].clone()
     quantize_completed(FMT, plan, pages, window, key, value)
@@ -108,3 +104,44 @@ def test_the_draft_writes_no_page():
         quantize=False,
     )
     assert plan.page_ids.numel() == 0 and plan.window_slots.tolist() == [W + (G - 1) % W]
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_window_slots_and_write(size):
+    fmt = PageFormat(2, 64, size, torch.bfloat16)
+    w = fmt.window_block_size
+    window = torch.randn(6, 2, w, 128).bfloat16()
+    before = window.clone()
+    table = torch.tensor([[3, 0, 5], [0, 2, 1]], dtype=torch.int32)
+    rows = torch.tensor([0, 0, 0, 1, 1, 1])
+    positions = torch.tensor([1, w, 2 * w + 3, 5, 2 * w - 1, 3 * w])  # the last one is beyond the table
+    slots = step.window_slots(fmt, table, rows, positions)
+    assert slots.tolist() == [3 * w + 1, -1, 5 * w + 3, -1, 2 * w + w - 1, -1]
+    key, value = torch.randn(2, 6, 2, 64).bfloat16()
+    slots[4] = w - 1  # a slot of the null block
+    step.write_window(fmt, window, slots, key, value)
+    for token, (block, offset) in {0: (3, 1), 2: (5, 3)}.items():
+        assert torch.equal(window[block, :, offset, :64], key[token])
+        assert torch.equal(window[block, :, offset, 64:], value[token])
+        before[block, :, offset] = window[block, :, offset]
+    assert torch.equal(window, before)
+
+
+def test_exact_start():
+    fmt = PageFormat(1, 64, 128, torch.bfloat16)
+    w = fmt.window_block_size
+    assert w == 64
+    table = torch.arange(1, 11, dtype=torch.int32).repeat(6, 1)
+    table[1, :4] = 0  # a hit of 256 tokens
+    table[2, :4] = 0
+    table[3, :] = 0
+    table[4, :2] = 0  # older than what the window holds
+    table[5, 5] = 0  # a hole: exact only after it
+    first = torch.tensor([300, 300, 256, 384, 300, 400], dtype=torch.int32)
+    start = step.exact_start(fmt, table, first)
+    assert start.tolist() == [128, 256, 256, 384, 128, 384]
+    assert [reference.exact_start(fmt, row, int(p)) for row, p in zip(table, first, strict=True)] == start.tolist()
+    for width in (3, 6):  # the table ends before the window does
+        short = table[:, :width]
+        expected = [reference.exact_start(fmt, row, int(p)) for row, p in zip(short, first, strict=True)]
+        assert step.exact_start(fmt, short, first).tolist() == expected

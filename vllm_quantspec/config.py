@@ -6,8 +6,9 @@ import difflib
 from dataclasses import dataclass, fields
 from typing import Any
 
+from vllm_quantspec.format import GROUP_SIZES
+
 METHOD = "quantspec"
-GROUP_SIZES = (64, 128)
 HEAD_SIZES = (64, 96, 128, 256)
 MAX_SPECULATIVE_TOKENS = 32
 

@@ -52,6 +52,16 @@ def check_bits(bits: int) -> None:
         raise ValueError(f"bits must be 4 or 8, got {bits!r}.")
 
 
+def window_start(position: int | torch.Tensor, group_size: int) -> int | torch.Tensor:
+    """The first position that a query at ``position`` reads exact, from the window; it reads older ones from pages.
+
+    The start of the group before the query's own: between G and 2 * G - 1 tokens before the query, or 0. For an int or an
+    integer tensor of any shape.
+    """
+    start = (position // group_size - 1) * group_size
+    return start.clamp(min=0) if isinstance(start, torch.Tensor) else max(start, 0)
+
+
 @dataclass(frozen=True)
 class PageFormat:
     """Sizes and byte offsets of a page and of a window block, for one layer.
@@ -267,3 +277,23 @@ def permute_value_scales(scales: torch.Tensor) -> torch.Tensor:
 def unpermute_value_scales(stored: torch.Tensor, group_size: int) -> torch.Tensor:
     """The inverse of `permute_value_scales`: [..., groups*G] -> [..., G, groups]."""
     return unpermute_scales(stored.unflatten(-1, (-1, group_size))).transpose(-1, -2)
+
+
+# --- Whole pages ------------------------------------------------------------------------------------------------------
+
+
+def encode_pages(fmt: PageFormat, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Exact keys and values [n, G, H, D] -> the bytes of their pages, uint8 [n, H, head_bytes]."""
+    k_upper, k_lower, k_scale, k_min = quantize_keys(keys.transpose(1, 2))
+    v_upper, v_lower, v_scale, v_min = quantize_values(values.transpose(1, 2), fmt.value_group_size)
+    fields = {
+        "k_upper": pack_key_codes(k_upper),
+        "v_upper": pack_value_codes(v_upper),
+        "k_scale": permute_scales(k_scale),
+        "k_min": permute_scales(k_min),
+        "v_scale": permute_value_scales(v_scale),
+        "v_min": permute_value_scales(v_min),
+        "k_lower": pack_key_codes(k_lower),
+        "v_lower": pack_value_codes(v_lower),
+    }
+    return torch.cat([fields[name].contiguous().view(torch.uint8) for name in fmt.field_ranges], dim=-1)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 METHODS = ("search", "nearest", "gptq")
-GROUP_SIZES = (128, 64, 32)
+WEIGHT_GROUP_SIZES = (128, 64, 32)
 _MAX_CODE = 15
 _ROUNDER = 1.5 * 2**23
 # Shrunk ranges tried for a group, as fractions of its full range. Below 0.76 clipping never won on real weights.
@@ -43,7 +43,7 @@ class QuantizedWeight:
 
 def fit_group_size(in_features: int, group_size: int = 128) -> int | None:
     """The largest supported group size that is at most ``group_size`` and divides ``in_features``, or None."""
-    return next((g for g in GROUP_SIZES if g <= group_size and in_features % g == 0), None)
+    return next((g for g in WEIGHT_GROUP_SIZES if g <= group_size and in_features % g == 0), None)
 
 
 def quantize_weight(

@@ -28,8 +28,8 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
-from vllm_quantspec.config import GROUP_SIZES, HEAD_SIZES
-from vllm_quantspec.format import PageFormat
+from vllm_quantspec.config import HEAD_SIZES
+from vllm_quantspec.format import GROUP_SIZES, PageFormat
 from vllm_quantspec.integration.cache.metadata import WINDOW_SUFFIX, LayerSettings, QuantSpecMetadata
 from vllm_quantspec.integration.startup.backend_name import NAME
 

@@ -20,16 +20,11 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from vllm_quantspec.format import PageFormat
+from vllm_quantspec.format import PageFormat, window_start
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
-
-
-def window_start(position: int, group_size: int) -> int:
-    """First token that a query at ``position`` reads exact: the newest ``group_size`` to ``2 * group_size`` tokens."""
-    return max(0, (position // group_size - 1) * group_size)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_quantspec.integration.cpu import llvm_scan
-from vllm_quantspec.kernels import cpu_decode, reference, step
+from vllm_quantspec.kernels import cpu_decode, cpu_prefill, step
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -28,7 +28,7 @@ def reserve(fmt: PageFormat, query: torch.Tensor) -> None:
 
 
 def plan_prefill(spec: AttentionSpec, common: CommonAttentionMetadata, num_decodes: int) -> None:
-    """The reference takes a step's prefill rows as they are."""
+    """Prefill rows need no plan here."""
 
 
 def layer_attention(
@@ -58,7 +58,7 @@ def layer_attention(
             max_unverified=settings.max_unverified,
             quantize=not is_draft,
         )
-    reference.write_window(fmt, window, plan.window_slots, key, value)
+    step.write_window(fmt, window, plan.window_slots, key, value)
     step.quantize_completed(fmt, plan, pages, window, key, value)
 
     if md.num_decodes:
@@ -85,7 +85,7 @@ def layer_attention(
         start, end = md.query_start_loc[request].item(), md.query_start_loc[request + 1].item()
         if start == end:
             continue
-        output[start:end] = reference.prefill_attention(
+        output[start:end] = cpu_prefill.prefill_attention(
             fmt,
             pages,
             window,

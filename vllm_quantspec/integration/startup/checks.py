@@ -5,7 +5,8 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from vllm_quantspec.config import GROUP_SIZES, HEAD_SIZES
+from vllm_quantspec.config import HEAD_SIZES
+from vllm_quantspec.format import GROUP_SIZES
 from vllm_quantspec.integration.startup.version import check_version
 from vllm_quantspec.kernels.decode_attention import MAX_REQUESTS, MIN_CAPABILITY
 
