@@ -13,6 +13,7 @@ import torch
 
 from vllm_quantspec.format import PageFormat, check_bits
 from vllm_quantspec.kernels import nvrtc
+from vllm_quantspec.kernels.device import MIN_CAPABILITY, Device, device_properties
 from vllm_quantspec.kernels.workspace import Workspace
 
 SOURCE = Path(__file__).with_suffix(".cu")
@@ -160,13 +161,28 @@ def _static_bytes(warps: int, tiles: int) -> int:
     return 5632 + warps * (768 + 160 * tiles)
 
 
-def _configuration(fmt: PageFormat, bits: int, tiles: int, shared_bytes: int) -> tuple[int, int]:
+def _configuration(fmt: PageFormat, bits: int, tiles: int, device: Device) -> tuple[int, int]:
     """Warps per CTA (one CTA per multiprocessor), as many as registers allow, and the ring stages that fit."""
     for warps in (8, 4, 2, 1):
         for stages in (3, 2):
-            if warps * _bytes_per_warp(fmt, bits, tiles, stages) <= shared_bytes - _static_bytes(warps, tiles):
+            needed = warps * _bytes_per_warp(fmt, bits, tiles, stages) + _static_bytes(warps, tiles)
+            if needed <= device.shared_memory_per_block:
                 return warps, stages
-    raise RuntimeError(f"decode_attention needs more shared memory than this GPU has for head size {fmt.head_size}.")
+    raise RuntimeError(
+        f"attention with heads of size {fmt.head_size} in groups of {fmt.group_size} needs {-(-needed // 1024)} KiB of "
+        f"shared memory per block, but {device.name} has {device.shared_memory_per_block // 1024}"
+    )
+
+
+def check_shapes(fmt: PageFormat, num_heads: int, max_query_len: int, bits: int, device: int) -> None:
+    """Whether steps of up to ``max_query_len`` tokens per request can be launched on CUDA device ``device``.
+
+    Raises:
+        RuntimeError: what is missing, as the begin of a sentence.
+    """
+    for query_len in range(1, max_query_len + 1):
+        tiles, _ = row_tiles(fmt.head_size, query_len * num_heads // fmt.num_kv_heads)
+        _configuration(fmt, bits, tiles, device_properties(device))
 
 
 @cache
@@ -181,11 +197,10 @@ def _kernel(
     overlap: bool,
 ) -> tuple[nvrtc.Kernel, int, tuple[int, int]]:
     """The kernel, warps per CTA, floats of partial and of spilled outputs."""
-    properties = torch.cuda.get_device_properties(device)
-    if (properties.major, properties.minor) < nvrtc.MIN_CAPABILITY:
+    properties = device_properties(device)
+    if properties.capability < MIN_CAPABILITY:
         raise RuntimeError(f"decode_attention needs compute capability 8.0 or newer, {properties.name} has less.")
-    optin = properties.shared_memory_per_block_optin
-    warps, stages = warps_and_stages or _configuration(fmt, bits, tiles, optin)
+    warps, stages = warps_and_stages or _configuration(fmt, bits, tiles, properties)
     macros = {
         "HEAD_SIZE": fmt.head_size,
         "GROUP_SIZE": fmt.group_size,
@@ -200,7 +215,7 @@ def _kernel(
         "IS_BF16": int(fmt.dtype == torch.bfloat16),
     }
     shared_bytes = warps * _bytes_per_warp(fmt, bits, tiles, stages)
-    grid, rows = properties.multi_processor_count, 8 * tiles
+    grid, rows = properties.num_multiprocessors, 8 * tiles
     kernel = nvrtc.load(
         SOURCE, macros, device, grid=(grid, 1), threads=32 * warps, shared_bytes=shared_bytes, overlap=overlap
     )

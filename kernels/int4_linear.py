@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from vllm_quantspec.kernels import nvrtc
+from vllm_quantspec.kernels.device import MIN_CAPABILITY, device_properties
 from vllm_quantspec.kernels.workspace import Workspace
 from vllm_quantspec.weights import WEIGHT_GROUP_SIZES
 
@@ -73,7 +74,7 @@ def supported(
         return f"{in_features} input channels are not divisible by the group size {group_size}."
     if out_features <= 0 or out_features % ROWS:
         return f"{out_features} output channels are not divisible by {ROWS}."
-    if capability is not None and tuple(capability) < nvrtc.MIN_CAPABILITY:
+    if capability is not None and tuple(capability) < MIN_CAPABILITY:
         return f"INT4 linears need compute capability 8.0 or newer, this GPU has {capability[0]}.{capability[1]}."
     return None
 
@@ -306,10 +307,10 @@ def launch(
 @cache
 def choose_plan(tiles: int, chunks: int, groups: int, tokens: int, device: int) -> Plan:
     """The launch for a weight of ``tiles`` x ``chunks``; sums are in one order up to 16 tokens."""
-    properties = torch.cuda.get_device_properties(device)
-    sms, shared = properties.multi_processor_count, properties.shared_memory_per_multiprocessor
+    properties = device_properties(device)
+    sms, shared = properties.num_multiprocessors, properties.shared_memory_per_multiprocessor
     if tokens > MAX_NARROW:
-        return _wide_plan(tiles, chunks, groups, tokens, sms, properties.shared_memory_per_block_optin - 1024)
+        return _wide_plan(tiles, chunks, groups, tokens, sms, properties.shared_memory_per_block - 1024)
     warps = 8
 
     def cost(splits: int) -> float:
@@ -344,11 +345,13 @@ def _wide_plan(tiles: int, chunks: int, groups: int, tokens: int, sms: int, shar
         merge = 2 * splits * warps * per_warp * token_tiles * 512 if splits > 1 else 0
         return -(-ctas // sms) * (-(-chunks // splits) * stage + merge + 30000)
 
+    def plan(option: tuple[int, int]) -> Plan:
+        per_warp, splits = option
+        one = Plan(warps, 1, per_warp, 1, token_tiles, splits, -(-tiles // (warps * per_warp)), 1, wide=True)
+        return one._replace(stages=min(shared // one.shared_bytes(CHUNK // groups), 6))
+
     options = [(t, s) for t in (1, 2, 4) if t * token_tiles <= 16 for s in range(1, min(16, chunks) + 1)]
-    per_warp, splits = min(options, key=cost)
-    plan = Plan(warps, 1, per_warp, 1, token_tiles, splits, -(-tiles // (warps * per_warp)), 1, wide=True)
-    stages = shared // plan.shared_bytes(CHUNK // groups)
-    return plan._replace(stages=max(2, min(stages, 6)))
+    return plan(min((o for o in options if plan(o).stages >= 2), key=cost))
 
 
 def macros_of(plan: Plan, group_size: int, bf16: bool) -> dict[str, int]:
@@ -369,8 +372,8 @@ def macros_of(plan: Plan, group_size: int, bf16: bool) -> dict[str, int]:
 
 @cache
 def _kernel(plan: Plan, group_size: int, bf16: bool, device: int) -> nvrtc.Kernel:
-    capability = torch.cuda.get_device_capability(device)
-    if capability < nvrtc.MIN_CAPABILITY:
+    capability = device_properties(device).capability
+    if capability < MIN_CAPABILITY:
         raise RuntimeError(supported(128, 16, 128, torch.bfloat16, capability))
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError("Run int4_linear once with these shapes before capturing it in a CUDA graph.")

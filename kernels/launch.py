@@ -3,7 +3,7 @@
 import torch
 
 from vllm_quantspec.format import DTYPES, PageFormat
-from vllm_quantspec.kernels.nvrtc import OVERLAP_CAPABILITY
+from vllm_quantspec.kernels.device import device_properties
 
 try:
     import triton
@@ -33,7 +33,7 @@ def overlap(x: torch.Tensor) -> dict[str, bool]:
     Its kernel waits before it uses what that one writes, and releases its successor after that, so that whoever runs ahead
     finds all but its direct predecessor complete.
     """
-    overlaps = x.is_cuda and torch.cuda.get_device_capability(x.device) >= OVERLAP_CAPABILITY
+    overlaps = x.is_cuda and device_properties(x.device.index).overlaps
     return {"OVERLAP": True, "launch_pdl": True} if overlaps else {"OVERLAP": False}
 
 

@@ -7,8 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-MIN_CAPABILITY = (8, 0)  # of a GPU, for the CUDA kernels
-OVERLAP_CAPABILITY = (9, 0)  # the first that has programmatic dependent launch
+from vllm_quantspec.kernels.device import device_properties
 
 
 def call(name: str, *args):
@@ -46,20 +45,29 @@ def load(
 
     ``grid`` is along x and z; along y a launch chooses. With ``overlap`` a launch may begin under the end of the one before
     (programmatic dependent launch, where the GPU has it): the kernel itself waits before it uses what that one writes.
+
+    Raises:
+        RuntimeError: it does not compile, or a multiprocessor's shared memory cannot hold a block of it.
     """
     from cuda.bindings import driver
 
-    architecture = torch.cuda.get_device_capability(device)
-    cubin = compile_source(source, tuple(macros.items()), "sm_{}{}".format(*architecture))
+    properties = device_properties(device)
+    code = compile_source(source, tuple(macros.items()), properties.architecture)
     torch.cuda.current_stream()  # makes sure that the primary context is current
-    function = call("cuModuleGetFunction", call("cuModuleLoadData", cubin), source.stem.encode())
-    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    call("cuFuncSetAttribute", function, attribute, shared_bytes)
+    function = call("cuModuleGetFunction", call("cuModuleLoadData", code), source.stem.encode())
+    attributes = driver.CUfunction_attribute
+    needed = shared_bytes + call("cuFuncGetAttribute", attributes.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function)
+    if needed > properties.shared_memory_per_block:
+        raise RuntimeError(
+            f"{source.stem} needs {needed} bytes of shared memory per block, {properties.name} has "
+            f"{properties.shared_memory_per_block}."
+        )
+    call("cuFuncSetAttribute", function, attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes)
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = grid[0], 1, grid[1]
     config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
     config.sharedMemBytes = shared_bytes
-    if overlap and architecture >= OVERLAP_CAPABILITY:
+    if overlap and properties.overlaps:
         launch_attribute, value = driver.CUlaunchAttribute(), driver.CUlaunchAttributeValue()
         launch_attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         value.programmaticStreamSerializationAllowed = 1
@@ -77,7 +85,7 @@ def launch(kernel: Kernel, params: ctypes.Structure, grid_y: int = 1) -> None:
 
 @cache
 def compile_source(source: Path, macros: tuple[tuple[str, int], ...], architecture: str) -> bytes:
-    """The machine code of ``source`` for ``architecture`` ("sm_90"), with ``macros`` (name, value) defined.
+    """The machine code of ``source`` for ``architecture`` ("sm_90"; PTX for "compute_80"), with ``macros`` defined.
 
     It may include the headers (``*.cuh``) beside it.
 
@@ -96,7 +104,8 @@ def compile_source(source: Path, macros: tuple[tuple[str, int], ...], architectu
         log = b" " * call("nvrtcGetProgramLogSize", program)
         call("nvrtcGetProgramLog", program, log)
         raise RuntimeError(f"{source.name} did not compile for {architecture}:\n{log.decode()}")
-    cubin = b" " * call("nvrtcGetCUBINSize", program)
-    call("nvrtcGetCUBIN", program, cubin)
+    kind = "PTX" if architecture.startswith("compute_") else "CUBIN"
+    code = b" " * call(f"nvrtcGet{kind}Size", program)
+    call(f"nvrtcGet{kind}", program, code)
     call("nvrtcDestroyProgram", program)
-    return cubin
+    return code

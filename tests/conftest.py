@@ -11,10 +11,37 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // 2)))
 
 import pytest
+from emulated_gpus import GPUS
+
+from vllm_quantspec.kernels import device
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"  # larger models and novels, beside the checkout; not everybody has them
 ASSETS = ROOT / "vllm_quantspec" / "assets"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--emulate-gpu", choices=sorted(GPUS), help="launch kernels as this GPU would, on a newer one")
+
+
+def pytest_configure(config):
+    if config.getoption("--emulate-gpu"):
+        device.emulate(GPUS[config.getoption("--emulate-gpu")])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def triton_kernels_fit(request):
+    """Triton's kernels are compiled for the GPU that is there, so they must only fit an emulated one."""
+    yield
+    if not request.config.getoption("--emulate-gpu"):
+        return
+    from vllm_quantspec.kernels import cache_update, gather_context, rescore_logits
+
+    limit = device.device_properties(0).shared_memory_per_block
+    for kernel in (cache_update._store, cache_update._quantize, gather_context._gather, rescore_logits._rescore_logits):
+        for cached in kernel.device_caches.values():
+            for compiled in cached[0].values():
+                assert compiled.metadata.shared <= limit, f"{kernel.__name__}: {compiled.metadata.shared} bytes"
 
 
 def shared_path(relative: str) -> Path:

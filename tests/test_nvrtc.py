@@ -7,8 +7,14 @@ import pytest
 import torch
 
 from vllm_quantspec.kernels import decode_attention, int4_linear, nvrtc
+from vllm_quantspec.kernels.device import Device
 
 SIZES = {"grid": (132, 2), "threads": 288, "shared_bytes": 0, "overlap": True}
+STATIC_BYTES = 700
+
+
+def gpu_like(capability, from_ptx=False) -> Device:
+    return Device("a GPU", capability, 132, 99 << 10, 100 << 10, from_ptx)
 
 
 @pytest.fixture
@@ -30,7 +36,10 @@ def calls(monkeypatch, capability):
         return lambda *args: seen.append((name, *args)) or (0, *results)
 
     driver, compiler = ModuleType("cuda.bindings.driver"), ModuleType("cuda.bindings.nvrtc")
-    driver.CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared")
+    driver.CUfunction_attribute = SimpleNamespace(
+        CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared", CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES="static"
+    )
+    driver.cuFuncGetAttribute = function("static", STATIC_BYTES)
     driver.cuModuleLoadData, driver.cuModuleGetFunction = function("load", "module"), function("get", "kernel")
     driver.cuFuncSetAttribute = function("set")
     driver.cuFails = lambda: (700,)
@@ -40,14 +49,14 @@ def calls(monkeypatch, capability):
     driver.CUlaunchAttributeID = SimpleNamespace(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION="overlap")
     compiler.nvrtcCreateProgram, compiler.nvrtcDestroyProgram = function("create", "program"), function("destroy")
     compiler.nvrtcCompileProgram = compile_program
-    for what in ("ProgramLog", "CUBIN"):
+    for what in ("ProgramLog", "CUBIN", "PTX"):
         setattr(compiler, f"nvrtcGet{what}Size", function("size", 3))
         setattr(compiler, f"nvrtcGet{what}", function("bytes"))
     bindings = ModuleType("cuda.bindings")
     bindings.driver, bindings.nvrtc = driver, compiler
     monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
     monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
+    monkeypatch.setattr(nvrtc, "device_properties", lambda index: gpu_like(capability[0]))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=77))
     nvrtc.compile_source.cache_clear()
     yield seen
@@ -59,7 +68,11 @@ def test_a_kernel_is_compiled_once_and_loaded_by_its_name(module, calls):
     for shared_bytes in (1000, 2000):
         kernel = nvrtc.load(module.SOURCE, {"A": 1, "B": 2}, 0, **(SIZES | {"shared_bytes": shared_bytes}))
         assert kernel.function == "kernel"
-        assert calls[-2:] == [("get", "module", module.SOURCE.stem.encode()), ("set", "kernel", "shared", shared_bytes)]
+        assert calls[-3:] == [
+            ("get", "module", module.SOURCE.stem.encode()),
+            ("static", "static", "kernel"),
+            ("set", "kernel", "shared", shared_bytes),
+        ]
     assert [c for c in calls if c[0] == "nvrtcCompileProgram"] == [
         ("nvrtcCompileProgram", [b"--gpu-architecture=sm_90", b"--std=c++17", b"-DA=1", b"-DB=2"])
     ]
@@ -84,3 +97,16 @@ def test_a_launch_overlaps_where_it_may_and_can(gpu, overlap, overlaps, capabili
     assert (name, config, function) == ("launch", c, "kernel")
     assert (c.gridDimX, c.gridDimY, c.gridDimZ, c.blockDimX, c.hStream) == (132, 3, 2, 288, 77)
     assert ("overlap" in [a.id for a in getattr(c, "attrs", [])]) is overlaps
+
+
+def test_too_much_shared_memory_says_so(calls):
+    limit = (99 << 10) - STATIC_BYTES
+    nvrtc.load(int4_linear.SOURCE, {}, 0, **(SIZES | {"shared_bytes": limit}))
+    with pytest.raises(RuntimeError, match="int4_linear needs 101377 bytes of shared memory per block, a GPU has 101376"):
+        nvrtc.load(int4_linear.SOURCE, {}, 0, **(SIZES | {"shared_bytes": limit + 1}))
+
+
+def test_code_for_an_emulated_gpu_is_left_to_the_driver(calls, monkeypatch):
+    monkeypatch.setattr(nvrtc, "device_properties", lambda index: gpu_like((8, 6), from_ptx=True))
+    nvrtc.load(int4_linear.SOURCE, {}, 0, **SIZES)
+    assert ("nvrtcCompileProgram", [b"--gpu-architecture=compute_86", b"--std=c++17"]) in calls

@@ -157,6 +157,7 @@ class QuantSpecImpl(AttentionImpl):
             max_unverified=num_speculative_tokens(vllm_config),
             fa_version=attention.flash_attention_version(head_size),
         )
+        attention.check_shapes(self.settings)
 
     def forward(
         self,

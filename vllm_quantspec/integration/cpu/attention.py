@@ -23,6 +23,10 @@ def flash_attention_version(head_size: int) -> None:
     """FlashAttention is not used here."""
 
 
+def check_shapes(settings: LayerSettings) -> None:
+    """Every shape can be run."""
+
+
 def reserve(fmt: PageFormat, query: torch.Tensor) -> None:
     """The CPU engine does not measure memory."""
 

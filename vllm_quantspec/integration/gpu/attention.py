@@ -12,8 +12,7 @@ import torch
 from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 
 from vllm_quantspec.integration.gpu.prefill import plan_prefill, prefill_attention, reserve
-from vllm_quantspec.kernels import cache_update
-from vllm_quantspec.kernels.decode_attention import decode_attention
+from vllm_quantspec.kernels import cache_update, decode_attention
 from vllm_quantspec.kernels.warm_up import warm_up_prefill
 
 if TYPE_CHECKING:
@@ -21,7 +20,8 @@ if TYPE_CHECKING:
     from vllm_quantspec.integration.cache.metadata import LayerSettings, QuantSpecMetadata
 
 
-__all__ = ["flash_attention_version", "layer_attention", "plan_prefill", "reserve"]  # what a platform provides
+# What a platform provides.
+__all__ = ["check_shapes", "flash_attention_version", "layer_attention", "plan_prefill", "reserve"]
 
 _warmed_up: set[PageFormat] = set()
 
@@ -39,6 +39,17 @@ def flash_attention_version(head_size: int) -> int:
             "GPU, or run without quantspec."
         )
     return version
+
+
+def check_shapes(settings: LayerSettings) -> None:
+    """Raises ValueError where decode attention does not fit this GPU: at the first step it would be too late."""
+    for max_query_len, bits in ((1, settings.draft_bits), (settings.max_unverified + 1, 8)):
+        try:
+            decode_attention.check_shapes(
+                settings.format, settings.num_heads, max_query_len, bits, torch.cuda.current_device()
+            )
+        except RuntimeError as error:
+            raise ValueError(f"quantspec: {error}; run without quantspec on this GPU.") from error
 
 
 def layer_attention(
@@ -82,7 +93,7 @@ def layer_attention(
                 max_unverified=settings.max_unverified,
             )
     if n:
-        decode_attention(
+        decode_attention.decode_attention(
             fmt,
             pages,
             window,

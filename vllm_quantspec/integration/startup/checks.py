@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from vllm_quantspec.config import HEAD_SIZES
 from vllm_quantspec.format import GROUP_SIZES
 from vllm_quantspec.integration.startup.version import check_version
-from vllm_quantspec.kernels.decode_attention import MAX_REQUESTS, MIN_CAPABILITY
+from vllm_quantspec.kernels.decode_attention import MAX_REQUESTS
+from vllm_quantspec.kernels.device import MIN_CAPABILITY
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

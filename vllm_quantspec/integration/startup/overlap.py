@@ -7,7 +7,7 @@ Hopper on), which gains little while that one does not let them. Inductor's kern
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
-from vllm_quantspec.kernels.nvrtc import OVERLAP_CAPABILITY
+from vllm_quantspec.kernels.device import OVERLAP_CAPABILITY
 
 OPTION = "triton.enable_pdl"
 
