@@ -215,7 +215,7 @@ def plot(path: Path) -> None:
 
 
 def run_jobs(args) -> list[dict]:
-    """The configurations dealt out to ``--jobs`` processes of this script; their rows."""
+    """The configurations divided among ``--jobs`` processes of this script; their rows."""
     with tempfile.TemporaryDirectory() as folder:
         jobs = []
         for i in range(min(args.jobs, len(args.configs))):

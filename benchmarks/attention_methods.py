@@ -251,7 +251,7 @@ class Method:
     prepare: object
     limit: float  # of the output's relative error
     query_tokens: tuple[int, ...] = (1, 5)
-    compiles: bool = False  # by Triton, anew for most points
+    compiles: bool = False  # by Triton, again for most points
 
 
 METHODS = {

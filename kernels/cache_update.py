@@ -27,7 +27,7 @@ from vllm_quantspec.kernels.launch import (
 STORE_CTAS = 4096  # with more tokens to look at, a CTA takes several
 STORE_WARPS = 4
 QUANTIZE_CTAS = 1056  # at most so many; each then takes several pieces of pages
-QUANTIZE_DECODE_CTAS = 528  # likewise where few pages can be complete: most steps only find that none is
+QUANTIZE_DECODE_CTAS = 528  # the same where few pages can be complete: most steps only find that none is
 QUANTIZE_WARPS = 4
 QUANTIZE_REGISTERS = 96  # of a thread, up to head size 128
 
@@ -177,7 +177,7 @@ def quantize(
         W=fmt.window_block_size,
         VG=fmt.value_group_size,
         DP=power_of_two(dim),
-        # Few sizes, as each is compiled anew.
+        # Few sizes, as Triton compiles for each.
         RP=next((n for n in (16, 64, 256) if n >= requests), power_of_two(requests)),
         num_warps=QUANTIZE_WARPS,
         maxnreg=QUANTIZE_REGISTERS if dim <= 128 else None,

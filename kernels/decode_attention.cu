@@ -8,18 +8,18 @@
 // Every warp streams its own slices of 32 tokens through a private ring in shared memory (cp.async), so the bytes in
 // flight do not depend on registers, and no warp waits for another before the end. Work is one line of units, cut
 // evenly over the grid:
-//     request -> KV head -> row tile -> [slices of pages below w(first position)] [slices from there to the last
-//     position]
+//     request -> KV head -> row tile -> [slices of pages below window_start(first position)] [slices from there to the
+//     last position]
 // A segment (request, head, row tile) cut between warps is merged through shared memory. One cut between CTAs is merged
 // through the workspace: its CTAs wait for each other, then each merges a part of the output. One CTA per
 // multiprocessor and no more CTAs than those, so all of them are running or will be.
 //
-// The launch overlaps with its predecessor (programmatic dependent launch): the query, lengths, tables and, by the draft,
-// pages are read before the wait; the window is read and everything is written after it. (The target's predecessor may
+// The launch overlaps with its predecessor (programmatic dependent launch): the query, lengths, tables and, with 4 bits,
+// pages are read before the wait; the window is read and everything is written after it. (With 8 bits the predecessor may
 // complete pages that a request which shares them reads in the same step.) The successor is released after the wait, so
-// that whoever runs ahead finds all but its direct predecessor complete.
+// that a kernel that runs ahead finds all but its direct predecessor complete.
 //
-// Macros: HEAD_SIZE GROUP_SIZE VALUE_GROUP_SIZE WINDOW_BLOCK CODE_BITS (4 draft, 8 target) IS_BF16 WARPS STAGES
+// Macros: HEAD_SIZE GROUP_SIZE VALUE_GROUP_SIZE WINDOW_BLOCK CODE_BITS (4 or 8, read of each code) IS_BF16 WARPS STAGES
 //         QUERY_GROUP (query heads per KV head) ROW_TILES (of 8 rows, in one pass) PASSES (row tiles' passes)
 
 #include "ptx.cuh"
@@ -124,7 +124,7 @@ DEV u32 exact_to_f16(u32 x) {
 
 // ---- Codes to fp16 --------------------------------------------------------------------------------------------------
 // x[par * 2 + b] is the pair e = 0, 1 of the word's codes as fp16. Bits ORed into the mantissa of 1024 (bits 0-3) or 64
-// (bits 4-7) cost no conversion but add that constant. Keys keep a constant, K_BIAS: their sums start anew at every
+// (bits 4-7) cost no conversion but add that constant. Keys keep a constant, K_BIAS: their sums start from 0 at every
 // slice. Values are centred (half the codes' range is subtracted, and added to the minimum): sums over a long context
 // stay small, so that the tensor core's truncation of fp32 sums does not drift.
 #if CODE_BITS == 4

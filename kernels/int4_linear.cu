@@ -7,12 +7,12 @@
 // The warps of a CTA split the input channels in chunks of 128: what they need of one row tile at a time is one run of
 // memory. One more warp brings those runs to a ring in shared memory, so that the bytes in flight cost no registers and
 // the others only multiply; their sums meet in shared memory. (cp.async, since it runs everywhere and a bulk copy was no
-// faster.) Only where there are too few row tiles to go round, CTAs split the chunks as well (SPLITS) and the last one to
-// arrive adds up.
+// faster.) Only where there are too few row tiles for all multiprocessors, CTAs split the chunks as well (SPLITS) and the
+// last one to arrive adds up.
 //
 // The launch overlaps with its predecessor (programmatic dependent launch): the ring is filled before the wait, everything
 // that another kernel may have written or may still read is touched after it. The successor is released after the wait, so
-// that whoever runs ahead finds all but its direct predecessor complete (torch.compile's kernels count on that).
+// that a kernel that runs ahead finds all but its direct predecessor complete (torch.compile's kernels count on that).
 //
 // Macros: GROUP_SIZE IS_BF16 WARPS STAGES TILES (row tiles per pass) BATCH (tiles of a stage) TOKEN_TILES (of 8 tokens)
 //         SPLITS MIN_CTAS (CTAs that registers allow on a multiprocessor) WIDE (the kernel for more tokens)
@@ -261,7 +261,7 @@ extern "C" __global__ void __launch_bounds__(32 * NW + 32, MIN_CTAS) int4_linear
       for (int n = 0; n < NT; n++)
 #pragma unroll
         for (int j = 0; j < 4; j++) x[n][j] = next_x[n][j];
-      // A launch ends when what its last chunk loads in vain is there, up to 8 % later; with more tokens branches cost more.
+      // A load that the last chunk does not need makes a launch up to 8 % longer; with more tokens branches cost more.
       if (NT > 1) load_x(next_x, p, rows, min(c + 1 < num_chunks ? first + (c + 1) * NW : first, p.chunks - 1));
       else if (c + 1 < num_chunks) load_x(next_x, p, rows, min(first + (c + 1) * NW, p.chunks - 1));
       else if (tile0 + T < tile_end) load_x(next_x, p, rows, min(first, p.chunks - 1));

@@ -30,8 +30,8 @@ def _nothing():
 def overlap(x: torch.Tensor) -> dict[str, bool]:
     """Arguments of a launch that may begin under the end of the one before it (programmatic dependent launch).
 
-    Its kernel waits before it uses what that one writes, and releases its successor after that, so that whoever runs ahead
-    finds all but its direct predecessor complete.
+    Its kernel waits before it uses what that one writes, and releases its successor after that, so that a kernel that runs
+    ahead finds all but its direct predecessor complete.
     """
     overlaps = x.is_cuda and device_properties(x.device.index).overlaps
     return {"OVERLAP": True, "launch_pdl": True} if overlaps else {"OVERLAP": False}

@@ -1,7 +1,7 @@
 """The largest logits of a draft's INT4 output layer, computed again with the target's weight: a Triton kernel.
 
 Rounding the output layer to 4 bits moves logits by so much that fewer drafts are accepted; but of a vocabulary, a few logits
-are all that matters. So the vocabulary is dealt out to `GROUPS` groups, `RUN` neighbours at a time (frequent tokens, which
+are all that matters. So the vocabulary is divided among `GROUPS` groups, `RUN` neighbours at a time (frequent tokens, which
 are likely to be large together, have neighbouring ids), and in each group the two largest logits become exact.
 
 `reference` computes the same in plain PyTorch.

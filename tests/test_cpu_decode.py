@@ -1,4 +1,4 @@
-"""The compiled CPU kernel against its PyTorch twin and the naive one, on the twin's own test cases."""
+"""The compiled CPU kernel against an oracle, on the reference's own test cases."""
 
 import pytest
 import torch

@@ -190,14 +190,14 @@ def _quantize(x: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor, to
 def dequantize_keys(
     upper: torch.Tensor, lower: torch.Tensor | None, scale: torch.Tensor, minimum: torch.Tensor
 ) -> torch.Tensor:
-    """Keys fp32 [..., G, D]: the draft's reading where `lower` is None, the target's otherwise."""
+    """Keys fp32 [..., G, D]: read with 4 bits where `lower` is None, else with 8."""
     return _dequantize(upper, lower, scale.unsqueeze(-2), minimum.unsqueeze(-2))
 
 
 def dequantize_values(
     upper: torch.Tensor, lower: torch.Tensor | None, scale: torch.Tensor, minimum: torch.Tensor
 ) -> torch.Tensor:
-    """Values fp32 [..., G, D]: the draft's reading where `lower` is None, the target's otherwise."""
+    """Values fp32 [..., G, D]: read with 4 bits where `lower` is None, else with 8."""
     groups = scale.shape[-1]
     split = [None if c is None else c.unflatten(-1, (groups, -1)) for c in (upper, lower)]
     return _dequantize(*split, scale.unsqueeze(-1), minimum.unsqueeze(-1)).flatten(-2)
