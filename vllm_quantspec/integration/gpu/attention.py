@@ -6,6 +6,7 @@ launches are fixed then, everything else is read on the device.
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["check_shapes", "flash_attention_version", "layer_attention", "plan_prefill", "reserve"]
 
 _warmed_up: set[PageFormat] = set()
+_thread: int | None = None  # the one whose engines launch kernels
 
 
 def flash_attention_version(head_size: int) -> int:
@@ -42,7 +44,19 @@ def flash_attention_version(head_size: int) -> int:
 
 
 def check_shapes(settings: LayerSettings) -> None:
-    """Raises ValueError where decode attention does not fit this GPU: at the first step it would be too late."""
+    """Refuse now what the first step would trip over.
+
+    Raises:
+        ValueError: decode attention does not fit this GPU, or a second engine of this process runs in another thread: each
+            thread of vLLM's has a stream of its own, and launches share scratch memory, so they must follow one another.
+    """
+    global _thread
+    _thread = _thread or threading.get_ident()
+    if _thread != threading.get_ident():
+        raise ValueError(
+            "quantspec: engines in two threads of one process would share the scratch memory of its kernels; start the second "
+            "engine in a process of its own."
+        )
     for max_query_len, bits in ((1, settings.draft_bits), (settings.max_unverified + 1, 8)):
         try:
             decode_attention.check_shapes(
