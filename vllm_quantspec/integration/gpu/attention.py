@@ -54,7 +54,7 @@ def check_shapes(settings: LayerSettings) -> None:
     _thread = _thread or threading.get_ident()
     if _thread != threading.get_ident():
         raise ValueError(
-            "quantspec: engines in two threads of one process would share the scratch memory of its kernels; start the second "
+            "quantspec: engines in two threads of one process would share its kernels' scratch memory; start the second "
             "engine in a process of its own."
         )
     for max_query_len, bits in ((1, settings.draft_bits), (settings.max_unverified + 1, 8)):
