@@ -23,6 +23,17 @@ def test_pieces_cover_every_context_once(first, max_tokens):
     assert all((row == 1).all() for row in seen)
 
 
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize(
+    ("lengths", "max_tokens"), [([131072] + 63 * [2000], 65536), (64 * [4000], 65536), ([7, 0, 90000], 1024), ([5], 1024)]
+)
+def test_as_few_pieces_as_the_tokens_need(lengths, max_tokens, order):
+    """One long context beside many short ones is cut no finer than its tokens are."""
+    first = np.array(lengths[::order], dtype=np.int32)
+    pieces = prefill.split_context(first, max_tokens)
+    assert len(pieces) == -(-int(first.sum()) // max_tokens)
+
+
 def flash_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal, return_softmax_lse=False, out=None, **_):
     """What vLLM's flash_attn_varlen_func computes: [T, Hq, D], and log-sum-exps [Hq, T]."""
     result, lses = torch.zeros_like(q) if out is None else out, torch.full((q.shape[1], q.shape[0]), -torch.inf)
@@ -94,7 +105,7 @@ def test_against_the_reference(piece, monkeypatch):
         seq_lens_cpu_upper_bound=torch.cat((torch.tensor([100], dtype=torch.int32), seq_lens)),
     )
     plan = prefill.plan_prefill(Spec, common, 1)
-    assert len(plan.pieces) > 1 if piece == 64 else len(plan.pieces) == 2
+    assert len(plan.pieces) == -(-(333 + 150 + 512) // piece)
     output = torch.full_like(query, torch.nan)
     prefill.prefill_attention(
         fmt, plan, pages, window, query, key, value, block_table, window_table, 0.125, 3, output

@@ -28,10 +28,14 @@ WORKSPACE_BYTES = 256 << 20
 
 @dataclass
 class ContextPiece:
-    """Tokens ``starts[r] ..`` of each request's context, in rows ``cu_seqlens[r] .. cu_seqlens[r + 1]`` of a buffer."""
+    """Tokens ``starts[r] ..`` of each request's context, in rows ``cu_seqlens[r] .. cu_seqlens[r + 1]`` of a buffer.
+
+    Of most requests a piece may hold nothing: FlashAttention gives their rows no weight.
+    """
 
     cu_seqlens: torch.Tensor  # int32 [num_prefills + 1]
     starts: torch.Tensor  # int32 [num_prefills]
+    requests: slice  # from the first to the last of which it holds tokens
     max_len: int
     num_tokens: int
 
@@ -52,16 +56,24 @@ def piece_tokens(num_kv_heads: int, head_size: int) -> int:
 
 
 def split_context(first: np.ndarray, max_tokens: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Cut contexts of ``first`` [n] tokens into pieces of at most ``max_tokens`` in all: [(starts [n], lengths [n])]."""
-    with_context = int((first > 0).sum())
-    if not with_context:
-        return []
-    step = max(1, max_tokens // with_context)
+    """Cut contexts of ``first`` [n] tokens into pieces of at most ``max_tokens`` in all: [(starts [n], lengths [n])].
+
+    The contexts lie end to end and are cut every ``max_tokens`` tokens, wherever that is: one long context among many
+    short ones makes no more pieces than as many tokens of equal contexts.
+    """
+    ends = np.cumsum(first)
+    begins = ends - first
     pieces = []
-    for start in range(0, int(first.max()), step):
-        lengths = np.clip(first - start, 0, step)
-        pieces.append((np.minimum(start, first).astype(np.int32), lengths.astype(np.int32)))
+    for low in range(0, int(ends[-1]), max_tokens):
+        starts, stops = (np.clip(at - begins, 0, first) for at in (low, low + max_tokens))
+        pieces.append((starts.astype(np.int32), (stops - starts).astype(np.int32)))
     return pieces
+
+
+def make_piece(cu_seqlens: torch.Tensor, starts: torch.Tensor, lengths: np.ndarray) -> ContextPiece:
+    held = np.flatnonzero(lengths)
+    requests = slice(int(held[0]), int(held[-1]) + 1)
+    return ContextPiece(cu_seqlens, starts, requests, int(lengths.max()), int(lengths.sum()))
 
 
 def plan_prefill(spec: AttentionSpec, common: CommonAttentionMetadata, num_decodes: int) -> PrefillPlan:
@@ -82,7 +94,7 @@ def plan_prefill(spec: AttentionSpec, common: CommonAttentionMetadata, num_decod
         query_start_loc=next(tensors),
         first=next(tensors),
         max_query_len=int(lengths.max()),
-        pieces=[ContextPiece(next(tensors), next(tensors), int(n.max()), int(n.sum())) for _, n in pieces],
+        pieces=[make_piece(next(tensors), next(tensors), piece_lengths) for _, piece_lengths in pieces],
     )
 
 
@@ -138,17 +150,19 @@ def prefill_attention(
     )[:2]
     keys, values = _workspace(fmt, max(piece.num_tokens for piece in plan.pieces), query)
     for piece in plan.pieces:
+        # The launch has CTAs for the longest context, for each request that it is given.
+        requests = piece.requests
         gather_context(
             fmt,
             pages,
             window,
             keys,
             values,
-            piece.cu_seqlens,
-            piece.starts,
-            plan.first,
-            block_table,
-            window_table,
+            piece.cu_seqlens[requests.start : requests.stop + 1],
+            piece.starts[requests],
+            plan.first[requests],
+            block_table[requests],
+            window_table[requests],
             max_len=piece.max_len,
         )
         part, lse = flash_attention(
