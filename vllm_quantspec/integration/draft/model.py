@@ -392,14 +392,35 @@ def _effective_weight(layer: nn.Module, dtype: torch.dtype) -> tuple[torch.Tenso
         # its output for a row of zeros is its bias.
         device = next((p.device for p in layer.parameters(recurse=False) if p is not None), None)
         weight = torch.empty(out_features, in_features, dtype=dtype, device=device)
+        probe = _exact_input(layer)
         for start in range(0, in_features, _IDENTITY_ROWS):
             rows = torch.arange(start, min(start + _IDENTITY_ROWS, in_features), device=device)
             one_hot = torch.zeros(len(rows), in_features, dtype=dtype, device=device)
-            one_hot[torch.arange(len(rows), device=device), rows] = 1
-            weight[:, rows[0] : rows[-1] + 1] = layer.quant_method.apply(layer, one_hot, None).t()
+            one_hot[torch.arange(len(rows), device=device), rows] = probe
+            columns = layer.quant_method.apply(layer, one_hot, None).t()
+            weight[:, rows[0] : rows[-1] + 1] = columns if probe == 1 else columns.float() / probe
         if bias is not None:
             bias = layer.quant_method.apply(layer, torch.zeros(1, in_features, dtype=dtype, device=device), bias)[0]
     if bias is not None:
         # A copy: kernels permute or convert the bias of their layer in place.
         bias = nn.Parameter(bias.detach().to(dtype, copy=True), requires_grad=False)
     return weight.detach(), bias
+
+
+def _exact_input(layer: nn.Module) -> float:
+    """A value that ``layer`` takes as it is, though it may round its inputs to 8 or 4 bits.
+
+    A static scale s makes x a whole number of steps of s: 64 of them are exact in e4m3 and in int8 (and the rounding of
+    this value to 16 bits is not seen there). Scales that are found per token or per block make a single value the
+    largest of its kind, or a power of two where they are powers of two, so that 1 is exact.
+    """
+    scale, zero_point = getattr(layer, "input_scale", None), getattr(layer, "input_zero_point", None)
+    if isinstance(scale, torch.Tensor) and scale.numel():
+        # The side of an int8 zero point on which there are 64 steps.
+        above = not isinstance(zero_point, torch.Tensor) or zero_point.max().item() <= 0
+        return (64 if above else -64) * scale.max().item()
+    units = getattr(layer, "input_global_scale_inv", None)
+    if isinstance(units, torch.Tensor) and units.numel():
+        # NVFP4: the largest value of a block, 6, times a block scale in e4m3, in units of one over this.
+        return 6 / units.max().item()
+    return 1.0
