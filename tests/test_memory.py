@@ -1,0 +1,33 @@
+"""Memory that drafting takes: the formulas against tensors that are really made, and against the runner that makes them."""
+
+import inspect
+
+import torch
+
+from vllm_quantspec import memory
+
+
+def test_draft_logits():
+    logits = torch.empty(7, 3, 1001, dtype=torch.bfloat16, device="meta")
+    assert memory.draft_logits_bytes(7, 3, 1001) == logits.nbytes
+    assert memory.draft_logits_bytes(7, 3, 1001, itemsize=4) == logits.float().nbytes
+    assert 0.9 < memory.draft_logits_bytes(1024, 4, 128256) / 2**30 < 1.1  # Llama 3 at vLLM's default of 1,024 sequences
+
+
+def test_the_runner_allocates_what_the_formula_says():
+    """vLLM's own lines: a row of logits per request, draft and token, in the output layer's dtype."""
+    from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
+
+    source = "".join(inspect.getsource(DraftModelSpeculator.__init__).split())
+    assert "(self.max_num_reqs,self.num_speculative_steps,self.vocab_size,),fill,dtype=dtype" in source
+    assert "head_dtype" in inspect.getsource(DraftModelSpeculator.draft_logits_spec)
+
+
+def test_gptq_is_a_matter_of_the_widest_linear():
+    llama = dict(num_layers=32, num_heads=32, num_kv_heads=8, head_size=128, widest=14336, largest_weight=2 * 14336 * 4096)
+    total = memory.gptq_bytes(**llama)
+    assert 8 < total / 2**30 < 10
+    moments = 16 * 14336**2
+    assert total > moments
+    assert memory.gptq_bytes(**llama | {"widest": 2 * 14336}) > total + 3 * moments
+    assert memory.gptq_bytes(**llama, texts=8, length=64) < total - 2 * 2**30

@@ -1,0 +1,55 @@
+"""Memory that drafting takes beside weights and KV cache, in plain numbers. No vLLM import."""
+
+from __future__ import annotations
+
+# The texts that GPTQ rounds by: how many, and their tokens (`integration/draft/calibration.py`).
+TEXTS, LENGTH = 64, 256
+
+
+def draft_logits_bytes(max_num_seqs: int, num_speculative_tokens: int, vocab_size: int, itemsize: int = 2) -> int:
+    """Bytes of the logits that vLLM's model runner V2 keeps of every draft, to verify sampled drafts by; per GPU.
+
+    They are allocated when the engine starts, for ``max_num_seqs`` requests whether or not so many ever run, and each rank
+    of tensor parallelism has all of them. There are none with ``draft_sample_method: greedy``, and none on a CPU, where the
+    probabilities of a step's own drafts are kept and no others.
+
+    Args:
+        vocab_size: of the whole model, as its configuration says.
+        itemsize: bytes per logit: those of the output layer's dtype (2, or 4 for a model with a float32 head).
+    """
+    return max_num_seqs * num_speculative_tokens * vocab_size * itemsize
+
+
+def gptq_bytes(
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    widest: int,
+    largest_weight: int,
+    texts: int = TEXTS,
+    length: int = LENGTH,
+    itemsize: int = 2,
+) -> int:
+    """Most bytes, roughly and at once, that ``weight_rounding: gptq`` takes beside weights and INT4 copy; per GPU.
+
+    Only while the engine loads: all of it is free again before vLLM measures what is left for the KV cache. It is the sum of
+
+    - the texts' keys and values, ``2 * num_layers * texts * length * num_kv_heads * head_size * itemsize``;
+    - one linear at a time: its inputs in float32, ``4 * texts * length * widest``, the moments of these and what their
+      inverse takes, ``4 * 4 * widest ** 2``, and its weight in float32 three times over, ``12 * largest_weight``
+      (parts of 2^28 weights are rounded at a time);
+    - one attention layer's scores, which are gone by then but were never smaller, so that the larger of the two counts:
+      ``2 * 4 * texts * num_heads * length ** 2``;
+    - activations of a forward pass of all texts, about ``4 * texts * length * widest * itemsize``.
+
+    Args:
+        num_heads, num_kv_heads, widest, largest_weight: of this rank: heads, the most input channels of a linear, and the
+            elements of the largest weight.
+        itemsize: bytes of the model's dtype.
+    """
+    tokens = texts * length
+    caches = 2 * num_layers * tokens * num_kv_heads * head_size * itemsize
+    linear = 4 * tokens * widest + 16 * widest**2 + 12 * min(largest_weight, 1 << 28)
+    scores = 8 * texts * num_heads * length**2
+    return caches + max(linear, scores) + 4 * tokens * widest * itemsize
