@@ -4,6 +4,8 @@ import pytest
 from engine_tools import Answer, assert_same_or_tied, divergence, engine, generate, quantspec, speculation_counts
 from vllm import LLM, SamplingParams
 
+from vllm_quantspec.format import window_blocks_per_request
+
 G = 128
 TIE = 0.125  # see test_lossless.py
 # Recomputing a preempted request's generated tokens as one prefill reads them exact, where decoding had read the older of
@@ -141,3 +143,17 @@ def test_preemption(books_4m, tokens, arguments):
             assert accepted[0] > 0.5 * drafts
     assert [len(a.tokens) for a in together] == [260] * 6
     assert_same_or_tied(alone, together, RECOMPUTED)
+
+
+@pytest.mark.parametrize("drafts", [0, 4])
+def test_a_prompt_near_the_limit_in_a_pool_for_one_request(books_4m, tokens, drafts):
+    """The least pool that vLLM accepts for this length: the prompt fits, is not preempted, and its blocks come back."""
+    size = {"max_model_len": 3000, "max_num_seqs": 2, "max_num_batched_tokens": 777, "enable_prefix_caching": False}
+    arguments = quantspec(drafts) if drafts else {"attention_backend": "QUANTSPEC"}
+    blocks = -(-3000 // G) + window_blocks_per_request(G, 64, drafts) + 1  # pages, windows, and vLLM's null block
+    with engine(books_4m, num_gpu_blocks_override=blocks, **size, **arguments) as llm:
+        free = free_blocks(llm)
+        (answer,) = generate(llm, [tokens[:2980]], 20)
+        assert len(answer.tokens) == 20 and free_blocks(llm) == free
+        metrics = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+        assert metrics["vllm:num_preemptions"] == 0

@@ -156,6 +156,18 @@ class PageFormat:
         return view.view(torch.float16) if name.endswith(("_scale", "_min")) else view
 
 
+def window_blocks_per_request(group_size: int, window_block_size: int, num_speculative_tokens: int) -> int:
+    """Most window blocks that a request holds at once, each of ``window_block_size`` tokens.
+
+    A step needs the window before its first token and leaves the window that ends with its last. These overlap or touch
+    unless the step computes more than a window of a prompt, so twice the longest window is the bound. The longest begins
+    at a page and ends ``2 * group_size - 1`` tokens later, plus as many drafts as the step before may lose (its true end
+    is not known yet while it is in flight), plus as many slots for the next drafts.
+    """
+    longest = 2 * group_size - 1 + 2 * num_speculative_tokens
+    return 2 * -(-longest // window_block_size)
+
+
 # --- Quantization: x [..., G, D] -> upper, lower (codes, uint8 [..., G, D], 0..15), scale, minimum (fp16) -------------
 
 

@@ -20,7 +20,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from vllm_quantspec.format import PageFormat, window_start
+from vllm_quantspec.format import PageFormat, window_blocks_per_request, window_start
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -67,8 +67,8 @@ class RecentWindowSpec(AttentionSpec):
 
     @cached_property
     def max_blocks_per_request(self) -> int:
-        """Most blocks a request holds at once: the old window and the new one, in the step of a prefill chunk."""
-        return cdiv(4 * self.group_size + 2 * self.num_speculative_tokens, self.block_size) + 1
+        """Most blocks a request holds at once, with or without a step in flight."""
+        return window_blocks_per_request(self.group_size, self.block_size, self.num_speculative_tokens)
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         blocks = cdiv(vllm_config.model_config.max_model_len, self.block_size)
@@ -150,6 +150,10 @@ class RecentWindowManager(FullAttentionManager):
         num_held = len(self.req_to_blocks.get(request_id, ())) or cdiv(total_computed_tokens, self.block_size)
         if apply_admission_cap:  # the whole prompt, in chunks that are not known yet: reserve the most any chunk needs
             return min(cdiv(num_tokens, self.block_size) - num_held, self.kv_cache_spec.max_blocks_per_request)
+        # vLLM has just freed what no step in flight reads (remove_skipped_blocks), and counts the free blocks after this
+        # call. What only steps in flight read is free as well: whoever writes to it does so in a later step, which runs
+        # after them on the same stream. Else a request would hold another window for every chunk in flight.
+        self._free_below(request_id, self.kv_cache_spec.first_kept(total_computed_tokens))
         return self._blocks_to_append(num_held, num_tokens, num_tokens_main_model)[1]
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
@@ -175,11 +179,15 @@ class RecentWindowManager(FullAttentionManager):
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:
+        start = window_start(processed_computed_tokens, self.kv_cache_spec.group_size)
+        self._free_below(request_id, start // self.block_size)
+
+    def _free_below(self, request_id: str, index: int) -> None:
+        """Free the request's blocks below ``index`` of its table, which get null entries."""
         blocks = self.req_to_blocks.get(request_id)
         if not blocks:
             return
-        start = window_start(processed_computed_tokens, self.kv_cache_spec.group_size) // self.block_size
-        first, end = self._first_held.get(request_id, 0), min(start, len(blocks))
+        first, end = self._first_held.get(request_id, 0), min(index, len(blocks))
         if first >= end:
             return
         self._first_held[request_id] = end
