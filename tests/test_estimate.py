@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_quantspec import cli, estimate
+from vllm_quantspec import cli, estimate, supported
 from vllm_quantspec.format import PageFormat
 from vllm_quantspec.integration.cache.specs import make_specs
 
@@ -18,6 +18,57 @@ LLAMA_8B = {
     "num_key_value_heads": 8,
     "vocab_size": 128256,
     "torch_dtype": "bfloat16",
+}
+QWEN3_30B_A3B = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "decoder_sparse_step": 1,
+    "head_dim": 128,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 768,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+QWEN2_MOE = {  # Qwen1.5-MoE-A2.7B; its window is switched off
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "model_type": "qwen2_moe",
+    "decoder_sparse_step": 1,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "moe_intermediate_size": 1408,
+    "num_attention_heads": 16,
+    "num_experts": 60,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 16,
+    "shared_expert_intermediate_size": 5632,
+    "sliding_window": 32768,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+GEMMA_2 = LLAMA_8B | {"architectures": ["Gemma2ForCausalLM"], "sliding_window": 4096, "head_dim": 256}
+REFUSED = {
+    "deepseek": (LLAMA_8B | {"kv_lora_rank": 512, "qk_rope_head_dim": 64}, "multi-head latent attention"),
+    "gemma 2": (GEMMA_2 | {"attn_logit_softcapping": 50.0}, "a logit soft-cap"),
+    "gemma 3": (GEMMA_2 | {"layer_types": ["sliding_attention", "full_attention"]}, "sliding-window attention"),
+    "llama 4": (LLAMA_8B | {"layer_types": ["chunked_attention"]}, "chunked local attention"),
+    "jamba": (LLAMA_8B | {"attn_layer_period": 8, "mamba_d_state": 16}, "Mamba or linear-attention"),
+    "qwen 3 next": (QWEN3_30B_A3B | {"layer_types": ["linear_attention", "full_attention"]}, "Mamba or linear-attention"),
+    "falcon": (LLAMA_8B | {"alibi": True}, "ALiBi"),
+    "gpt-oss": (LLAMA_8B | {"architectures": ["GptOssForCausalLM"]}, "attention sinks"),
+    "bart": (LLAMA_8B | {"is_encoder_decoder": True}, "an encoder and a decoder"),
+    "phi": (LLAMA_8B | {"head_dim": 80}, "heads of size 80"),
 }
 LLAMA_2_7B = LLAMA_8B | {"intermediate_size": 11008, "num_key_value_heads": 32, "vocab_size": 32000}
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
@@ -32,15 +83,56 @@ def test_sizes_of_a_known_model():
     assert tied.embedding_weights == 0 and tied.head_weights == model.head_weights
 
 
+@pytest.mark.parametrize(
+    ("config", "all_weights", "not_linear"),
+    [
+        (QWEN3_30B_A3B, 30_532_122_624, 48 * (2 * 2048 + 2 * 128) + 2048),  # norms
+        (QWEN2_MOE, 14_315_784_192, 49 * 2048 + 24 * 3 * 2048),  # norms, biases
+    ],
+)
+def test_sizes_of_known_mixtures_of_experts(config, all_weights, not_linear):
+    model = estimate.model_from(config, "moe")
+    assert model.weights == all_weights - not_linear
+    heads = 2 * config["num_attention_heads"] + 2 * config["num_key_value_heads"]
+    assert model.linear_weights == config["num_hidden_layers"] * 2048 * 128 * heads  # attention: no expert has an INT4 copy
+    m = estimate.memory(model, 140 * estimate.GIB, 0.9, 1, 128, 0)
+    assert m.weights == 2 * model.weights and m.int4_weights < 0.06 * m.weights
+
+
+def test_dense_layers_beside_experts():
+    some = QWEN3_30B_A3B | {"decoder_sparse_step": 2, "mlp_only_layers": [1, 3]}
+    model, all_sparse = (estimate.model_from(config, "moe") for config in (some, QWEN3_30B_A3B))
+    assert model.experts.num_layers == 22
+    assert model.linear_weights == all_sparse.linear_weights + 26 * 3 * 2048 * 6144
+    deepseek_like = QWEN3_30B_A3B | {"num_experts": None, "n_routed_experts": 64, "first_k_dense_replace": 1}
+    experts = estimate.model_from(deepseek_like | {"n_shared_experts": 2}, "moe").experts
+    assert (experts.num_layers, experts.number) == (47, 64)
+    assert experts.common_weights == 2048 * 64 + 2 * 3 * 2048 * 768
+
+
+def test_experts_that_a_step_chooses():
+    experts = estimate.model_from(QWEN3_30B_A3B, "moe").experts
+    assert experts.chosen(1) == pytest.approx(8) and experts.chosen(1000) == pytest.approx(128)
+    assert 8 < experts.chosen(1, 4) < experts.chosen(4) < 32  # a sequence's tokens choose alike
+
+
+@pytest.mark.parametrize(("context", "batch", "measured"), [(8192, 1, 1.01), (131072, 1, 1.28), (32768, 8, 1.07)])
+def test_speed_of_experts_is_what_was_measured(context, batch, measured):
+    model = estimate.model_from(QWEN3_30B_A3B, "moe")
+    s = estimate.speed(model, 4.26e12, context, batch, 1, 128, 0.938, 3)
+    assert s.exact / s.quantspec == pytest.approx(measured, rel=0.01)
+
+
 @pytest.mark.parametrize(("group_size", "tp"), [(128, 1), (64, 1), (128, 2), (128, 16)])
 def test_memory_is_what_the_cache_specs_say(group_size, tp):
-    m = estimate.memory(estimate.model_from(LLAMA_8B, "8b"), 140 * estimate.GIB, 0.9, tp, group_size, 0)
+    m = estimate.memory(estimate.model_from(LLAMA_8B, "8b"), 140 * estimate.GIB, 0.9, tp, group_size, 0, 4, 1000)
     fmt = PageFormat(max(1, 8 // tp), 128, group_size)
     pages, window = make_specs(fmt, 4)
     assert m.quantspec_bytes_per_token * group_size == 32 * pages.page_size_bytes
     assert m.window_bytes_per_request == 32 * window.max_blocks_per_request * window.page_size_bytes
     assert m.free == pytest.approx(140 * estimate.GIB * 0.9 - m.weights)
-    assert m.free_with_draft == m.free - m.int4_weights
+    assert m.draft_logits == 1000 * 4 * 128256 * 2
+    assert m.free_with_draft == m.free - m.int4_weights - m.draft_logits
     assert m.requests(100_000, quantspec=True) > 1.7 * m.requests(100_000, quantspec=False) > 0
 
 
@@ -82,10 +174,15 @@ def run(tmp_path, config, *arguments) -> int:
 def test_report(tmp_path, capsys):
     assert run(tmp_path, LLAMA_8B, "--context", "131072", "--batch", "20", "--acceptance", "0.97") == 0
     text = capsys.readouterr().out
+    assert text.startswith(f"{tmp_path}: supported, as far as its configuration shows\n")
+    assert "(1024 sequences: --max-num-seqs; " in text
     for expected in ("14.96 GiB", "128.0 KiB per token", "66.0 KiB per token", "fewer than --batch 20", "QuantSpec, "):
         assert expected in text
     assert run(tmp_path, LLAMA_8B, "--gpu-memory", "12") == 0
-    assert "does not fit" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "does not fit" in text and "(256 sequences" in text
+    assert run(tmp_path, LLAMA_8B, "--max-num-seqs", "64", "--num-speculative-tokens", "5") == 0
+    assert f"{64 * 5 * 128256 * 2 / 2**30:.2f} GiB (64 sequences: --max-num-seqs; 5 drafts each)" in capsys.readouterr().out
     assert run(tmp_path, LLAMA_8B, "--context", "500", "--acceptance", "0.2", "--num-speculative-tokens", "4") == 0
     assert "Drafting does not pay here" in capsys.readouterr().out
 
@@ -93,7 +190,7 @@ def test_report(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("config", "arguments", "what"),
     [
-        (LLAMA_8B | {"num_local_experts": 8}, [], "a mixture of experts"),
+        (LLAMA_8B | {"num_local_experts": 8}, [], "not the experts a token chooses"),
         ({"hidden_size": 64}, [], "no intermediate_size"),
         (LLAMA_8B, ["--tensor-parallel-size", "3"], "do not divide among 3 GPUs"),
     ],
@@ -102,6 +199,30 @@ def test_what_cannot_be_estimated_is_one_sentence(config, arguments, what, tmp_p
     assert run(tmp_path, config, *arguments) == 2
     error = capsys.readouterr().err
     assert what in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_model_that_the_engine_refuses_is_refused_first(name, tmp_path, capsys):
+    config, what = REFUSED[name]
+    assert run(tmp_path, config) == 2
+    text = capsys.readouterr()
+    assert text.out == "" and what in text.err and text.err.count("\n") == 1
+    assert text.err.strip().endswith(supported.unsupported(config, str(tmp_path)))
+
+
+def test_report_of_experts(tmp_path, capsys):
+    assert run(tmp_path, QWEN3_30B_A3B, "--num-speculative-tokens", "3") == 0
+    text = capsys.readouterr().out
+    for expected in ("56.87 GiB", "the draft reads the target's, in 16 bits", "8 of 128 per layer by a draft step, 20 by"):
+        assert expected in text
+
+
+def test_a_model_whose_cache_alone_is_supported(tmp_path, capsys):
+    config = {"architectures": ["X"], "vision_config": {"hidden_size": 8}, "text_config": LLAMA_8B}
+    assert run(tmp_path, config) == 0
+    text = capsys.readouterr().out
+    assert "speculation does not support multimodal models yet" in text and "use --attention-backend QUANTSPEC alone" in text
+    assert "QuantSpec's cache alone" in text and "draft" not in text.split("\n", 2)[2]
 
 
 def test_no_configuration(tmp_path, capsys):

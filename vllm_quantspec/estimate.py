@@ -2,7 +2,10 @@
 
 Memory is counted, speed is modelled: a step reads its bytes at a fraction of the GPU's bandwidth, and each layer costs a
 fixed time on top. The constants below reproduce benchmarks/results/end_to_end-8b.json and end_to_end-7b.json (an H200; one
-to 16 sequences of 4k to 128k tokens) within 4 %.
+to 16 sequences of 4k to 128k tokens) within 4 %. Of a mixture of experts a step reads those that its tokens choose, in the
+draft as in the target in 16 bits; three speed-ups measured with the shape of Qwen3-30B-A3B come out within 1 %.
+
+What the engine would refuse is refused here first, with the engine's sentence.
 """
 
 from __future__ import annotations
@@ -15,14 +18,17 @@ from types import SimpleNamespace
 
 import torch
 
-from vllm_quantspec.format import PageFormat
+from vllm_quantspec.config import QuantSpecOptions
+from vllm_quantspec.format import PageFormat, window_blocks_per_request
 from vllm_quantspec.kernels.decode_attention import row_tiles
+from vllm_quantspec.memory import draft_logits_bytes
+from vllm_quantspec.supported import head_size_of, text_part, undrafted, unsupported
 
 GIB = 2**30
-# A 16-bit scale and zero point per group of 128 weights.
-INT4_BITS = 4 + 32 / 128
-# Exact tokens that vLLM reserves room for per running request, as RecentWindowSpec does: two windows, and drafts.
-WINDOW_GROUPS, WINDOW_DRAFTS = 4, 8
+# A 16-bit scale and zero point per group of weights.
+INT4_BITS = 4 + 32 / QuantSpecOptions.weight_group_size
+# vLLM's default of --max-num-seqs, from so many GiB of a GPU on and below.
+LARGE_GPU_GIB, MAX_NUM_SEQS = 70, (1024, 256)
 # Speeds are fractions of the bandwidth of a copy, which also writes; reading alone is faster. Sources, all in
 # benchmarks/results: [e] a fit to end_to_end-*.json, or times of single kernels in it; [p] a fit to
 # decode_attention_peers.json, which [e] confirms; [i] int4_linear.json.
@@ -43,13 +49,49 @@ ROW_TILE, ROW_TILE_US = 0.07, 4
 LAYER_US = {"exact": 33.5, "target": 30, "draft": 22.5}
 # Microseconds per layer and token of a step [e].
 TOKEN_US = 0.2
+# Experts are chosen evenly and read like the other 16-bit layers. Tokens of one sequence choose alike: each token of a
+# verification after the first counts as this much of a token. Fitted to 1.01x at 8k, 1.28x at 128k and 1.07x at 8 x 32k,
+# measured on an H200 with the shape of Qwen3-30B-A3B, 3 tokens drafted, 0.938 accepted per token.
+EXPERT_TOKEN = 0.55
 # Microseconds that adding up over two GPUs costs, twice per layer, in target and draft alike [e, -8b-tp2].
 ALL_REDUCE_US = 9
 
 
 @dataclass(frozen=True)
+class Experts:
+    """The mixture of experts in some of a model's layers; weights are numbers of weights in one layer.
+
+    active: experts that a token chooses, of ``number``.
+    expert_weights: of one expert. common_weights: of the router and of shared experts, which every token needs.
+    """
+
+    num_layers: int
+    number: int
+    active: int
+    expert_weights: int
+    common_weights: int
+
+    @property
+    def weights(self) -> int:
+        """All of them, in all layers."""
+        return self.num_layers * (self.number * self.expert_weights + self.common_weights)
+
+    def chosen(self, sequences: int, tokens: int = 1) -> float:
+        """Different experts per layer that ``tokens`` tokens of each of ``sequences`` choose, on average."""
+        effective = sequences * (1 + EXPERT_TOKEN * (tokens - 1))
+        return self.number * (1 - (1 - self.active / self.number) ** effective)
+
+    def weights_read(self, sequences: int, tokens: int = 1) -> float:
+        """Weights that such a step reads, in all layers."""
+        return self.num_layers * (self.chosen(sequences, tokens) * self.expert_weights + self.common_weights)
+
+
+@dataclass(frozen=True)
 class Model:
-    """Sizes of a dense decoder-only transformer; ``linear_weights`` and ``head_weights`` are numbers of weights."""
+    """Sizes of a decoder-only transformer; ``*_weights`` are numbers of weights.
+
+    ``linear_weights``, those of which the draft has a copy in INT4, are without experts.
+    """
 
     name: str
     num_layers: int
@@ -59,50 +101,65 @@ class Model:
     linear_weights: int
     head_weights: int
     embedding_weights: int
+    vocab_size: int
     dtype: torch.dtype
+    experts: Experts | None = None
+
+    @property
+    def weights(self) -> int:
+        experts = self.experts.weights if self.experts else 0
+        return self.linear_weights + self.head_weights + self.embedding_weights + experts
 
 
-def read_model(path: str) -> Model:
-    """The sizes in a config.json (a file, its folder, or a hub id).
+def read_config(path: str) -> dict:
+    """A parsed config.json (a file, its folder, or a hub id).
 
     Raises:
-        ValueError: one sentence, where there is no configuration or it is not that of a dense decoder.
+        ValueError: one sentence, where there is no configuration.
     """
     file = Path(path).expanduser()
     file = file / "config.json" if file.is_dir() else file
     if file.is_file():
         try:
-            config = json.loads(file.read_text(encoding="utf-8"))
+            return json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path}: not a JSON file ({error}).") from error
     elif file.exists() or path.startswith(("/", ".", "~")) or path.count("/") > 1:
         raise ValueError(f"{path}: no config.json there; give a config.json, its folder, or a hub id such as owner/name.")
-    else:
-        from transformers import AutoConfig
+    from transformers import AutoConfig
 
-        try:
-            config = AutoConfig.from_pretrained(path).to_dict()
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: its configuration cannot be loaded ({str(error).splitlines()[0]}).") from error
-    return model_from(config, path)
+    try:
+        return AutoConfig.from_pretrained(path).to_dict()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: its configuration cannot be loaded ({str(error).splitlines()[0]}).") from error
 
 
 def model_from(config: dict, name: str) -> Model:
-    """As ``read_model``, from the parsed configuration."""
-    text = config.get("text_config") or config
+    """The sizes in a parsed configuration.
+
+    Raises:
+        ValueError: one sentence, for a model that the engine refuses, or whose configuration lacks a size.
+    """
+    refusal = unsupported(config, name)
+    if refusal:
+        raise ValueError(f"not supported; an engine would stop with this: {refusal}")
+    text = text_part(config)
     c = SimpleNamespace(**text)
     missing = [
         key
         for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
         if not isinstance(text.get(key), int)
     ]
-    experts = next((k for k in ("num_local_experts", "num_experts", "n_routed_experts") if text.get(k)), None)
-    if missing or experts:
-        what = f"no {missing[0]}" if missing else "a mixture of experts"
-        raise ValueError(f"{name}: the configuration has {what}; estimates are for dense decoder-only transformers.")
+    if missing:
+        raise ValueError(
+            f"{name}: the configuration has no {missing[0]}; estimates are for decoder-only transformers which name it."
+        )
+    experts = experts_of(text, name)
+    num_dense = c.num_hidden_layers - (experts.num_layers if experts else 0)
     kv_heads = text.get("num_key_value_heads") or c.num_attention_heads
-    head_size = text.get("head_dim") or c.hidden_size // c.num_attention_heads
+    head_size = head_size_of(text)
     attention = c.hidden_size * head_size * (2 * c.num_attention_heads + 2 * kv_heads)
+    mlp = 3 * c.hidden_size * c.intermediate_size
     vocabulary = c.vocab_size * c.hidden_size
     dtype = getattr(torch, str(text.get("dtype") or text.get("torch_dtype") or "bfloat16"), torch.bfloat16)
     return Model(
@@ -111,11 +168,40 @@ def model_from(config: dict, name: str) -> Model:
         c.num_attention_heads,
         kv_heads,
         head_size,
-        c.num_hidden_layers * (attention + 3 * c.hidden_size * c.intermediate_size),
+        c.num_hidden_layers * attention + num_dense * mlp,
         vocabulary,
         0 if text.get("tie_word_embeddings") else vocabulary,
+        c.vocab_size,
         dtype if dtype.itemsize == 2 else torch.bfloat16,
+        experts,
     )
+
+
+def experts_of(text: dict, name: str) -> Experts | None:
+    """The mixture of experts that a language model's configuration describes; None for a dense model.
+
+    Raises:
+        ValueError: one sentence, for a description that lacks a size.
+    """
+
+    def first(*keys: str):
+        return next((text[key] for key in keys if text.get(key)), None)
+
+    number = first("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    if not number:
+        return None
+    active = first("num_experts_per_tok", "moe_k", "moe_topk", "num_experts_per_token")
+    width = first("moe_intermediate_size", "intermediate_size")
+    if not all(isinstance(size, int) for size in (number, active, width)):
+        what = "experts a token chooses" if not isinstance(active, int) else "width of an expert"
+        raise ValueError(f"{name}: the configuration has experts, but not the {what}; there is no estimate.")
+    hidden, layers = text["hidden_size"], range(text["num_hidden_layers"])
+    dense, every = text.get("mlp_only_layers") or (), first("decoder_sparse_step", "moe_layer_freq") or 1
+    sparse = [i for i in layers if i not in dense and (i + 1) % every == 0 and i >= text.get("first_k_dense_replace", 0)]
+    gated = text.get("shared_expert_intermediate_size") or 0  # Qwen 2: one shared expert, with a gate of its own
+    shared = gated or width * (first("n_shared_experts", "num_shared_experts", "moe_num_shared_experts") or 0)
+    common = hidden * (number + 3 * shared + (1 if gated else 0))
+    return Experts(len(sparse), number, active, 3 * hidden * width, common)
 
 
 @dataclass(frozen=True)
@@ -124,6 +210,7 @@ class Memory:
 
     weights: float
     int4_weights: float
+    draft_logits: float
     kv_bytes_per_token: float
     quantspec_bytes_per_token: float
     window_bytes_per_request: float
@@ -139,13 +226,21 @@ class Memory:
 
 
 def memory(
-    model: Model, gpu_memory: float, utilization: float, tensor_parallel_size: int, group_size: int, overhead: float
+    model: Model,
+    gpu_memory: float,
+    utilization: float,
+    tensor_parallel_size: int,
+    group_size: int,
+    overhead: float,
+    num_speculative_tokens: int = QuantSpecOptions.num_speculative_tokens,
+    max_num_seqs: int | None = None,
 ) -> Memory:
     """Memory of one of ``tensor_parallel_size`` GPUs with ``gpu_memory`` bytes.
 
     Args:
         utilization: vLLM's ``--gpu-memory-utilization``.
         overhead: bytes for activations, CUDA graphs and the rest.
+        max_num_seqs: vLLM's ``--max-num-seqs``, by default what vLLM chooses for such a GPU.
 
     Raises:
         ValueError: the KV heads do not divide among the GPUs.
@@ -154,19 +249,27 @@ def memory(
     if model.num_kv_heads % tp and tp % model.num_kv_heads:
         raise ValueError(f"{model.num_kv_heads} KV heads do not divide among {tp} GPUs; choose another number.")
     fmt = PageFormat(max(1, model.num_kv_heads // tp), model.head_size, group_size, model.dtype)
-    weights = (model.linear_weights + model.head_weights + model.embedding_weights) * model.dtype.itemsize / tp
+    weights = model.weights * model.dtype.itemsize / tp
     int4 = (model.linear_weights + model.head_weights) * INT4_BITS / 8 / tp
     free = gpu_memory * utilization - weights - overhead
-    window_blocks = -(-(WINDOW_GROUPS * group_size + WINDOW_DRAFTS) // fmt.window_block_size) + 1
+    max_num_seqs = max_num_seqs or default_max_num_seqs(gpu_memory)
+    logits = draft_logits_bytes(max_num_seqs, num_speculative_tokens, model.vocab_size, model.dtype.itemsize)
+    window_blocks = window_blocks_per_request(group_size, fmt.window_block_size, num_speculative_tokens)
     return Memory(
         weights,
         int4,
+        logits,
         model.num_layers * fmt.num_kv_heads * 2 * model.head_size * model.dtype.itemsize,
         model.num_layers * fmt.bytes_per_token(8),
         model.num_layers * window_blocks * fmt.page_bytes,
         max(0.0, free),
-        max(0.0, free - int4),
+        max(0.0, free - int4 - logits),
     )
+
+
+def default_max_num_seqs(gpu_memory: float) -> int:
+    """vLLM's ``--max-num-seqs`` on a GPU of ``gpu_memory`` bytes (but an A100, of which it runs 256, too)."""
+    return MAX_NUM_SEQS[gpu_memory < LARGE_GPU_GIB * GIB]
 
 
 @dataclass(frozen=True)
@@ -233,15 +336,20 @@ def speed(
     head = read_ms(model.head_weights * model.dtype.itemsize / tp, READ)
     linears = read_ms(model.linear_weights * model.dtype.itemsize / tp, LINEAR)
 
+    def experts_ms(tokens: int) -> float:
+        """Of ``tokens`` tokens per request; 16 bits in target and draft."""
+        read = model.experts.weights_read(batch, tokens) if model.experts else 0
+        return read_ms(read * model.dtype.itemsize / tp, LINEAR)
+
     def int4_ms(weights: int, fractions) -> float | None:
         return next((read_ms(weights * INT4_BITS / 8 / tp, f) for most, f in fractions if batch <= most), None)
 
     draft_linears = int4_ms(model.linear_weights, INT4_LINEAR) or linears
     int4_head = int4_ms(model.head_weights, INT4_HEAD) if quantize_lm_head else None
     draft_head = int4_head + (RESCORE_US + RESCORE_TOKEN_US * batch) / 1e3 if int4_head else head
-    base = head + linears
-    draft_step = draft_head + draft_linears + layers_ms("draft", batch, draft, per_head)
-    verify = base + layers_ms("target", batch * rows, target, rows * per_head)
+    base = head + linears + experts_ms(1)
+    draft_step = draft_head + draft_linears + experts_ms(1) + layers_ms("draft", batch, draft, per_head)
+    verify = head + linears + experts_ms(rows) + layers_ms("target", batch * rows, target, rows * per_head)
     return Speed(
         exact=base + layers_ms("exact", batch, exact_bytes),
         cache=base + layers_ms("target", batch, target, per_head),
@@ -252,54 +360,84 @@ def speed(
 
 
 def report(arguments, file=None) -> None:
-    """Print the estimate for the command line's arguments (see ``cli.py``)."""
+    """Print the estimate for the command line's arguments (see ``cli.py``).
+
+    Raises:
+        ValueError: one sentence, where there is no estimate; for a model that the engine refuses, with its sentence.
+    """
     file = file or sys.stdout
-    model = read_model(arguments.model)
-    tp, group = arguments.tensor_parallel_size, arguments.group_size
-    m = memory(model, arguments.gpu_memory * GIB, arguments.gpu_memory_utilization, tp, group, arguments.overhead * GIB)
+    config = read_config(arguments.model)
+    model = model_from(config, arguments.model)
+    no_drafts = undrafted(config)
+    tp, group, context, batch = arguments.tensor_parallel_size, arguments.group_size, arguments.context, arguments.batch
+    times = {
+        gamma: speed(model, arguments.bandwidth * 1e12, context, batch, tp, group, arguments.acceptance, gamma)
+        for gamma in arguments.num_speculative_tokens or range(1, 9)
+    }
+    best = min(times, key=lambda g: times[g].quantspec)
+    seqs = arguments.max_num_seqs or default_max_num_seqs(arguments.gpu_memory * GIB)
+    m = memory(
+        model,
+        arguments.gpu_memory * GIB,
+        arguments.gpu_memory_utilization,
+        tp,
+        group,
+        arguments.overhead * GIB,
+        best,
+        seqs,
+    )
 
     def line(label: str, text: str) -> None:
         print(f"  {label:<34}{text}", file=file)
 
-    print(f"{model.name} on {tp} GPU{'s' * (tp > 1)} with {arguments.gpu_memory:g} GiB each\n", file=file)
+    print(f"{model.name}: supported, as far as its configuration shows", file=file)
+    if no_drafts:
+        print(f"but its cache alone; with drafts an engine would stop with this: {no_drafts}", file=file)
+    print(f"on {tp} GPU{'s' * (tp > 1)} with {arguments.gpu_memory:g} GiB each\n", file=file)
     print("memory, per GPU", file=file)
     line("weights", f"{m.weights / GIB:.2f} GiB")
-    line("INT4 copy for drafting", f"{m.int4_weights / GIB:.2f} GiB (none with draft_weights=target)")
+    if not no_drafts:
+        line("INT4 copy for drafting", f"{m.int4_weights / GIB:.2f} GiB (none with draft_weights=target)")
+        if model.experts:
+            line("", "without the experts: the draft reads the target's, in 16 bits")
+        line("logits of drafts", f"{m.draft_logits / GIB:.2f} GiB ({seqs} sequences: --max-num-seqs; {best} drafts each)")
     line("KV cache, 16 bits", f"{m.kv_bytes_per_token / 1024:.1f} KiB per token")
     line("KV cache, QuantSpec", f"{m.quantspec_bytes_per_token / 1024:.1f} KiB per token")
-    line("recent window, QuantSpec", f"{m.window_bytes_per_request / 2**20:.0f} MiB per running request")
-    line("free for the cache", f"{m.free / GIB:.1f} GiB, {m.free_with_draft / GIB:.1f} GiB beside the INT4 copy")
-    if m.free_with_draft == 0:
+    line("recent window, QuantSpec", f"{m.window_bytes_per_request / 2**20:.0f} MiB per running request, at most")
+    beside = "" if no_drafts else f", {m.free_with_draft / GIB:.1f} GiB beside what drafting takes"
+    line("free for the cache", f"{m.free / GIB:.1f} GiB{beside}")
+    if m.free_with_draft == 0 and not (no_drafts and m.free):
         print("\nThe model does not fit; use more GPUs or larger ones.", file=file)
         return
-    context, batch = arguments.context, arguments.batch
     print(f"\nrequests of {context} tokens that fit", file=file)
-    for label, kwargs in (
-        ("16 bits", {"quantspec": False}),
-        ("QuantSpec's cache alone", {"quantspec": True, "draft": False}),
-        ("QuantSpec", {"quantspec": True}),
-    ):
-        line(label, str(m.requests(context, **kwargs)))
-    if m.requests(context, quantspec=True) < batch:
+    line("16 bits", str(m.requests(context, quantspec=False)))
+    fit = m.requests(context, quantspec=True, draft=False)
+    line("QuantSpec's cache alone", str(fit))
+    if not no_drafts:
+        fit = m.requests(context, quantspec=True)
+        line("QuantSpec", str(fit))
+    if fit < batch:
         line("", f"fewer than --batch {batch}: requests will wait or be preempted")
     print(
         f"\ndecoding {batch} x {context} tokens at {arguments.bandwidth:g} TB/s, predicted (ms per token of each request)",
         file=file,
     )
-    times = {}
-    for gamma in arguments.num_speculative_tokens or range(1, 9):
-        times[gamma] = speed(
-            model, arguments.bandwidth * 1e12, context, batch, tp, group, arguments.acceptance, gamma
-        )  # fmt: skip
-    best = min(times, key=lambda g: times[g].quantspec)
     t = times[best]
     line("16 bits, FlashAttention", f"{t.exact:.2f}")
     line("QuantSpec's cache alone", f"{t.cache:.2f}, {t.exact / t.cache:.2f}x")
+    if no_drafts:
+        return
     line(
-        f"QuantSpec, {best} tokens drafted",
+        f"QuantSpec, {best} token{'s' * (best > 1)} drafted",
         f"{t.quantspec:.2f}, {t.exact / t.quantspec:.2f}x at {arguments.acceptance:g} accepted per token "
         f"({t.tokens_per_cycle:.2f} tokens per verification)",
     )
     line("one draft step", f"{t.draft_step:.2f}, {t.exact / t.draft_step:.2f}x less than a step in 16 bits")
+    if model.experts:
+        step, verification = model.experts.chosen(batch), model.experts.chosen(batch, best + 1)
+        line(
+            "experts read, in 16 bits",
+            f"{step:.0f} of {model.experts.number} per layer by a draft step, {verification:.0f} by a verification",
+        )
     if t.quantspec > min(t.exact, t.cache):
         print("\nDrafting does not pay here; the cache alone (--attention-backend QUANTSPEC) may.", file=file)

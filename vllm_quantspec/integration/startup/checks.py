@@ -5,6 +5,10 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from vllm import envs
+from vllm.platforms import current_platform
+
+from vllm_quantspec import supported
 from vllm_quantspec.config import HEAD_SIZES
 from vllm_quantspec.format import GROUP_SIZES
 from vllm_quantspec.integration.startup.version import check_version
@@ -42,6 +46,9 @@ def check_args(args: EngineArgs) -> None:
         RuntimeError: an unsupported vLLM version. ValueError: anything else.
     """
     check_version()
+    if current_platform.is_cpu():
+        # vLLM's own check of the runner comes before `check_config`, and asks for Triton.
+        check_cpu_runner(envs.VLLM_USE_V2_MODEL_RUNNER)
     if args.block_size not in GROUP_SIZES:
         raise ValueError(
             f"quantspec: the attention backend QUANTSPEC has pages of 64 or 128 tokens, not {args.block_size}; set "
@@ -68,38 +75,28 @@ def check_config(config: VllmConfig) -> None:
     Raises:
         ValueError: one sentence that says what, why and what to do.
     """
-    from vllm.platforms import current_platform
-
     model = config.model_config
-    text_config = model.hf_text_config
-    layer_types = getattr(text_config, "layer_types", None) or ()
     for present, what in (
-        (model.use_mla, "multi-head latent attention (MLA)"),
-        (model.is_encoder_decoder, "an encoder and a decoder"),
-        (model.is_hybrid or model.is_attention_free, "Mamba or linear-attention layers"),
-        (model.uses_alibi, "ALiBi position biases"),
-        (has_attention_sinks(model), "attention sinks"),
-        (getattr(text_config, "attn_logit_softcapping", None), "a logit soft-cap"),
-        (model.get_sliding_window() or "sliding_attention" in layer_types, "sliding-window attention"),
-        ("chunked_attention" in layer_types, "chunked local attention"),
+        (model.use_mla, supported.MLA),
+        (model.is_encoder_decoder, supported.ENCODER),
+        (model.is_hybrid or model.is_attention_free, supported.RECURRENT),
+        (model.uses_alibi, supported.ALIBI),
+        *((True, what) for what in supported.attention_of(model.hf_text_config.to_dict(), model.architectures)),
+        (model.get_sliding_window(), supported.SLIDING),
         (model.runner_type != "generate", "a pooling runner"),
     ):
         if present:
-            raise ValueError(
-                f"quantspec: {model.model} has {what}, which the hierarchical KV cache does not implement; run it "
-                "without quantspec."
-            )
+            raise ValueError(supported.not_implemented(model.model, what))
     if model.get_head_size() not in HEAD_SIZES:
-        raise ValueError(
-            f"quantspec: {model.model} has heads of size {model.get_head_size()}, but the hierarchical KV cache has "
-            f"{', '.join(map(str, HEAD_SIZES))}; run it without quantspec."
-        )
+        raise ValueError(supported.wrong_head_size(model.model, model.get_head_size()))
     if config.scheduler_config.disable_hybrid_kv_cache_manager:
         raise ValueError(
             "quantspec: pages and recent windows are two KV cache groups, which need vLLM's hybrid KV cache manager; "
             "drop --disable-hybrid-kv-cache-manager."
         )
-    if not current_platform.is_cpu():
+    if current_platform.is_cpu():
+        check_cpu_runner(config.use_v2_model_runner)
+    else:
         check_gpu(config, current_platform)
     if config.speculative_config is not None:
         check_speculation(config)
@@ -108,6 +105,15 @@ def check_config(config: VllmConfig) -> None:
         raise ValueError(
             "quantspec: vLLM's CPU engine fails at the first request with pipeline parallelism, whatever the KV cache; "
             "drop --pipeline-parallel-size, or use --tensor-parallel-size."
+        )
+
+
+def check_cpu_runner(is_v2: bool | None) -> None:
+    """The CPU engine is built on model runner V1; vLLM's default there is V2 where Triton for CPU is installed."""
+    if is_v2:
+        raise ValueError(
+            "quantspec: on a CPU it works with vLLM's model runner V1, but this engine would run V2; set "
+            "VLLM_USE_V2_MODEL_RUNNER=0 in its environment."
         )
 
 
@@ -160,11 +166,4 @@ def check_speculation(config: VllmConfig) -> None:
         (config.model_config.uses_mrope, "M-RoPE positions", "use --attention-backend QUANTSPEC alone"),
     ):
         if present:
-            raise ValueError(f"quantspec: speculation does not support {what} yet; {remedy}.")
-
-
-def has_attention_sinks(model_config) -> bool:
-    """Whether the architecture's attention carries learned sinks (they are weights, no configuration key says so)."""
-    return any(name.startswith(("GptOss", "MiMoV2")) for name in model_config.architectures) or bool(
-        getattr(model_config.hf_text_config, "attention_sink", False)
-    )
+            raise ValueError(supported.not_drafted_for(what, remedy))

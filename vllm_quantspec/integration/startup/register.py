@@ -2,7 +2,7 @@
 
 import logging
 
-from vllm_quantspec.integration.startup.version import SUPPORTED, installed_vllm
+from vllm_quantspec.integration.startup.version import SUPPORTED, fitting_vllm, installed_vllm
 
 logger = logging.getLogger("vllm.quantspec")
 
@@ -11,7 +11,12 @@ def register() -> None:
     """Teach this process the name ``quantspec``; nothing else changes until an engine asks for it."""
     if installed_vllm() not in SUPPORTED:
         # Other engines must go on; one that asks for QuantSpec is refused by vLLM, which does not know the name.
-        logger.warning("vllm-quantspec works with vLLM %s, not %s: it stays off.", " and ".join(SUPPORTED), installed_vllm())
+        logger.warning(
+            "vllm-quantspec works with vLLM %s, not %s: it stays off. For this machine, install %s.",
+            " and ".join(SUPPORTED),
+            installed_vllm(),
+            fitting_vllm(),
+        )
         return
     from vllm_quantspec.integration.startup import engine_args
     from vllm_quantspec.integration.startup.backend_name import quantspec_backend

@@ -6,8 +6,16 @@ from typing import Any
 
 from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
 from vllm.config.utils import config
+from vllm.logger import init_logger
 
 from vllm_quantspec.config import METHOD, QuantSpecOptions, parse_options
+
+logger = init_logger("vllm.quantspec.speculative_config")
+
+# vLLM's ways to verify drafts after which the output is distributed as the model's own.
+LOSSLESS = ("standard", "block")
+# Accepts drafts at random, at a rate that the user chooses: to measure speed.
+BENCHMARK = "synthetic"
 
 
 @config
@@ -59,6 +67,7 @@ def make_config(
         ValueError: one sentence that names the option, what is wrong and what would be right.
     """
     options, vllm_options = parse_options(speculative_config)
+    check_lossless(vllm_options.get("rejection_sample_method", LOSSLESS[0]))
     # Sampled drafts are accepted far more often than the draft's argmax once temperature > 0, and are the same at 0.
     vllm_options.setdefault("draft_sample_method", "probabilistic")
     return QuantSpecConfig(
@@ -67,3 +76,17 @@ def make_config(
         **{name: getattr(options, name) for name in QuantSpecOptions.__dataclass_fields__},
         **vllm_options,
     )
+
+
+def check_lossless(rejection_sample_method: str) -> None:
+    """Raises ValueError for a verification that changes what the model writes, or may: vLLM adds such methods."""
+    if rejection_sample_method == BENCHMARK:
+        logger.warning(
+            "rejection_sample_method '%s' accepts drafts at random: the output is not the model's, only its speed counts",
+            BENCHMARK,
+        )
+    elif rejection_sample_method not in LOSSLESS:
+        raise ValueError(
+            f"quantspec: rejection_sample_method {rejection_sample_method!r} is not known to keep the model's own output, "
+            f"which QuantSpec promises; drop it, or set it to {' or '.join(map(repr, LOSSLESS))}."
+        )
