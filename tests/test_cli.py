@@ -38,7 +38,7 @@ def test_help_and_version_need_no_vllm():
     code = "import sys; from vllm_quantspec.cli import main; main(sys.argv[1:])"
     for argument, expected in (("--help", "demo"), ("--version", __version__)):
         command = [sys.executable, "-X", "importtime", "-c", code, argument]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0 and expected in done.stdout
         imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
         assert imported.isdisjoint({"vllm", "torch", "transformers"})
