@@ -85,12 +85,14 @@ def _few_rows(group: int):
     def few_rows(begin, end, codes, scales, zeros, x, sums, out):
         """out [rows, out] for output channels ``4 * begin`` to ``4 * end``."""
         rows, groups = x.shape[0], scales.shape[1]
-        fours = rows // 4 * 4
-        # Four rows of x and one of the weight: its codes are converted once.
+        fours = rows if rows % 4 != 1 else rows - 1
+        # Four rows of x and one of the weight: its codes are converted once. Where two or three are left, the last row
+        # stands in for those that are missing: still less work than one by one.
         for n in range(4 * begin, 4 * end):
             weight = codes[n]
             for m in range(0, fours, 4):
-                x0, x1, x2, x3 = x[m], x[m + 1], x[m + 2], x[m + 3]
+                m1, m2, m3 = min(m + 1, rows - 1), min(m + 2, rows - 1), min(m + 3, rows - 1)
+                x0, x1, x2, x3 = x[m], x[m1], x[m2], x[m3]
                 t0, t1, t2, t3 = np.float32(0.0), np.float32(0.0), np.float32(0.0), np.float32(0.0)
                 for g in range(groups):
                     c, at = weight[g * half : g * half + half], g * group
@@ -108,11 +110,11 @@ def _few_rows(group: int):
                         a3 += low * l3[i] + high * h3[i]
                     s, z = scales[n, g], np.float32(zeros[n, g])
                     t0 += s * (a0 - z * sums[m, g])
-                    t1 += s * (a1 - z * sums[m + 1, g])
-                    t2 += s * (a2 - z * sums[m + 2, g])
-                    t3 += s * (a3 - z * sums[m + 3, g])
-                out[m, n], out[m + 1, n], out[m + 2, n], out[m + 3, n] = t0, t1, t2, t3
-        # Single rows of x and four of the weight: four sums under way hide each other's latency.
+                    t1 += s * (a1 - z * sums[m1, g])
+                    t2 += s * (a2 - z * sums[m2, g])
+                    t3 += s * (a3 - z * sums[m3, g])
+                out[m, n], out[m1, n], out[m2, n], out[m3, n] = t0, t1, t2, t3
+        # A single row of x and four of the weight: four sums under way hide each other's latency.
         for n in range(4 * begin, 4 * end, 4):
             w0, w1, w2, w3 = codes[n], codes[n + 1], codes[n + 2], codes[n + 3]
             for m in range(fours, rows):

@@ -23,7 +23,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 def split(function: Callable, number: int, arguments: tuple, most: int | None = None) -> None:
-    """Call ``function(begin, end, *arguments)`` for parts of [0, number), on as many threads as PyTorch uses, or ``most``."""
+    """Call ``function(begin, end, *arguments)`` for parts of [0, number), on PyTorch's number of threads or ``most``."""
     threads = min(torch.get_num_threads(), len(CPUS) if CPUS else 1, number, number if most is None else most)
     if threads <= 1:
         function(0, number, *arguments)
