@@ -130,6 +130,24 @@ def test_a_failing_engine_is_one_sentence(monkeypatch, tmp_path, script, sentenc
     assert len(list(tmp_path.iterdir())) == 1  # its log
 
 
+@pytest.mark.parametrize(
+    ("script", "doing"),
+    [
+        ('os.write(fd, b\'{"stage": "warming up"}\\n{"computing": true}\\n\')', "warming up"),
+        ('os.write(fd, b\'{"stage": "warming up"}\\n{"text": "half a li\')', "warming up"),  # in the middle of a line
+        ("os.close(fd)", "decoding"),  # as if it had all been said
+    ],
+)
+def test_a_stuck_engine_is_one_sentence(monkeypatch, tmp_path, script, doing):
+    monkeypatch.setattr(demo, "SILENT_SECONDS", 2)
+    monkeypatch.setattr(demo.tempfile, "tempdir", str(tmp_path))
+    fake_child(monkeypatch, f"import time; sys.stdin.read(); {script}; time.sleep(100)")
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    assert demo.run(JOB, console=console) == 1
+    assert f"QuantSpec failed. its process said nothing for 2 s while {doing}, and was ended." in console.export_text()
+    assert len(list(tmp_path.iterdir())) == 1  # its log
+
+
 def test_engines_run_one_after_the_other_and_leave_no_log(monkeypatch, tmp_path):
     monkeypatch.setattr(demo.tempfile, "tempdir", str(tmp_path))
     result = json.dumps({"result": demo.asdict(SPECULATIVE)})
