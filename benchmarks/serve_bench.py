@@ -27,7 +27,9 @@ from pathlib import Path
 
 from common import write_json
 from end_to_end import LLAMA, RESULTS, SHAPES, synthetic
-from serve_load import VLLM, Load, start_server
+from serve_load import VLLM, Load, start_server, stop_server
+
+BENCH_SECONDS = 3600  # longest that `vllm bench serve` may take
 
 
 def write_model(folder: Path, shape: dict) -> None:
@@ -62,7 +64,10 @@ def bench(url: str, folder: Path, args) -> dict:
     command += ["--num-prompts", str(args.prompts), "--max-concurrency", str(args.concurrency), "--num-warmups", "2"]
     command += ["--ignore-eos", "--temperature", "0", "--disable-tqdm", "--save-result", "--result-dir", str(folder)]
     command += ["--result-filename", "bench.json"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=BENCH_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        return {"errors": [f"vllm bench serve did not end within {BENCH_SECONDS} s: {str(error.output)[-2000:]}"]}
     if done.returncode:
         return {"errors": [f"vllm bench serve ended with {done.returncode}: {done.stdout[-2000:]}"]}
     result = json.loads((folder / "bench.json").read_text())
@@ -93,8 +98,7 @@ def serve(config: str, folder: Path, args) -> dict:
         row["kv_cache_usage_afterwards"] = load.wait_until_idle()
         row["memory_mib_after_bench"] = load.samples[-1]["memory_mib"]
     finally:
-        process.terminate()
-        process.wait(60)
+        stop_server(process)
     row["errors"] = summary["errors"] + row["bench"].pop("errors")
     if summary["kv_cache_usage_afterwards"] or row["kv_cache_usage_afterwards"]:
         row["errors"].append("blocks of the KV cache are in use when nothing runs")

@@ -169,10 +169,13 @@ class Load:
         before = self.client.metrics()
         started = time.monotonic()
         self.deadline = started + self.seconds
-        threads = [threading.Thread(target=self.ask, args=(i,)) for i in range(self.clients)]
+        threads = [threading.Thread(target=self.ask, args=(i,), daemon=True) for i in range(self.clients)]
         for thread in threads:
             thread.start()
         while any(thread.is_alive() for thread in threads):
+            waited = time.monotonic() - self.deadline
+            if waited > 2 * TIMEOUT:  # a client gives up after TIMEOUT without a byte
+                raise TimeoutError(f"the server still answers {waited:.0f} s after the last request")
             self.sample(time.monotonic() - started, progress)
             threads[0].join(5)
             if not threads[0].is_alive():
@@ -317,7 +320,7 @@ def gpu_memory() -> dict[str, float]:
         return {}
     command = ["nvidia-smi", "--query-gpu=index,memory.used", "--format=csv,noheader,nounits"]
     command += [f"--id={ids}"] if (ids := os.environ.get("CUDA_VISIBLE_DEVICES")) else []
-    lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    lines = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.splitlines()
     return {f"GPU {index}": float(mib) for index, mib in (line.split(",") for line in lines)}
 
 
@@ -338,7 +341,8 @@ def start_server(
         process = subprocess.Popen(command, stdout=output, stderr=output)
     url = f"http://127.0.0.1:{port}"
     print(f"starting {' '.join(command[2:])} (log: {log})", flush=True)
-    for _ in range(TIMEOUT):
+    deadline = time.monotonic() + TIMEOUT
+    while time.monotonic() < deadline:
         try:
             Client(url).get("/health")
             return process, url
@@ -346,8 +350,18 @@ def start_server(
             if process.poll() is not None:
                 sys.exit(f"the server ended with {process.returncode}: see {log}")
             time.sleep(1)
+    stop_server(process)
+    sys.exit(f"the server did not start within {TIMEOUT} s: see {log}")
+
+
+def stop_server(process: subprocess.Popen) -> None:
+    """Ask it to end, and end it if it does not within a minute."""
     process.terminate()
-    sys.exit(f"the server did not start: see {log}")
+    try:
+        process.wait(60)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait(60)
 
 
 def main() -> None:
@@ -374,8 +388,7 @@ def main() -> None:
         summary = load.run()
     finally:
         if process is not None:
-            process.terminate()
-            process.wait(60)
+            stop_server(process)
     print(json.dumps(summary, indent=1))
     if args.json:
         from common import write_json

@@ -10,8 +10,6 @@ Numbers: benchmarks/cpu_attention.py.
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 
@@ -20,10 +18,9 @@ import numpy as np
 import torch
 
 from vllm_quantspec.format import PageFormat, check_bits, window_start
+from vllm_quantspec.kernels.cpu_threads import split
 from vllm_quantspec.kernels.step import exact_start
 
-# vLLM binds the thread that runs the model to one core; the others of this process are for the helpers below.
-_CPUS = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
 _PAGES_PER_TASK = 16
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _LOG2E = 1.4426950408889634
@@ -349,27 +346,6 @@ def _merge(tasks, row_counts, maximum, total, output, result):
         n = end
 
 
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    def free_of_the_models_core() -> None:
-        if _CPUS:
-            os.sched_setaffinity(0, _CPUS)
-
-    return ThreadPoolExecutor(threads, "quantspec-decode", initializer=free_of_the_models_core)
-
-
-def _run(num_tasks: int, arguments: tuple) -> None:
-    """All tasks, on as many threads as PyTorch uses; the kernel releases the interpreter lock."""
-    threads = min(torch.get_num_threads(), len(_CPUS) if _CPUS else 1, num_tasks)
-    if threads <= 1:
-        _run_tasks(0, num_tasks, *arguments)
-        return
-    cuts = [num_tasks * i // threads for i in range(threads + 1)]
-    jobs = [_pool(threads).submit(_run_tasks, a, b, *arguments) for a, b in zip(cuts, cuts[1:], strict=False)]
-    for job in jobs:
-        job.result()
-
-
 def _bytes_of(tensor: torch.Tensor) -> np.ndarray:
     """The whole storage of ``tensor`` as uint8, cut to whole float32 words."""
     storage = tensor.untyped_storage()
@@ -477,7 +453,7 @@ def run_decode(
         total,
         output,
     )
-    _run(len(plan.tasks), arguments)
+    split(_run_tasks, len(plan.tasks), arguments)
     result = np.zeros((num_reqs, heads, rows, dim), np.float32)
     _merge(plan.tasks, plan.row_counts, maximum, total, output, result)
     of_tokens = torch.from_numpy(result).unflatten(2, (steps, per_head)).transpose(1, 2)

@@ -15,6 +15,8 @@ from vllm.platforms import current_platform
 # Rule 3 moves logits by the 8-bit error of the newest tokens: at most this much at a step's likeliest token (nats).
 RULE_3 = 0.25
 
+MAX_IDLE_STEPS = 5000  # a prompt in chunks takes a few dozen
+
 QUANTSPEC_CACHE = {"attention_backend": "QUANTSPEC"}  # the hierarchical cache with speculation off
 
 
@@ -33,6 +35,7 @@ def engine(model: str, **kwargs) -> Iterator[LLM]:
     kwargs.setdefault("max_num_seqs", 16)
     kwargs.setdefault("disable_log_stats", False)
     llm = LLM(model, **kwargs)
+    _fail_for_good(llm)
     try:
         yield llm
     finally:
@@ -40,6 +43,32 @@ def engine(model: str, **kwargs) -> Iterator[LLM]:
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+def _fail_for_good(llm: LLM) -> None:
+    """Make an engine that failed once, or gets nowhere, raise at every later step.
+
+    In this process vLLM keeps the requests of a step that raised as running, with nothing left to compute for them. Once
+    they hold every seat, ``generate`` takes steps that schedule nothing, for ever.
+    """
+    engine, failure, idle = llm.llm_engine, None, 0
+    step = engine.step
+
+    def guarded_step():
+        nonlocal failure, idle
+        if failure is not None:
+            raise RuntimeError("this engine failed before, see the first test that used it") from failure
+        try:
+            outputs = step()
+            idle = 0 if outputs else idle + 1
+            if idle > MAX_IDLE_STEPS:
+                raise RuntimeError(f"the engine took {idle} steps in a row without an output")
+        except Exception as error:
+            failure = error
+            raise
+        return outputs
+
+    engine.step = guarded_step
 
 
 def quantspec(num_speculative_tokens: int = 4, **options) -> dict:

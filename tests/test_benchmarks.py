@@ -72,6 +72,6 @@ def test_attention_bytes_and_points(monkeypatch):
 
 @pytest.mark.parametrize("script", sorted(p.name for p in BENCHMARKS.glob("*.py") if "\nif __name__" in p.read_text()))
 def test_help(script):
-    done = subprocess.run([sys.executable, BENCHMARKS / script, "--help"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, BENCHMARKS / script, "--help"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert f"usage: {script}" in done.stdout

@@ -38,7 +38,7 @@ def test_help_and_version_need_no_vllm():
     code = "import sys; from vllm_quantspec.cli import main; main(sys.argv[1:])"
     for argument, expected in (("--help", "demo"), ("--version", __version__)):
         command = [sys.executable, "-X", "importtime", "-c", code, argument]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0 and expected in done.stdout
         imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
         assert imported.isdisjoint({"vllm", "torch", "transformers"})
@@ -127,6 +127,24 @@ def test_a_failing_engine_is_one_sentence(monkeypatch, tmp_path, script, sentenc
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     assert demo.run(JOB, console=console) == 1
     assert sentence in console.export_text()
+    assert len(list(tmp_path.iterdir())) == 1  # its log
+
+
+@pytest.mark.parametrize(
+    ("script", "doing"),
+    [
+        ('os.write(fd, b\'{"stage": "warming up"}\\n{"computing": true}\\n\')', "warming up"),
+        ('os.write(fd, b\'{"stage": "warming up"}\\n{"text": "half a li\')', "warming up"),  # in the middle of a line
+        ("os.close(fd)", "decoding"),  # as if it had all been said
+    ],
+)
+def test_a_stuck_engine_is_one_sentence(monkeypatch, tmp_path, script, doing):
+    monkeypatch.setattr(demo, "SILENT_SECONDS", 2)
+    monkeypatch.setattr(demo.tempfile, "tempdir", str(tmp_path))
+    fake_child(monkeypatch, f"import time; sys.stdin.read(); {script}; time.sleep(100)")
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    assert demo.run(JOB, console=console) == 1
+    assert f"QuantSpec failed. its process said nothing for 2 s while {doing}, and was ended." in console.export_text()
     assert len(list(tmp_path.iterdir())) == 1  # its log
 
 

@@ -5,7 +5,7 @@ import torch
 from test_reference import DTYPES, SHAPES, Cache, assert_close, boundary_lengths
 
 from vllm_quantspec.format import PageFormat
-from vllm_quantspec.kernels import cpu_decode
+from vllm_quantspec.kernels import cpu_decode, cpu_threads
 from vllm_quantspec.kernels.cpu_decode import decode_attention
 
 
@@ -42,7 +42,7 @@ def test_after_a_prefix_hit(dtype):
 @pytest.mark.parametrize("pages_per_task", [1, 3, 16])
 def test_split_over_tasks_and_threads(threads, pages_per_task, monkeypatch):
     monkeypatch.setattr(cpu_decode, "_PAGES_PER_TASK", pages_per_task)
-    monkeypatch.setattr(cpu_decode, "_CPUS", cpu_decode._CPUS and set(cpu_decode._CPUS))
+    monkeypatch.setattr(cpu_threads, "CPUS", cpu_threads.CPUS and set(cpu_threads.CPUS))
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     cache = Cache(4, PageFormat(2, 64, 64, torch.float32), [300, 10, 2900, 64, 513], [1, 0, 33, 2, 17])
     assert_close(cache.decode(8, decode_attention), cache.oracle(8), torch.float32)

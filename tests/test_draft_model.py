@@ -91,9 +91,21 @@ def test_shapes_without_a_kernel_say_why(runner):
         method, reason = choose_int4_method(in_features, out_features, torch.bfloat16, 128)
         assert method is None
         assert why in reason
-    method, reason = choose_int4_method(128, 64, torch.float32, 128)
+    method, reason = choose_int4_method(128, 64, torch.float64, 128)
     assert method is None
-    assert "float32" in reason
+    assert "float64" in reason
+
+
+@pytest.mark.parametrize("tokens", [1, 6, 40])
+def test_int4_linear_in_float32(runner, tokens):
+    """No kernel of vLLM's takes float32: this package's does."""
+    weight, x = torch.randn(64, 128) * 0.05, torch.randn(tokens, 128)
+    method, reason = choose_int4_method(128, 64, torch.float32, 128)
+    assert method is not None, reason
+    layer = torch.nn.Module()
+    quantized = quantize_weight(weight, 128, scale_dtype=torch.float32)
+    method.install(layer, quantized)
+    assert torch.allclose(method.apply(layer, x), F.linear(x, quantized.dequantize()), rtol=1e-4, atol=1e-5)
 
 
 def test_shares_everything_but_the_linears(runner, build):

@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -362,7 +363,9 @@ def test_more_than_fits(server, tokens):
         futures = [
             pool.submit(server.complete, p, max_tokens=n, ignore_eos=True) for p, n in zip(prompts, lengths, strict=True)
         ]
+        deadline = time.monotonic() + ANSWER_SECONDS
         while not all(f.done() for f in futures):
+            assert time.monotonic() < deadline, f"not all are answered: {server.metrics()}"
             metrics = server.metrics()
             most = {name: max(value, metrics[f"vllm:num_requests_{name}"]) for name, value in most.items()}
     usages = [f.result()["usage"] for f in futures]

@@ -6,6 +6,7 @@ is one sentence; this module starts them, shows their progress and compares what
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -29,6 +30,10 @@ ENGINES = {
     "cache": "QuantSpec's cache, no speculation",
     "plain": "plain vLLM",
 }
+
+
+# Longest silence of an engine's process before it is taken for stuck: starting may load, and download, a large model.
+SILENT_SECONDS = 1800
 
 
 class EngineFailed(Exception):
@@ -94,11 +99,19 @@ def events(engine: str, job: Job, verbose: bool) -> Iterator[dict]:
     try:
         child.stdin.write(json.dumps(asdict(job)))
         child.stdin.close()
-        with os.fdopen(receive) as lines:
-            for line in lines:
-                last = json.loads(line)
-                yield last if "error" not in last else {"error": last["error"] + where}
+        for line in lines_of(receive):
+            event = json.loads(line)
+            if "computing" in event:  # a sign of life
+                continue
+            last = event
+            yield last if "error" not in last else {"error": last["error"] + where}
+        child.wait(SILENT_SECONDS)
+    except (Silent, subprocess.TimeoutExpired):
+        stage, last = last.get("stage", "decoding"), {}
+        child.kill()
         child.wait()
+        yield {"error": f"its process said nothing for {SILENT_SECONDS:,} s while {stage}, and was ended.{where}"}
+        return
     except KeyboardInterrupt:
         Path(log).unlink()
         raise
@@ -110,6 +123,30 @@ def events(engine: str, job: Job, verbose: bool) -> Iterator[dict]:
             Path(log).unlink(missing_ok=True)
     if "result" not in last and "error" not in last:
         yield {"error": f"its process {how_it_ended(child.returncode)} while {last.get('stage', 'decoding')}.{where}"}
+
+
+class Silent(Exception):
+    """Nothing came from an engine's process for `SILENT_SECONDS`."""
+
+
+def lines_of(descriptor: int) -> Iterator[str]:
+    """The lines of a pipe until its other end is closed, which closes this one.
+
+    Raises:
+        Silent: no byte came for `SILENT_SECONDS`.
+    """
+    rest = b""
+    try:
+        while True:
+            if not select.select([descriptor], [], [], SILENT_SECONDS)[0]:
+                raise Silent
+            read = os.read(descriptor, 1 << 16)
+            if not read:
+                return
+            *lines, rest = (rest + read).split(b"\n")
+            yield from (line.decode() for line in lines)
+    finally:
+        os.close(descriptor)
 
 
 def environment(job: Job) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """One engine of the demo, in a process of its own: ``python -m vllm_quantspec.demo_worker ENGINE FD``.
 
 Reads a `Job` as JSON from standard input and writes one JSON object per line to the file descriptor FD:
-``{"stage": str}`` while it prepares, ``{"text": str}`` while it decodes, and at the end ``{"result": {...}}`` or
-``{"error": str}``.
+``{"stage": str}`` while it prepares, ``{"computing": true}`` after each part of the prompt, ``{"text": str}`` while it
+decodes, and at the end ``{"result": {...}}`` or ``{"error": str}``.
 """
 
 import json
@@ -68,7 +68,10 @@ def work(engine: str, job: Job, send: Callable[[dict[str, Any]], None]) -> Resul
     llm.llm_engine.add_request("demo", {"prompt_token_ids": prompt}, greedy)
     first = None
     while llm.llm_engine.has_unfinished_requests():
-        for output in llm.llm_engine.step():
+        outputs = llm.llm_engine.step()
+        if not outputs:
+            send({"computing": True})
+        for output in outputs:
             completion, now = output.outputs[0], time.perf_counter()
             first = first or (now, len(completion.token_ids))
             send({"text": completion.text[-600:]})

@@ -1,12 +1,14 @@
 """INT4 linears of the draft: on our decode-size kernel on a GPU, else on vLLM's mixed-precision kernels.
 
-vLLM's kernels (CPUWNA16, Marlin, Machete, ...) serve the CPU, and the shapes that ours does not take.
+vLLM's kernels (Marlin, Machete, ...; CPUWNA16 on a CPU) serve the shapes that ours does not take. Not every CPU has vLLM's:
+its library for AVX2 leaves the operator out, and none takes float32. A kernel of ours serves there.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from vllm.logger import init_logger
 from vllm.model_executor.kernels.linear import MPLinearKernel, MPLinearLayerConfig, choose_mp_linear_kernel
 from vllm.model_executor.layers.linear import LinearMethodBase
 from vllm.model_executor.parameter import GroupQuantScaleParameter, PackedvLLMParameter
@@ -16,6 +18,8 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from vllm_quantspec.kernels import int4_linear
 from vllm_quantspec.weights import QuantizedWeight, fit_group_size
+
+logger = init_logger("vllm.quantspec.linears")
 
 WEIGHT, SCALES, ZEROS, ORIGINAL = "int4_weight", "int4_scales", "int4_zeros", "target_weight"
 
@@ -31,6 +35,11 @@ class Int4LinearMethod(LinearMethodBase):
 
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype, group_size: int) -> None:
         self.in_features, self.out_features, self.dtype, self.group_size = in_features, out_features, dtype, group_size
+
+    @property
+    def runs_on(self) -> str:
+        """The kernel, as the log calls it."""
+        raise NotImplementedError
 
     def create_weights(self, layer: torch.nn.Module, *args, **kwargs) -> None:
         raise NotImplementedError("INT4 draft weights are computed from a loaded layer: use install().")
@@ -90,6 +99,10 @@ class FastInt4LinearMethod(Int4LinearMethod):
         if reason is not None:
             raise ValueError(reason)
 
+    @property
+    def runs_on(self) -> str:
+        return "this package's GPU kernel"
+
     def _install(self, layer: torch.nn.Module, weight: QuantizedWeight, original: torch.Tensor | None) -> None:
         packed = int4_linear.pack(weight.codes, weight.scales.to(self.dtype), weight.zeros, weight.group_size)
         for name, tensor in ((WEIGHT, packed.codes), (SCALES, packed.scales_zeros), (ORIGINAL, original)):
@@ -99,6 +112,42 @@ class FastInt4LinearMethod(Int4LinearMethod):
         rows = x.reshape(-1, self.in_features)
         codes, scales, original = (getattr(layer, name) for name in (WEIGHT, SCALES, ORIGINAL))
         out = torch.ops.vllm_quantspec.draft_linear(rows, codes, scales, bias, original)
+        return out.view(*x.shape[:-1], self.out_features)
+
+
+class CpuInt4LinearMethod(Int4LinearMethod):
+    """On ``kernels/cpu_int4_linear``, which runs on every CPU and takes float32 too.
+
+    Raises:
+        ValueError: the kernel does not take this shape; the message says why.
+    """
+
+    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype, group_size: int) -> None:
+        super().__init__(in_features, out_features, dtype, group_size)
+        # Here, because on a GPU nothing needs Numba.
+        from vllm_quantspec.integration.cpu import llvm_scan
+        from vllm_quantspec.kernels import cpu_int4_linear
+
+        llvm_scan.install()
+        reason = cpu_int4_linear.supported(in_features, out_features, group_size, dtype)
+        if reason is not None:
+            raise ValueError(reason)
+        self.pack = cpu_int4_linear.pack
+        cpu_int4_linear.warm_up(group_size)
+
+    @property
+    def runs_on(self) -> str:
+        return "this package's CPU kernel"
+
+    def _install(self, layer: torch.nn.Module, weight: QuantizedWeight, original: torch.Tensor | None) -> None:
+        packed = self.pack(weight.codes, weight.scales.to(self.dtype), weight.zeros, weight.group_size)
+        for name, tensor in zip((WEIGHT, SCALES, ZEROS), packed, strict=True):
+            layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        rows = x.reshape(-1, self.in_features)
+        weight = (getattr(layer, name) for name in (WEIGHT, SCALES, ZEROS))
+        out = torch.ops.vllm_quantspec.cpu_int4_linear(rows, *weight, bias)
         return out.view(*x.shape[:-1], self.out_features)
 
 
@@ -112,7 +161,9 @@ class LibraryInt4LinearMethod(Int4LinearMethod):
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype, group_size: int) -> None:
         super().__init__(in_features, out_features, dtype, group_size)
         if dtype not in (torch.bfloat16, torch.float16):
-            raise ValueError(f"INT4 kernels take bfloat16 or float16 activations, not {dtype}.")
+            raise ValueError(f"vLLM's INT4 kernels take bfloat16 or float16 activations, not {dtype}.")
+        if current_platform.is_cpu() and not hasattr(torch.ops._C, "cpu_gemm_wna16"):
+            raise ValueError("vLLM's library for this CPU has no INT4 operator.")  # its can_implement does not look
         # The shard was quantized on its own, so it is the whole layer as far as the kernel is concerned.
         config = MPLinearLayerConfig(
             full_weight_shape=(in_features, out_features),
@@ -123,6 +174,10 @@ class LibraryInt4LinearMethod(Int4LinearMethod):
             zero_points=True,
         )
         self.kernel: MPLinearKernel = choose_mp_linear_kernel(config)(config, WEIGHT, SCALES, ZEROS)
+
+    @property
+    def runs_on(self) -> str:
+        return f"vLLM's {type(self.kernel).__name__}"
 
     def _install(self, layer: torch.nn.Module, weight: QuantizedWeight, original: torch.Tensor | None) -> None:
         config = self.kernel.config
@@ -147,14 +202,21 @@ def choose_int4_method(
 
     Returns ``(method, "")``, or ``(None, reason)`` when the layer has to stay as it is.
     """
-    methods = (FastInt4LinearMethod, LibraryInt4LinearMethod) if current_platform.is_cuda() else (LibraryInt4LinearMethod,)
+    methods = [LibraryInt4LinearMethod]
+    if current_platform.is_cuda():
+        methods.insert(0, FastInt4LinearMethod)
+    elif current_platform.is_cpu():
+        methods.append(CpuInt4LinearMethod)
     reason = f"{in_features} input channels are not divisible by a group of {group_size} or less"
     while (fitting := fit_group_size(in_features, group_size)) is not None:
         for method in methods:
             try:
-                return method(in_features, out_features, dtype, fitting), ""
+                chosen = method(in_features, out_features, dtype, fitting)
             except ValueError as error:
                 reason = " ".join(str(error).split())
+            else:
+                logger.info_once("INT4 draft linears run on %s.", chosen.runs_on)
+                return chosen, ""
         group_size = fitting // 2
     return None, reason
 
