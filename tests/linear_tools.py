@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import torch
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import VllmConfig, get_current_vllm_config, set_current_vllm_config
 from vllm.distributed import cleanup_dist_env_and_memory, ensure_model_parallel_initialized, init_distributed_environment
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.quantization import get_quantization_config
@@ -68,7 +69,8 @@ def build(
     config.packed_modules_mapping = {}
     out_features, in_features = weight.shape
     device = weight.device
-    with torch.device(device):
+    get_current_vllm_config().model_config = SimpleNamespace(dtype=dtype)
+    with torch.device(device), set_default_torch_dtype(dtype):  # as vLLM's loader does
         layer = ReplicatedLinear(
             in_features, out_features, bias=False, params_dtype=dtype, quant_config=config, prefix="model.layers.0.up_proj"
         )
@@ -93,6 +95,6 @@ def build(
             value = torch.tensor(zero_point, device=device)
         assert value is not None, f"{kind}: {name}"
         parameter.data.copy_(value.view(parameter.shape) if value.numel() > 1 else value.expand(parameter.shape))
-    with set_default_torch_dtype(dtype):  # as vLLM's loader does
+    with set_default_torch_dtype(dtype):
         layer.quant_method.process_weights_after_loading(layer)
     return layer, expected
