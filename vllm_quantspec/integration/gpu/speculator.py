@@ -15,10 +15,14 @@ from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor, set_forward_context
 from vllm.logger import init_logger
+from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 from vllm.v1.worker.gpu.dp_utils import DPSyncState, dispatch_cg_and_sync_dp
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
-from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import SpeculatorCudaGraphManager
+from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
+    SpeculatorBatchDescriptor,
+    SpeculatorCudaGraphManager,
+)
 from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator import (
     TargetDependentARSpeculator,
     prepare_decode_inputs,
@@ -35,6 +39,27 @@ def any_request_samples(input_batch: InputBatch) -> bool:
     """False where a step computes nothing but parts of prompts without their ends: drafts would be thrown away."""
     computed = input_batch.num_computed_prefill_tokens_np + input_batch.num_scheduled_tokens
     return bool((computed >= input_batch.prefill_len_np).any())
+
+
+class DraftCudaGraphManager(SpeculatorCudaGraphManager):
+    """Captures a graph for each number of drafts in the schedule, 1 included.
+
+    vLLM's own leaves 1 out: its first draft comes from a prefill, which has graphs of its own. Ours is part of the loop.
+    """
+
+    def capture(self, *args, specialize_spec_tokens: bool = False, **kwargs) -> None:
+        if specialize_spec_tokens:
+            lookup = build_dynamic_sd_schedule_lookup(
+                self.vllm_config.speculative_config.num_speculative_tokens_per_batch_size,
+                vllm_max_batch_size=self.max_num_reqs,
+                vllm_num_speculative_tokens=self.vllm_config.num_speculative_tokens,
+            )
+            numbers = sorted(set(lookup) - {0}, reverse=True)
+            self._capture_descs = {
+                mode: [SpeculatorBatchDescriptor(**vars(d), num_speculative_tokens=n) for d in descriptors for n in numbers]
+                for mode, descriptors in self._capture_descs.items()
+            }
+        super().capture(*args, **kwargs)
 
 
 class QuantSpecSpeculator(TargetDependentARSpeculator):
@@ -60,7 +85,7 @@ class QuantSpecSpeculator(TargetDependentARSpeculator):
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         full = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
         mode = CUDAGraphMode.FULL_DECODE_ONLY if full else CUDAGraphMode.NONE
-        self.decode_cudagraph_manager = SpeculatorCudaGraphManager(self.vllm_config, self.device, mode, decode_query_len=1)
+        self.decode_cudagraph_manager = DraftCudaGraphManager(self.vllm_config, self.device, mode, decode_query_len=1)
 
     def capture(self) -> None:
         assert self.decode_cudagraph_manager is not None
