@@ -127,6 +127,9 @@ class QuantSpecSpeculator(TargetDependentARSpeculator):
         Args as in vLLM's ``BaseSpeculator.propose``; the target's hidden states and metadata are not needed.
         """
         num_reqs = input_batch.num_reqs
+        if dummy_run and dp_sync_state is not None:
+            # A dummy batch is padded; the ranks may have agreed on fewer requests, those that there really are.
+            num_reqs = min(num_reqs, dp_sync_state.num_reqs)
         if num_speculative_tokens is None:
             num_speculative_tokens = self.num_speculative_steps
         # With data parallelism other ranks may draft, and wait for this one.
@@ -138,8 +141,8 @@ class QuantSpecSpeculator(TargetDependentARSpeculator):
             return self.draft_tokens[:num_reqs]
         seq_lens_upper_bound = input_batch.seq_lens_cpu_upper_bound
         self.draft_max_seq_len = min(int(seq_lens_upper_bound[:num_reqs].max()) + num_speculative_tokens, self.max_model_len)
-        self._copy_request_inputs(num_reqs, input_batch.idx_mapping, temperature, seeds, dummy_run=dummy_run)
-        self._prepare_first_step(input_batch, num_sampled, num_rejected, last_sampled, next_prefill_tokens)
+        self._copy_request_inputs(num_reqs, input_batch.idx_mapping[:num_reqs], temperature, seeds, dummy_run=dummy_run)
+        self._prepare_first_step(num_reqs, input_batch, num_sampled, num_rejected, last_sampled, next_prefill_tokens)
 
         sync, num_batch_tokens = None, num_reqs
         if dp_sync_state is not None:
@@ -168,6 +171,7 @@ class QuantSpecSpeculator(TargetDependentARSpeculator):
 
     def _prepare_first_step(
         self,
+        num_reqs: int,
         input_batch: InputBatch,
         num_sampled: torch.Tensor,
         num_rejected: torch.Tensor,
@@ -178,7 +182,7 @@ class QuantSpecSpeculator(TargetDependentARSpeculator):
 
         A request in the middle of its prompt has sampled nothing; its drafts are thrown away, whatever they are.
         """
-        num_reqs, rows = input_batch.num_reqs, input_batch.idx_mapping
+        rows = input_batch.idx_mapping[:num_reqs]
         tokens = torch.where(num_sampled[:num_reqs] > 0, last_sampled.view(-1)[rows], next_prefill_tokens[0][rows])
         last_verified = input_batch.seq_lens[:num_reqs] - num_rejected[:num_reqs] - 1
         # vLLM's kernel advances both by one, as between two draft steps, and pads every buffer for CUDA graphs.
