@@ -202,6 +202,23 @@ def test_fewer_drafts_for_larger_batches(model, prompts, expected):
         assert_drafts_by_schedule(llm, prompts, expected, MAX_TOKENS, TIE)
 
 
+@pytest.mark.parametrize("options", [{"num_speculative_tokens_per_batch_size": [[1, 2, 4], [3, 16, 1]]}, {}])
+def test_one_draft_per_step_replays_a_graph(books_4m, passage, options, monkeypatch):
+    """Whether 1 is an entry of a schedule or the engine's only number."""
+    from transformers import AutoTokenizer
+
+    tokens = AutoTokenizer.from_pretrained(books_4m).encode(passage)
+    with engine(books_4m, **SIZE, **quantspec(4 if options else 1, **options)) as llm:
+        speculator, replayed, launched = speculator_of(llm), [], []
+        manager, draft = speculator.decode_cudagraph_manager, speculator._generate_fused_drafts
+        replay = manager.run_fullgraph
+        monkeypatch.setattr(manager, "run_fullgraph", lambda descriptor: replayed.append(descriptor) or replay(descriptor))
+        monkeypatch.setattr(speculator, "_generate_fused_drafts", lambda *args: launched.append(args) or draft(*args))
+        generate(llm, [tokens[100 * i : 100 * i + 200] for i in range(6)], 40)
+    ones = sum(getattr(descriptor, "num_speculative_tokens", 1) == 1 for descriptor in replayed)
+    assert ones >= 15 and not launched, (ones, len(launched))
+
+
 def test_preemption(model, prompts):
     """A pool too small for the load: requests are preempted, recompute, and finish with the output they have alone."""
     prompts = [prompts[-1][60 * i : 60 * i + 500 + 130 * i] for i in range(6)]

@@ -15,10 +15,14 @@ from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor, set_forward_context
 from vllm.logger import init_logger
+from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 from vllm.v1.worker.gpu.dp_utils import DPSyncState, dispatch_cg_and_sync_dp
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
-from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import SpeculatorCudaGraphManager
+from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
+    SpeculatorBatchDescriptor,
+    SpeculatorCudaGraphManager,
+)
 from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator import (
     TargetDependentARSpeculator,
     prepare_decode_inputs,
@@ -35,6 +39,27 @@ def any_request_samples(input_batch: InputBatch) -> bool:
     """False where a step computes nothing but parts of prompts without their ends: drafts would be thrown away."""
     computed = input_batch.num_computed_prefill_tokens_np + input_batch.num_scheduled_tokens
     return bool((computed >= input_batch.prefill_len_np).any())
+
+
+class DraftCudaGraphManager(SpeculatorCudaGraphManager):
+    """Captures a graph for each number of drafts in the schedule, 1 included.
+
+    vLLM's own leaves 1 out: its first draft comes from a prefill, which has graphs of its own. Ours is part of the loop.
+    """
+
+    def capture(self, *args, specialize_spec_tokens: bool = False, **kwargs) -> None:
+        if specialize_spec_tokens:
+            lookup = build_dynamic_sd_schedule_lookup(
+                self.vllm_config.speculative_config.num_speculative_tokens_per_batch_size,
+                vllm_max_batch_size=self.max_num_reqs,
+                vllm_num_speculative_tokens=self.vllm_config.num_speculative_tokens,
+            )
+            numbers = sorted(set(lookup) - {0}, reverse=True)
+            self._capture_descs = {
+                mode: [SpeculatorBatchDescriptor(**vars(d), num_speculative_tokens=n) for d in descriptors for n in numbers]
+                for mode, descriptors in self._capture_descs.items()
+            }
+        super().capture(*args, **kwargs)
 
 
 class QuantSpecSpeculator(TargetDependentARSpeculator):
@@ -60,7 +85,7 @@ class QuantSpecSpeculator(TargetDependentARSpeculator):
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         full = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
         mode = CUDAGraphMode.FULL_DECODE_ONLY if full else CUDAGraphMode.NONE
-        self.decode_cudagraph_manager = SpeculatorCudaGraphManager(self.vllm_config, self.device, mode, decode_query_len=1)
+        self.decode_cudagraph_manager = DraftCudaGraphManager(self.vllm_config, self.device, mode, decode_query_len=1)
 
     def capture(self) -> None:
         assert self.decode_cudagraph_manager is not None
@@ -102,6 +127,9 @@ class QuantSpecSpeculator(TargetDependentARSpeculator):
         Args as in vLLM's ``BaseSpeculator.propose``; the target's hidden states and metadata are not needed.
         """
         num_reqs = input_batch.num_reqs
+        if dummy_run and dp_sync_state is not None:
+            # A dummy batch is padded; the ranks may have agreed on fewer requests, those that there really are.
+            num_reqs = min(num_reqs, dp_sync_state.num_reqs)
         if num_speculative_tokens is None:
             num_speculative_tokens = self.num_speculative_steps
         # With data parallelism other ranks may draft, and wait for this one.
@@ -113,8 +141,8 @@ class QuantSpecSpeculator(TargetDependentARSpeculator):
             return self.draft_tokens[:num_reqs]
         seq_lens_upper_bound = input_batch.seq_lens_cpu_upper_bound
         self.draft_max_seq_len = min(int(seq_lens_upper_bound[:num_reqs].max()) + num_speculative_tokens, self.max_model_len)
-        self._copy_request_inputs(num_reqs, input_batch.idx_mapping, temperature, seeds, dummy_run=dummy_run)
-        self._prepare_first_step(input_batch, num_sampled, num_rejected, last_sampled, next_prefill_tokens)
+        self._copy_request_inputs(num_reqs, input_batch.idx_mapping[:num_reqs], temperature, seeds, dummy_run=dummy_run)
+        self._prepare_first_step(num_reqs, input_batch, num_sampled, num_rejected, last_sampled, next_prefill_tokens)
 
         sync, num_batch_tokens = None, num_reqs
         if dp_sync_state is not None:
@@ -143,6 +171,7 @@ class QuantSpecSpeculator(TargetDependentARSpeculator):
 
     def _prepare_first_step(
         self,
+        num_reqs: int,
         input_batch: InputBatch,
         num_sampled: torch.Tensor,
         num_rejected: torch.Tensor,
@@ -153,7 +182,7 @@ class QuantSpecSpeculator(TargetDependentARSpeculator):
 
         A request in the middle of its prompt has sampled nothing; its drafts are thrown away, whatever they are.
         """
-        num_reqs, rows = input_batch.num_reqs, input_batch.idx_mapping
+        rows = input_batch.idx_mapping[:num_reqs]
         tokens = torch.where(num_sampled[:num_reqs] > 0, last_sampled.view(-1)[rows], next_prefill_tokens[0][rows])
         last_verified = input_batch.seq_lens[:num_reqs] - num_rejected[:num_reqs] - 1
         # vLLM's kernel advances both by one, as between two draft steps, and pads every buffer for CUDA graphs.

@@ -1,0 +1,120 @@
+"""The speculator of model runner V2, as far as it can be checked without a GPU: which loops get a CUDA graph, and what an
+idle rank of data parallelism drafts for."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.worker.gpu import cudagraph_utils
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+from vllm.v1.worker.gpu.dp_utils import DPSyncState
+from vllm.v1.worker.gpu.spec_decode.target_dependent_ar import cudagraph_utils as speculator_graphs
+
+from vllm_quantspec.integration.draft.model import DraftModel
+from vllm_quantspec.integration.gpu import speculator
+from vllm_quantspec.integration.gpu.speculator import QuantSpecSpeculator
+
+FULL = CUDAGraphMode.FULL
+
+
+def speculator_with_graphs(drafts: int, schedule, monkeypatch) -> tuple[QuantSpecSpeculator, list[tuple[int, int]]]:
+    """A speculator that has captured its graphs, and what it captured: [(requests, drafts)]. Nothing is recorded."""
+    group = SimpleNamespace(is_first_rank=True, is_last_rank=True)
+    monkeypatch.setattr(cudagraph_utils, "get_pp_group", lambda: group)
+    monkeypatch.setattr(cudagraph_utils, "current_platform", SimpleNamespace(get_global_graph_pool=lambda: None))
+    monkeypatch.setattr(speculator_graphs, "prepare_inputs_to_capture", lambda *args, **kwargs: (None, None))
+
+    def capture(self, create_forward_fn, *args, **kwargs):
+        for mode, descriptors in self._capture_descs.items():
+            for descriptor in descriptors:
+                create_forward_fn(descriptor, False)(mode)
+                self.graphs[descriptor] = object()
+        self._graphs_captured = True
+
+    monkeypatch.setattr(cudagraph_utils.CudaGraphManager, "capture", capture)
+    speculative_config = SimpleNamespace(
+        uses_dynamic_speculative_decoding=lambda: schedule is not None,
+        num_speculative_tokens_per_batch_size=schedule,
+        num_speculative_tokens=drafts,
+    )
+    sizes = SimpleNamespace(cudagraph_capture_sizes=[1, 2, 4, 8], max_cudagraph_capture_size=8)
+    config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_seqs=8),
+        compilation_config=sizes,
+        parallel_config=SimpleNamespace(tensor_parallel_size=1, data_parallel_size=1, use_ubatching=False),
+        speculative_config=speculative_config,
+        num_speculative_tokens=drafts,
+    )
+    captured: list[tuple[int, int]] = []
+    ours = object.__new__(QuantSpecSpeculator)
+    ours.vllm_config, ours.device, ours.speculative_config = config, torch.device("cpu"), speculative_config
+    ours.idx_mapping = torch.ones(8)
+    for name in ("model_state", "input_buffers", "block_tables", "attn_groups", "kv_cache_config"):
+        setattr(ours, name, None)
+    ours._generate_fused_drafts = lambda num_reqs, *args, num_speculative_steps: captured.append(
+        (num_reqs, num_speculative_steps)
+    )
+    ours.init_cudagraph_manager(FULL)
+    ours.capture()
+    return ours, captured
+
+
+@pytest.mark.parametrize(
+    ("drafts", "schedule", "lengths"),
+    [
+        (4, None, {4}),
+        (1, None, {1}),
+        (4, [[1, 2, 4], [3, 4, 1], [5, 8, 0]], {1, 4}),
+        (1, [[1, 4, 1], [5, 8, 0]], {1}),
+        (3, [[1, 4, 3], [5, 8, 2]], {2, 3}),
+    ],
+)
+def test_every_number_of_drafts_has_its_graphs(drafts, schedule, lengths, monkeypatch):
+    ours, captured = speculator_with_graphs(drafts, schedule, monkeypatch)
+    manager = ours.decode_cudagraph_manager
+    assert sorted(captured) == [(n, k) for n in (1, 2, 4, 8) for k in sorted(lengths)]
+    for k in lengths:
+        for descriptor in (manager.dispatch(n, n, 1, 0) for n in (1, 3, 8)):
+            assert manager.specialize_spec_tokens(descriptor, k) in manager.graphs
+
+
+@pytest.mark.parametrize(("own", "agreed", "dummy_run"), [(6, 2, True), (2, 6, True), (3, 3, True), (2, 6, False)])
+def test_an_idle_rank_drafts_for_as_many_as_the_others(own, agreed, dummy_run, monkeypatch):
+    """A dummy batch is padded to a captured size; since vLLM 0.33 the ranks agree on the requests that there really are."""
+    ours = object.__new__(QuantSpecSpeculator)
+    ours.draft, ours.num_speculative_steps, ours.max_model_len = DraftModel(), 4, 1000
+    ours.dp_size, ours.dp_rank, ours.max_num_reqs = 2, 0, 8
+    ours.decode_cudagraph_manager = None
+    ours.draft_tokens = torch.zeros(8, 4, dtype=torch.int64)
+    ours.temperature, ours.seeds, ours.idx_mapping = torch.zeros(8), torch.zeros(8), torch.zeros(8, dtype=torch.int32)
+    ours.sample_src_positions, ours.current_draft_step = torch.zeros(8, dtype=torch.int64), torch.zeros(())
+    ours.input_buffers = SimpleNamespace(positions=torch.zeros(8, dtype=torch.int64))
+    rows, drafted = [], []
+    monkeypatch.setattr(speculator, "prepare_decode_inputs", lambda tokens, *args: rows.append(len(tokens)))
+    monkeypatch.setattr(speculator.weight_updates, "refresh", lambda draft: None)
+
+    def dispatch(manager, num_reqs, num_tokens, dp_sync_state, **kwargs):
+        assert dp_sync_state.num_tokens_across_dp.tolist() == [num_tokens] * 2
+        return BatchExecutionDescriptor(CUDAGraphMode.NONE, num_tokens, num_reqs), dp_sync_state
+
+    monkeypatch.setattr(speculator, "dispatch_cg_and_sync_dp", dispatch)
+    ours._fused_multi_step_decode = lambda num_reqs, _, batch, *args: drafted.append((num_reqs, batch.num_tokens))
+    batch = SimpleNamespace(
+        num_reqs=own,
+        idx_mapping=torch.arange(own, dtype=torch.int32),
+        seq_lens=torch.full((8,), 20, dtype=torch.int32),
+        seq_lens_cpu_upper_bound=torch.full((own,), 20, dtype=torch.int32),
+        num_computed_prefill_tokens_np=torch.full((own,), 20).numpy(),
+        num_scheduled_tokens=torch.ones(own).numpy(),
+        prefill_len_np=torch.full((own,), 20).numpy(),
+    )
+    sync = DPSyncState(torch.full((2,), 32, dtype=torch.int32), uniform_token_count=5, eager=False, num_reqs=agreed)
+    counts = torch.ones(own, dtype=torch.int32)
+    result = ours.propose(
+        batch, {}, {}, torch.zeros(1), None, counts, counts, torch.zeros(8, 1, dtype=torch.int64),
+        torch.zeros(1, 8, dtype=torch.int64), torch.zeros(8), torch.zeros(8), dp_sync_state=sync, dummy_run=dummy_run,
+    )  # fmt: skip
+    expected = min(own, agreed)
+    assert rows == [expected] and drafted == [(expected, agreed)]
+    assert len(result) == expected
