@@ -36,6 +36,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.model_executor.models.interfaces import supports_multimodal
 
 from vllm_quantspec.integration.draft.calibration import calibrate
+from vllm_quantspec.integration.draft.finite import with_finite_logits
 from vllm_quantspec.integration.draft.head import RescoringHeadMethod
 from vllm_quantspec.integration.draft.linears import choose_int4_method, int4_bytes
 from vllm_quantspec.weights import QuantizedWeight, quantize_weight
@@ -183,6 +184,7 @@ class _Builder:
             calibrate(self.vllm_config, target_model, self.waiting)
         for round_weight in list(self.waiting.values()):
             round_weight(None)  # no text came by: the output layer, say, which is never called as a module
+        with_finite_logits(self.draft.model)
         return self.draft
 
     def _visit(self, module: nn.Module, name: str) -> nn.Module:
