@@ -163,8 +163,11 @@ class _Builder:
         self.waiting: dict[nn.Module, Callable[[torch.Tensor | None], None]] = {}
         self.draft = DraftModel()
         self.clones: dict[int, nn.Module] = {}
-        # Other modules found in the static forward context are called by name, so a clone of theirs would never run.
-        self.called_by_name = {id(m) for m in self.layers.values() if not isinstance(m, AttentionLayerBase)}
+        # Other modules found in the static forward context are called by name, and what they hold through them (a
+        # mixture's shared experts, say, which the model's block has as well): clones of these would never run.
+        by_name = [m for m in self.layers.values() if not isinstance(m, AttentionLayerBase)]
+        self.called_by_name = {id(m) for m in by_name}
+        self.held_by_those = {id(m) for module in by_name for m in module.modules()} - self.called_by_name
         # Drafting is text: a vision or audio tower stays the target's.
         text_model = target_model.get_language_model() if supports_multimodal(target_model) else target_model
         self.scope = {id(m) for m in text_model.modules()}
@@ -192,6 +195,11 @@ class _Builder:
         if id(module) in self.clones:
             return self.clones[id(module)]
         if id(module) not in self.scope or id(module) in self.called_by_name:
+            return module
+        if id(module) in self.held_by_those:
+            for path, linear in module.named_modules(prefix=name):
+                if isinstance(linear, LinearBase):
+                    self._share(linear, path, "a mixture of experts calls it, and vLLM calls that by name")
             return module
         if isinstance(module, AttentionLayerBase):
             counterpart = self._attention(module)
