@@ -146,6 +146,16 @@ def test_flags(kwargs, what, remedy, books_4m):
     assert what in sentence and remedy in sentence
 
 
+def test_local_argmax(books_4m):
+    """It never worked: no model that can be a target has it, and vLLM blamed the way of sampling, which nobody had set."""
+    for others in ({}, {"draft_sample_method": "greedy"}):
+        options = {"method": "quantspec", "use_local_argmax_reduction": True, **others}
+        sentence = refusal(books_4m, speculative_config=options)
+        assert "drop use_local_argmax_reduction" in sentence and "draft_sample_method" not in sentence
+    options["use_local_argmax_reduction"] = False
+    EngineArgs(model=books_4m, max_model_len=1024, speculative_config=options).create_engine_config()
+
+
 def test_kv_connector(books_4m):
     from vllm.config import KVTransferConfig
 

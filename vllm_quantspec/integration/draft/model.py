@@ -36,6 +36,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.model_executor.models.interfaces import supports_multimodal
 
 from vllm_quantspec.integration.draft.calibration import calibrate
+from vllm_quantspec.integration.draft.finite import with_finite_logits
 from vllm_quantspec.integration.draft.head import RescoringHeadMethod
 from vllm_quantspec.integration.draft.linears import choose_int4_method, int4_bytes
 from vllm_quantspec.weights import QuantizedWeight, quantize_weight
@@ -162,8 +163,11 @@ class _Builder:
         self.waiting: dict[nn.Module, Callable[[torch.Tensor | None], None]] = {}
         self.draft = DraftModel()
         self.clones: dict[int, nn.Module] = {}
-        # Other modules found in the static forward context are called by name, so a clone of theirs would never run.
-        self.called_by_name = {id(m) for m in self.layers.values() if not isinstance(m, AttentionLayerBase)}
+        # Other modules found in the static forward context are called by name, and what they hold through them (a
+        # mixture's shared experts, say, which the model's block has as well): clones of these would never run.
+        by_name = [m for m in self.layers.values() if not isinstance(m, AttentionLayerBase)]
+        self.called_by_name = {id(m) for m in by_name}
+        self.held_by_those = {id(m) for module in by_name for m in module.modules()} - self.called_by_name
         # Drafting is text: a vision or audio tower stays the target's.
         text_model = target_model.get_language_model() if supports_multimodal(target_model) else target_model
         self.scope = {id(m) for m in text_model.modules()}
@@ -183,6 +187,7 @@ class _Builder:
             calibrate(self.vllm_config, target_model, self.waiting)
         for round_weight in list(self.waiting.values()):
             round_weight(None)  # no text came by: the output layer, say, which is never called as a module
+        with_finite_logits(self.draft.model)
         return self.draft
 
     def _visit(self, module: nn.Module, name: str) -> nn.Module:
@@ -190,6 +195,11 @@ class _Builder:
         if id(module) in self.clones:
             return self.clones[id(module)]
         if id(module) not in self.scope or id(module) in self.called_by_name:
+            return module
+        if id(module) in self.held_by_those:
+            for path, linear in module.named_modules(prefix=name):
+                if isinstance(linear, LinearBase):
+                    self._share(linear, path, "a mixture of experts calls it, and vLLM calls that by name")
             return module
         if isinstance(module, AttentionLayerBase):
             counterpart = self._attention(module)
