@@ -99,10 +99,10 @@ def _kinds_of(config: dict[str, Any], text: dict[str, Any], architectures: list[
 
 def head_size_of(text: dict[str, Any]) -> int | None:
     """Channels of an attention head; None where the configuration does not say."""
-    if text.get("head_dim"):
+    if isinstance(text.get("head_dim"), int):
         return text["head_dim"]
     heads, hidden = text.get("num_attention_heads"), text.get("hidden_size")
-    return hidden // heads if heads and hidden else None
+    return hidden // heads if isinstance(heads, int) and isinstance(hidden, int) and heads else None
 
 
 def unsupported(config: dict[str, Any], model: str) -> str | None:
