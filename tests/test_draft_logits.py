@@ -1,4 +1,4 @@
-"""A draft that is broken in any way costs speed, never the output: its logits may be NaN, infinite, or too large to divide."""
+"""A draft that is broken in any way costs speed, never the output: its logits may be NaN, infinite, or far too large."""
 
 import pytest
 import torch

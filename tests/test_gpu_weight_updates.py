@@ -1,4 +1,4 @@
-"""Sleep, wake-up and new weights on a GPU, under CUDA graphs: the draft has its INT4 weights back where the graphs read them.
+"""Sleep, wake-up and new weights on a GPU, under CUDA graphs: the draft has its INT4 weights where the graphs read them.
 
 `test_weight_updates.py` checks `reload_weights` on a CPU, `test_draft_logits.py` drafts that are broken on either.
 """

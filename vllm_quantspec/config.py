@@ -94,8 +94,8 @@ def parse_options(speculative_config: str | dict[str, Any]) -> tuple[QuantSpecOp
             raise ValueError(f"quantspec: unknown option {key!r} in the speculative config; {hint}")
     if given.get("use_local_argmax_reduction"):
         raise ValueError(
-            "quantspec: use_local_argmax_reduction needs a draft model that finds its likeliest tokens rank by rank, but here "
-            "the model drafts for itself, with all logits of its output layer; drop use_local_argmax_reduction."
+            "quantspec: use_local_argmax_reduction needs a draft model that finds its likeliest tokens rank by rank, but "
+            "here the model drafts for itself, with all logits of its output layer; drop use_local_argmax_reduction."
         )
     options = QuantSpecOptions(**{k: v for k, v in given.items() if k in OPTION_NAMES})
     return options, {k: v for k, v in given.items() if k in VLLM_OPTIONS}
