@@ -219,6 +219,14 @@ def test_one_draft_per_step_replays_a_graph(books_4m, passage, options, monkeypa
     assert ones >= 15 and not launched, (ones, len(launched))
 
 
+def test_ngram_drafts(model, prompts, expected):
+    """vLLM's n-grams on the hierarchical cache: as many drafts as they find, none of a model."""
+    ngram = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_min": 2, "prompt_lookup_max": 4}
+    with engine(model, **SIZE, **QUANTSPEC_CACHE, speculative_config=ngram) as llm:
+        assert_same_or_tied(expected, generate(llm, prompts, MAX_TOKENS), TIE, "n-grams")
+        assert speculation_counts(llm)[1][0] > 20
+
+
 def test_preemption(model, prompts):
     """A pool too small for the load: requests are preempted, recompute, and finish with the output they have alone."""
     prompts = [prompts[-1][60 * i : 60 * i + 500 + 130 * i] for i in range(6)]

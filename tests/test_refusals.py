@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -154,6 +155,28 @@ def test_local_argmax(books_4m):
         assert "drop use_local_argmax_reduction" in sentence and "draft_sample_method" not in sentence
     options["use_local_argmax_reduction"] = False
     EngineArgs(model=books_4m, max_model_len=1024, speculative_config=options).create_engine_config()
+
+
+def test_a_draft_model_of_its_own(books_4m):
+    speculation = {"method": "draft_model", "model": books_4m, "num_speculative_tokens": 2}
+    sentence = refusal(books_4m, speculative_config=speculation, attention_backend="QUANTSPEC")
+    assert "quantspec and ngram, not of draft_model" in sentence and "drop --attention-backend" in sentence
+
+
+@pytest.mark.parametrize("method", ["eagle", "eagle3", "mtp", "medusa", "suffix", "ngram_gpu", "dflash", "custom_class"])
+def test_other_draft_methods(method):
+    parallel = SimpleNamespace(pipeline_parallel_size=1)
+    config = SimpleNamespace(speculative_config=SimpleNamespace(method=method), parallel_config=parallel)
+    with pytest.raises(ValueError, match=f"quantspec: .* quantspec and ngram, not of {method}, .*; use one"):
+        checks.check_speculation(config)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_ngram_is_not_refused(books_4m, dtype):
+    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+    arguments = {"speculative_config": ngram, "attention_backend": "QUANTSPEC", "max_model_len": 1024, "dtype": dtype}
+    config = EngineArgs(model=books_4m, skip_tokenizer_init=True, **arguments).create_engine_config()
+    assert config.speculative_config.method == "ngram"
 
 
 def test_kv_connector(books_4m):

@@ -154,6 +154,10 @@ def check_gpu(config: VllmConfig, platform) -> None:
 
 def check_speculation(config: VllmConfig) -> None:
     """What the draft adds to the cache's own limits."""
+    from vllm_quantspec.integration.startup.speculative_config import QuantSpecConfig
+
+    if not isinstance(config.speculative_config, QuantSpecConfig):
+        return check_other_drafts(config)
     if config.model_config.dtype.itemsize > 2 and config.speculative_config.draft_weights == "int4":
         raise ValueError(
             "quantspec: vLLM's INT4 kernels compute in bfloat16 or float16, but the model runs in float32; set --dtype "
@@ -167,3 +171,15 @@ def check_speculation(config: VllmConfig) -> None:
     ):
         if present:
             raise ValueError(supported.not_drafted_for(what, remedy))
+
+
+def check_other_drafts(config: VllmConfig) -> None:
+    """Of vLLM's own drafts, n-grams need nothing of the cache but the room that QuantSpec's drafts need."""
+    method = config.speculative_config.method
+    if method != "ngram":
+        raise ValueError(
+            f"quantspec: the hierarchical KV cache takes drafts of the methods quantspec and ngram, not of {method}, which "
+            "may need a cache of their own; use one of those methods, or drop --attention-backend QUANTSPEC."
+        )
+    if config.parallel_config.pipeline_parallel_size > 1:
+        raise ValueError(supported.not_drafted_for("pipeline parallelism", "drop --pipeline-parallel-size"))
