@@ -13,12 +13,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-import numba as nb
 import numpy as np
 import torch
 
 from vllm_quantspec.format import PageFormat, check_bits, window_start
 from vllm_quantspec.kernels.cpu_threads import split
+from vllm_quantspec.kernels.numba_jit import jit
 from vllm_quantspec.kernels.step import exact_start
 
 _PAGES_PER_TASK = 16
@@ -26,10 +26,8 @@ _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _LOG2E = 1.4426950408889634
 _FIELDS = ("k_upper", "v_upper", "k_scale", "k_min", "v_scale", "v_min", "k_lower", "v_lower")
 
-_jit = nb.njit(fastmath={"contract", "reassoc", "nsz"}, boundscheck=False, nogil=True, cache=True)
 
-
-@_jit
+@jit
 def _half_to_float(source, start, count, bits, out):
     """fp16 at ``source[start:]`` (uint16) to float32; every finite value, subnormal ones too."""
     # Slices, here and below: a loop over an index that might be negative is not turned into vector instructions.
@@ -42,7 +40,7 @@ def _half_to_float(source, start, count, bits, out):
         out[i] = values[i] * np.float32(5.192296858534828e33)  # 2**112: the difference of the exponents' biases
 
 
-@_jit
+@jit
 def _load_exact(u16, f32, dtype, start, count, bits, out):
     """``count`` exact values at element ``start`` of the pool, to float32."""
     if dtype == 1:
@@ -60,7 +58,7 @@ def _load_exact(u16, f32, dtype, start, count, bits, out):
             out[i] = words[i]
 
 
-@_jit
+@jit
 def _exp2(x, count, bits):
     """2**x in place for x <= 0 (float32, error below 2e-7 relative); anything under -126 becomes 0."""
     for i in range(count):
@@ -80,7 +78,7 @@ def _exp2(x, count, bits):
         x[i] = np.float32(0.0) if x[i] < np.float32(-126.0) else p * whole[i]
 
 
-@_jit
+@jit
 def _unpack(u8, upper, lower, both, even, odd):
     """One tile's codes as float32: its bytes' low nibbles to ``even`` [512], high nibbles to ``odd`` [512]."""
     high = u8[upper : upper + 512]
@@ -97,7 +95,7 @@ def _unpack(u8, upper, lower, both, even, odd):
             odd[i] = np.float32(u >> np.int32(4))
 
 
-@_jit
+@jit
 def _add_tile(sums, rows, low, high, tile, even, odd):
     """sums [rows, 512] += codes times their columns' factors ``low``, ``high`` [rows, tiles, 64]."""
     for m in range(rows):
@@ -107,7 +105,7 @@ def _add_tile(sums, rows, low, high, tile, even, odd):
                 total[g * 64 + i] += a[i] * even[g * 64 + i] + b[i] * odd[g * 64 + i]
 
 
-@_jit
+@jit
 def _spread(factors, scale, first, stride, rows, tiles, low, high):
     """Factors times scales, as the 64-byte patterns of each tile.
 
@@ -128,7 +126,7 @@ def _spread(factors, scale, first, stride, rows, tiles, low, high):
                         high[m, tile, t * 16 + y * 4 + byte] = b
 
 
-@_jit
+@jit
 def _dot_minimum(factors, minimum, first, stride, rows, tiles, out):
     """out [rows] += sum over columns of factor * minimum (stored like the scales)."""
     for m in range(rows):
@@ -141,7 +139,7 @@ def _dot_minimum(factors, minimum, first, stride, rows, tiles, out):
         out[m] += total
 
 
-@_jit
+@jit
 def _fold_lanes(sums, m, out, first, row):
     """Sum one row's 512 lanes over t and byte: out[row, first + y*8 + g] += sums[m, g*64 + t*16 + y*4 + byte].
 
@@ -156,7 +154,7 @@ def _fold_lanes(sums, m, out, first, row):
             out[row, first + y * 8 + g] += (lanes[at] + lanes[at + 1]) + (lanes[at + 2] + lanes[at + 3])
 
 
-@_jit
+@jit
 def _softmax_step(scores, rows, tokens, maximum, total, output, dim, bits):
     """scores [rows, tokens] (base 2) to probabilities under the running maximum; rescales what was summed before."""
     for m in range(rows):
@@ -178,7 +176,7 @@ def _softmax_step(scores, rows, tokens, maximum, total, output, dim, bits):
         total[m] += added
 
 
-@_jit
+@jit
 def _load_scales(u16, scale_at, minimum_at, count, both, bits, scale, minimum):
     """Scales and minima (byte offsets into the pool) as the reading's codes take them: 16 * U + L + 8, or U alone."""
     _half_to_float(u16, scale_at // 2, count, bits, scale)
@@ -189,7 +187,7 @@ def _load_scales(u16, scale_at, minimum_at, count, both, bits, scale, minimum):
             scale[i] *= np.float32(0.0625)
 
 
-@_jit
+@jit
 def _pages_task(
     u8, u16, ids, block_stride, head_offset, fields, first_page, q, boundary, group, dim, value_group, both,
     maximum, total, output,
@@ -264,7 +262,7 @@ def _pages_task(
                                 output[m, quad * 32 + c] += scratch[0, c] + offset[m]
 
 
-@_jit
+@jit
 def _window_task(u16, f32, dtype, table, block_stride, head_offset, size, q, positions, boundary, maximum, total, output):
     """Exact tokens from the first row's boundary to the last row's position; strides in elements."""
     rows, dim = q.shape
@@ -296,7 +294,7 @@ def _window_task(u16, f32, dtype, table, block_stride, head_offset, size, q, pos
         first += count
 
 
-@_jit
+@jit
 def _run_tasks(
     begin, end, tasks, u8, u16, exact_u16, exact_f32, dtype, page_strides, window_strides, fields, block_table, window_table,
     q, positions, boundary, row_counts, group, dim, value_group, size, both, maximum, total, output,
@@ -322,7 +320,7 @@ def _run_tasks(
             )  # fmt: skip
 
 
-@_jit
+@jit
 def _merge(tasks, row_counts, maximum, total, output, result):
     """Sum the tasks of each request and head; ``tasks`` are sorted by both. result [R, H, M, D]."""
     n = 0

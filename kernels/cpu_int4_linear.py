@@ -15,11 +15,11 @@ from __future__ import annotations
 from functools import cache
 from typing import NamedTuple
 
-import numba as nb
 import numpy as np
 import torch
 
 from vllm_quantspec.kernels.cpu_threads import split
+from vllm_quantspec.kernels.numba_jit import jit
 
 GROUP_SIZES = (32, 64, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -31,8 +31,6 @@ MANY_ROWS = 16
 _WRITTEN = 1 << 18
 # Products below which a second thread is not worth the time to wake it.
 _PRODUCTS_PER_TASK = 1 << 21
-
-_jit = nb.njit(fastmath={"contract", "reassoc", "nsz"}, boundscheck=False, nogil=True, cache=True)
 
 
 class CpuLinear(NamedTuple):
@@ -64,7 +62,7 @@ def supported(in_features: int, out_features: int, group_size: int, dtype: torch
     return None
 
 
-@_jit
+@jit
 def _group_sums(x, group, out):
     """Sums of ``x`` [rows, in] over each group: out [rows, in / group]."""
     for m in range(out.shape[0]):
@@ -81,7 +79,7 @@ def _few_rows(group: int):
     """The kernel for a group size, a constant in it: LLVM knows how often the inner loop runs."""
     half = group // 2
 
-    @_jit
+    @jit
     def few_rows(begin, end, codes, scales, zeros, x, sums, out):
         """out [rows, out] for output channels ``4 * begin`` to ``4 * end``."""
         rows, groups = x.shape[0], scales.shape[1]
@@ -141,7 +139,7 @@ def _few_rows(group: int):
     return few_rows
 
 
-@_jit
+@jit
 def _dequantize(begin, end, codes, scales, zeros, half, out):
     """Rows ``begin`` to ``end`` of the weight in float32: out [out, in]."""
     for n in range(begin, end):

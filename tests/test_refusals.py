@@ -9,7 +9,8 @@ import torch
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_quantspec import register
-from vllm_quantspec.integration.cache.backend import refuse_layer
+from vllm_quantspec.format import PageFormat
+from vllm_quantspec.integration.cache.backend import QuantSpecImpl, refuse_layer, refuse_unlike
 from vllm_quantspec.integration.startup import checks, version
 
 LLAMA = {
@@ -139,12 +140,47 @@ def test_models(what, how, tmp_path):
         ({"pipeline_parallel_size": 2}, "pipeline parallelism", "drop --pipeline-parallel-size"),
         ({"enable_lora": True}, "LoRA", "drop --enable-lora"),
         ({"dtype": "float32"}, "the model runs in float32", "draft_weights to 'target'"),
+        ({"dtype": "float16", "kv_cache_dtype": "bfloat16"}, "model's own dtype, float16", "drop --kv-cache-dtype"),
         ({"disable_hybrid_kv_cache_manager": True}, "two KV cache groups", "drop --disable-hybrid"),
     ],
 )
 def test_flags(kwargs, what, remedy, books_4m):
     sentence = refusal(books_4m, **kwargs)
     assert what in sentence and remedy in sentence
+
+
+FP8_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+CHECKPOINTS = {
+    "compressed-tensors": {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "ignore": [],
+        "config_groups": {},
+        "kv_cache_scheme": FP8_CACHE,
+    },
+    "modelopt": {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_scheme": FP8_CACHE, "ignore": []},
+}
+
+
+@pytest.mark.parametrize("method", CHECKPOINTS)
+def test_checkpoints_with_an_fp8_cache(method, tmp_path, monkeypatch):
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(type(current_platform), "supported_quantization", [])  # the CPU engine has no ModelOpt
+    model = model_folder(tmp_path, {**LLAMA, "quantization_config": CHECKPOINTS[method]})
+    for how in ({"speculative_config": "quantspec"}, {"speculative_config": None, "attention_backend": "QUANTSPEC"}):
+        sentence = refusal(model, **how)
+        assert "asks for a KV cache in fp8" in sentence and "set --kv-cache-dtype bfloat16" in sentence
+    config = EngineArgs(
+        model=model, skip_tokenizer_init=True, max_model_len=1024, speculative_config="quantspec", kv_cache_dtype="bfloat16"
+    ).create_engine_config()
+    assert config.cache_config.cache_dtype == "bfloat16"
+
+
+def test_a_float32_model_with_a_cache_in_bfloat16(books_4m):
+    options = {"method": "quantspec", "draft_weights": "target"}
+    sentence = refusal(books_4m, dtype="float32", kv_cache_dtype="bfloat16", speculative_config=options)
+    assert "the model's own dtype, float32" in sentence and "set --dtype bfloat16" in sentence
 
 
 def test_local_argmax(books_4m):
@@ -244,6 +280,20 @@ def test_another_vllm_version(books_4m, monkeypatch):
     assert "works with vLLM 0.32.0" in sentence and "vLLM 0.99.0 is installed" in sentence
 
 
+def test_layers_whose_pages_are_not_alike():
+    """Before a weight is read; the specs' own merge would end in a bare assert."""
+    layers, formats = {}, [PageFormat(2, 64, 128, torch.bfloat16), PageFormat(4, 64, 128, torch.bfloat16)]
+    for i, page_format in enumerate(formats):
+        impl = object.__new__(QuantSpecImpl)
+        impl.settings = SimpleNamespace(format=page_format)
+        layers[f"model.layers.{i}"] = SimpleNamespace(impl=impl)
+    engine = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=layers))
+    with pytest.raises(ValueError, match=r"^quantspec: .* 4 KV heads of size 64 and others with 2 of size 64.*; run it"):
+        refuse_unlike(formats[0], engine)
+    del layers["model.layers.1"]
+    refuse_unlike(formats[0], engine)
+
+
 @pytest.mark.parametrize(
     ("layer", "what"),
     [
@@ -252,13 +302,14 @@ def test_another_vllm_version(books_4m, monkeypatch):
         ({"logits_soft_cap": 30.0}, "logit soft-cap"),
         ({"sinks": object()}, "attention sinks"),
         ({"attn_type": "encoder_only"}, "encoder_only attention"),
+        ({"kv_sharing_target_layer_name": "model.layers.18"}, "keys and values of another"),
         ({"head_size": 72}, "head size 72"),
         ({"unsupported": {"chunk_lookback": 4}}, "chunk_lookback"),
     ],
 )
 def test_layers_that_the_configuration_does_not_show(layer, what):
     known = {"head_size": 64, "alibi_slopes": None, "sliding_window": None, "logits_soft_cap": None}
-    known |= {"attn_type": "decoder", "sinks": None, "unsupported": {}}
+    known |= {"attn_type": "decoder", "kv_sharing_target_layer_name": None, "sinks": None, "unsupported": {}}
     refuse_layer(**known)
     with pytest.raises(ValueError, match=what):
         refuse_layer(**{**known, **layer})

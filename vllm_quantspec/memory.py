@@ -39,8 +39,7 @@ def gptq_bytes(
     - one linear at a time: its inputs in float32, ``4 * texts * length * widest``, the moments of these and what their
       inverse takes, ``4 * 4 * widest ** 2``, and its weight in float32 three times over, ``12 * largest_weight``
       (parts of 2^28 weights are rounded at a time);
-    - one attention layer's scores, which are gone by then but were never smaller, so that the larger of the two counts:
-      ``2 * 4 * texts * num_heads * length ** 2``;
+    - or, where that is more, one attention layer's scores: ``2 * 4 * texts * num_heads * length ** 2``;
     - activations of a forward pass of all texts, about ``4 * texts * length * widest * itemsize``.
 
     Args:

@@ -141,7 +141,16 @@ class QuantSpecImpl(AttentionImpl):
         sinks: torch.Tensor | None = None,
         **unsupported: Any,
     ) -> None:
-        refuse_layer(head_size, alibi_slopes, sliding_window, logits_soft_cap, attn_type, sinks, unsupported)
+        refuse_layer(
+            head_size,
+            alibi_slopes,
+            sliding_window,
+            logits_soft_cap,
+            attn_type,
+            kv_sharing_target_layer_name,
+            sinks,
+            unsupported,
+        )
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)
@@ -157,6 +166,7 @@ class QuantSpecImpl(AttentionImpl):
             max_unverified=num_speculative_tokens(vllm_config),
             fa_version=attention.flash_attention_version(head_size),
         )
+        refuse_unlike(self.settings.format, vllm_config)
         attention.check_shapes(self.settings)
 
     def forward(
@@ -202,7 +212,24 @@ class QuantSpecImpl(AttentionImpl):
         return output
 
 
-def refuse_layer(head_size, alibi_slopes, sliding_window, logits_soft_cap, attn_type, sinks, unsupported) -> None:
+def refuse_unlike(page_format: PageFormat, vllm_config: VllmConfig) -> None:
+    """Pages are blocks of one pool, and one block table serves all layers: their pages must be alike."""
+    for layer in vllm_config.compilation_config.static_forward_context.values():
+        impl = getattr(layer, "impl", None)
+        if not isinstance(impl, QuantSpecImpl):
+            continue
+        other = impl.settings.format
+        if other != page_format:
+            raise ValueError(
+                f"quantspec: this model has attention layers with {other.num_kv_heads} KV heads of size {other.head_size} "
+                f"and others with {page_format.num_kv_heads} of size {page_format.head_size}, but the hierarchical KV cache "
+                "needs the same in every layer; run it without quantspec."
+            )
+
+
+def refuse_layer(
+    head_size, alibi_slopes, sliding_window, logits_soft_cap, attn_type, kv_sharing_target_layer_name, sinks, unsupported
+) -> None:
     """The last line of defence, for what a model's configuration does not show: raised before weights are loaded."""
     for present, what in (
         (head_size not in HEAD_SIZES, f"head size {head_size} (rather than {', '.join(map(str, HEAD_SIZES))})"),
@@ -210,6 +237,8 @@ def refuse_layer(head_size, alibi_slopes, sliding_window, logits_soft_cap, attn_
         (sliding_window is not None, "sliding-window attention"),
         (bool(logits_soft_cap), "a logit soft-cap"),
         (attn_type != AttentionType.DECODER, f"{attn_type} attention"),
+        # The draft's layers share the target's caches too, but they are copies: only the target's are made here.
+        (kv_sharing_target_layer_name is not None, f"the keys and values of another ({kv_sharing_target_layer_name})"),
         (sinks is not None, "attention sinks"),
         (bool(unsupported), f"attention with {', '.join(unsupported)}"),
     ):

@@ -11,7 +11,6 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
-from vllm_quantspec.format import PageFormat
 from vllm_quantspec.integration.cache.backend import QuantSpecBackend, num_speculative_tokens
 from vllm_quantspec.integration.cache.metadata import WINDOW_SUFFIX, WindowMetadata
 from vllm_quantspec.integration.cache.specs import make_specs
@@ -86,8 +85,7 @@ def add_window_specs(vllm_config: VllmConfig, specs: dict[str, KVCacheSpec]) -> 
         if not isinstance(layer, Attention) or layer.attn_backend is not QuantSpecBackend:
             result[name] = spec
             continue
-        page_format = PageFormat(spec.num_kv_heads, spec.head_size, spec.block_size, layer.kv_cache_torch_dtype)
-        pages, window = make_specs(page_format, num_speculative_tokens(vllm_config))
+        pages, window = make_specs(layer.impl.settings.format, num_speculative_tokens(vllm_config))
         layers.setdefault(name + WINDOW_SUFFIX, RecentWindow(window))
         result[name], result[name + WINDOW_SUFFIX] = pages, window
     return result

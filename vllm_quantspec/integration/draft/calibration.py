@@ -4,6 +4,12 @@ No data is asked for and no KV cache is needed: the model samples some short tex
 token, before the engine's cache exists. Meanwhile its attention layers keep the keys and values of these few tokens in plain
 tensors. Then all texts go through the model once more, and each linear is handed over with its moments as it is reached, so
 that there is one matrix of moments at a time.
+
+What that takes at most, `vllm_quantspec.memory.gptq_bytes` adds up: keys and values of all texts, ``2 * layers * TEXTS *
+LENGTH * KV heads * head size`` numbers; and for the widest linear its inputs and four matrices of its moments in float32,
+``4 * TEXTS * LENGTH * in + 16 * in^2`` bytes, with three times its weight in float32. The last pass has all ``TEXTS *
+LENGTH`` tokens, also where the engine's own steps have fewer (``max_num_batched_tokens``): in parts, every linear's moments
+would have to be kept from part to part. All is free again before vLLM measures what is left for the KV cache.
 """
 
 from __future__ import annotations
@@ -19,7 +25,7 @@ from vllm.distributed import get_tp_group
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention import Attention
 
-TEXTS, LENGTH = 64, 256
+from vllm_quantspec.memory import LENGTH, TEXTS
 
 
 def calibrate(

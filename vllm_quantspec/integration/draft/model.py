@@ -34,11 +34,13 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 from vllm.model_executor.models.interfaces import supports_multimodal
+from vllm.platforms import current_platform
 
 from vllm_quantspec.integration.draft.calibration import calibrate
 from vllm_quantspec.integration.draft.finite import with_finite_logits
 from vllm_quantspec.integration.draft.head import RescoringHeadMethod
 from vllm_quantspec.integration.draft.linears import choose_int4_method, int4_bytes
+from vllm_quantspec.memory import draft_logits_bytes, gptq_bytes
 from vllm_quantspec.weights import QuantizedWeight, quantize_weight
 
 logger = init_logger("vllm.quantspec.draft_model")
@@ -131,6 +133,8 @@ def build_draft_model(
 def build_configured_draft(vllm_config: VllmConfig, target_model: nn.Module) -> DraftModel:
     """``build_draft_model`` with the options of the engine's ``QuantSpecConfig``."""
     config = vllm_config.speculative_config
+    if config.draft_sample_method == "probabilistic" and not current_platform.is_cpu():
+        log_draft_logits(vllm_config)
     with backends.set_model_tag("quantspec_draft"):
         return build_draft_model(
             vllm_config,
@@ -140,6 +144,20 @@ def build_configured_draft(vllm_config: VllmConfig, target_model: nn.Module) -> 
             quantize_lm_head=config.quantize_lm_head,
             weight_rounding=config.weight_rounding,
         )
+
+
+def log_draft_logits(vllm_config: VllmConfig) -> None:
+    """Say what vLLM's model runner V2 has allocated to verify sampled drafts by: nothing else does."""
+    model, num_seqs = vllm_config.model_config, vllm_config.scheduler_config.max_num_seqs
+    num_drafts = vllm_config.speculative_config.num_speculative_tokens
+    num_bytes = draft_logits_bytes(num_seqs, num_drafts, model.get_vocab_size(), model.head_dtype.itemsize)
+    logger.info(
+        "Draft logits: %.2f GiB, for %d drafts of %d sequences; a smaller --max-num-seqs makes them less, and with "
+        "draft_sample_method 'greedy' there are none",
+        num_bytes / 2**30,
+        num_drafts,
+        num_seqs,
+    )
 
 
 class _Builder:
@@ -183,12 +201,29 @@ class _Builder:
                 clone.__dict__[name] = self._redirect(clone.__dict__[name])
             self._reset_compilation(clone, config)
         if self.waiting:
-            logger.info("Rounding INT4 draft weights by GPTQ, on texts that the model writes for it")
+            logger.info(
+                "Rounding INT4 draft weights by GPTQ, on texts that the model writes for it; takes up to about %.1f GiB "
+                "beside the weights until it is done",
+                self._gptq_bytes() / 2**30,
+            )
             calibrate(self.vllm_config, target_model, self.waiting)
         for round_weight in list(self.waiting.values()):
             round_weight(None)  # no text came by: the output layer, say, which is never called as a module
         with_finite_logits(self.draft.model)
         return self.draft
+
+    def _gptq_bytes(self) -> int:
+        shapes = [_local_shape(linear) for linear in self.waiting]
+        layer = self.layers[next(iter(self.draft.attention_layers))]
+        return gptq_bytes(
+            num_layers=len(set(self.draft.attention_layers.values())),
+            num_heads=layer.num_heads,
+            num_kv_heads=layer.num_kv_heads,
+            head_size=layer.head_size,
+            widest=max(in_features for in_features, _ in shapes),
+            largest_weight=max(in_features * out_features for in_features, out_features in shapes),
+            itemsize=self.dtype.itemsize,
+        )
 
     def _visit(self, module: nn.Module, name: str) -> nn.Module:
         """The draft's counterpart of ``module``: a clone, or ``module`` itself where nothing below it differs."""

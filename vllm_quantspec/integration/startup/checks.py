@@ -94,6 +94,7 @@ def check_config(config: VllmConfig) -> None:
             "quantspec: pages and recent windows are two KV cache groups, which need vLLM's hybrid KV cache manager; "
             "drop --disable-hybrid-kv-cache-manager."
         )
+    check_cache_dtype(config)
     if current_platform.is_cpu():
         check_cpu_runner(config.use_v2_model_runner)
     else:
@@ -106,6 +107,27 @@ def check_config(config: VllmConfig) -> None:
             "quantspec: vLLM's CPU engine fails at the first request with pipeline parallelism, whatever the KV cache; "
             "drop --pipeline-parallel-size, or use --tensor-parallel-size."
         )
+
+
+def check_cache_dtype(config: VllmConfig) -> None:
+    """The exact window has the model's dtype, and neither a flag nor a checkpoint may ask for another."""
+    dtype = str(config.model_config.dtype).removeprefix("torch.")
+    asked = config.cache_config.cache_dtype
+    if asked == "auto":  # vLLM's attention layers take an FP8 cache for it where compressed-tensors has a scheme
+        quantization = getattr(config.model_config.hf_config, "quantization_config", None)
+        asked = "fp8" if isinstance(quantization, dict) and quantization.get("kv_cache_scheme") else "auto"
+    if asked in ("auto", dtype):
+        return
+    if asked in ("bfloat16", "float16"):
+        raise ValueError(
+            f"quantspec: the newest tokens of the hierarchical KV cache are kept in the model's own dtype, {dtype}, so "
+            f"--kv-cache-dtype {asked} cannot be combined with it; drop --kv-cache-dtype, or set --dtype {asked}."
+        )
+    remedy = "--dtype bfloat16 --kv-cache-dtype bfloat16" if dtype == "float32" else f"--kv-cache-dtype {dtype}"
+    raise ValueError(
+        f"quantspec: the checkpoint {config.model_config.model} asks for a KV cache in {asked}, but the hierarchical KV "
+        f"cache has a format of its own; set {remedy} to run it without the checkpoint's."
+    )
 
 
 def check_cpu_runner(is_v2: bool | None) -> None:
