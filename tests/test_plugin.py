@@ -143,6 +143,6 @@ def test_another_vllm_version(monkeypatch, caplog):
     monkeypatch.setattr(engine_args, "install", lambda: pytest.fail("hooks were installed"))
     monkeypatch.setattr(register.logger, "handlers", [caplog.handler])  # vLLM's loggers do not propagate
     register.register()
-    (message,) = [record.getMessage() for record in caplog.records if record.name == register.logger.name]
+    (message,) = {record.getMessage() for record in caplog.records if record.name == register.logger.name}
     assert message.startswith("vllm-quantspec works with vLLM 0.32.0 and 0.33.0, not 0.99.0: it stays off.")
     assert message.endswith(f" install {version.fitting_vllm()}.")
