@@ -175,6 +175,9 @@ def test_the_list_of_what_is_replaced_is_whole():
         ("DraftModelProposer", "__new__"),  # takes what the class takes
     }
     assert set(calls) == written
+    table = (ROOT / "docs" / "design.md").read_text()
+    for path in REPLACED:  # of both platforms; `test_replace.py` knows those of the one it runs on
+        assert f"`{path}`" in table, path
 
 
 def test_launcher():
