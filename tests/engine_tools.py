@@ -71,6 +71,13 @@ def _fail_for_good(llm: LLM) -> None:
     engine.step = guarded_step
 
 
+def draft_of(llm: LLM):
+    """The `DraftModel` of an engine in this process, on either model runner."""
+    found = []
+    llm.collective_rpc(lambda worker: found.append(worker.model_runner))
+    return (found[0].drafter if hasattr(found[0], "drafter") else found[0].speculator).draft
+
+
 def quantspec(num_speculative_tokens: int = 4, **options) -> dict:
     """Engine arguments for speculation."""
     config = {"method": "quantspec", "num_speculative_tokens": num_speculative_tokens, **options}

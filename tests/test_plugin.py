@@ -137,10 +137,12 @@ def test_beside_another_plugin(cases):
 
 def test_another_vllm_version(monkeypatch, caplog):
     """Nothing is registered, with a warning; other engines of that vLLM go on."""
-    from vllm_quantspec.integration.startup import engine_args, register
+    from vllm_quantspec.integration.startup import engine_args, register, version
 
     monkeypatch.setattr(register, "installed_vllm", lambda: "0.99.0")
     monkeypatch.setattr(engine_args, "install", lambda: pytest.fail("hooks were installed"))
     monkeypatch.setattr(register.logger, "handlers", [caplog.handler])  # vLLM's loggers do not propagate
     register.register()
-    assert "vllm-quantspec works with vLLM 0.32.0, not 0.99.0: it stays off." in caplog.messages
+    (message,) = {record.getMessage() for record in caplog.records if record.name == register.logger.name}
+    assert message.startswith("vllm-quantspec works with vLLM 0.32.0 and 0.33.0, not 0.99.0: it stays off.")
+    assert message.endswith(f" install {version.fitting_vllm()}.")

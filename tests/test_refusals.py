@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import vllm.config.vllm
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm_quantspec import register
+from vllm_quantspec import register, supported
 from vllm_quantspec.format import PageFormat
 from vllm_quantspec.integration.cache.backend import QuantSpecImpl, refuse_layer, refuse_unlike
 from vllm_quantspec.integration.startup import checks, version
@@ -42,6 +43,7 @@ MODELS = {
     },
     "an encoder and a decoder": {
         "architectures": ["WhisperForConditionalGeneration"],
+        "is_encoder_decoder": True,
         "model_type": "whisper",
         "d_model": 128,
         "encoder_layers": 2,
@@ -122,6 +124,7 @@ def test_models(what, how, tmp_path):
         how["max_model_len"] = 128
     sentence = refusal(model_folder(tmp_path, MODELS[what]), **how)
     assert what in sentence and "run it without quantspec" in sentence
+    assert supported.unsupported(MODELS[what], str(tmp_path)) == sentence  # the estimate, which asks no vLLM, says the same
 
 
 @pytest.mark.parametrize(
@@ -215,6 +218,25 @@ def test_ngram_is_not_refused(books_4m, dtype):
     assert config.speculative_config.method == "ngram"
 
 
+@pytest.mark.parametrize("method", ["fly", "typical"])
+def test_lossy_verification(method, books_4m):
+    """Also on a vLLM that has such a method (0.33 has "fly"), and one that nobody has read yet."""
+    options = {"method": "quantspec", "rejection_sample_method": method}
+    sentence = refusal(books_4m, speculative_config=options)
+    assert f"rejection_sample_method '{method}' is not known to keep" in sentence and "drop it" in sentence
+
+
+@pytest.mark.parametrize("how", [{"speculative_config": "quantspec"}, {"attention_backend": "QUANTSPEC"}])
+@pytest.mark.parametrize("chosen", ["by the user", "by default"])
+def test_model_runner_v2_on_a_cpu(chosen, how, books_4m, monkeypatch):
+    if chosen == "by the user":
+        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    else:
+        monkeypatch.setattr(vllm.config.vllm, "HAS_TRITON", True)  # as with Triton for CPU
+    sentence = refusal(books_4m, **{"speculative_config": None, **how})
+    assert "model runner V1" in sentence and "set VLLM_USE_V2_MODEL_RUNNER=0" in sentence
+
+
 def test_kv_connector(books_4m):
     from vllm.config import KVTransferConfig
 
@@ -277,7 +299,7 @@ def test_a_gpu_without_the_kernel_compiler(config, monkeypatch):
 def test_another_vllm_version(books_4m, monkeypatch):
     monkeypatch.setattr(version, "installed_vllm", lambda: "0.99.0")
     sentence = refusal(books_4m)
-    assert "works with vLLM 0.32.0" in sentence and "vLLM 0.99.0 is installed" in sentence
+    assert "works with vLLM 0.32.0 and 0.33.0" in sentence and "vLLM 0.99.0 is installed" in sentence
 
 
 def test_layers_whose_pages_are_not_alike():

