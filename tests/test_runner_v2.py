@@ -14,6 +14,7 @@ from vllm_quantspec.integration.cache.specs import make_specs
 from vllm_quantspec.integration.cache.window import WindowMetadataBuilder
 from vllm_quantspec.integration.gpu import runner as runner_v2
 from vllm_quantspec.integration.gpu.speculator import any_request_samples
+from vllm_quantspec.integration.startup.replace import replaced
 from vllm_quantspec.integration.startup.speculative_config import QuantSpecConfig
 
 
@@ -93,17 +94,16 @@ def test_only_prompts_without_their_ends_are_not_drafted_for(computed, scheduled
 
 def test_only_quantspec_gets_our_speculator(monkeypatch):
     built = []
-    original = model_runner.init_speculator
     monkeypatch.setattr(runner_v2, "QuantSpecSpeculator", lambda *args: built.append(args) or "ours")
-    monkeypatch.setattr(model_runner, "init_speculator", lambda *args: "vllm's")
-    for name in ("get_kv_cache_spec", "prepare_inputs"):
-        monkeypatch.setattr(model_runner.GPUModelRunner, name, getattr(model_runner.GPUModelRunner, name))
-    monkeypatch.setattr(model_runner.GPUModelRunner, "_quantspec_installed", False, raising=False)
-    runner_v2.install()
+    init_speculator = runner_v2._with_quantspec(lambda *args: "vllm's")
     ours = SimpleNamespace(speculative_config=object.__new__(QuantSpecConfig))
-    assert model_runner.init_speculator(ours, "cuda", None) == "ours" and built == [(ours, "cuda")]
-    assert model_runner.init_speculator(SimpleNamespace(speculative_config=object()), "cuda", None) == "vllm's"
+    assert init_speculator(ours, "cuda", None) == "ours" and built == [(ours, "cuda")]
+    assert init_speculator(SimpleNamespace(speculative_config=object()), "cuda", None) == "vllm's"
+
+
+def test_it_is_installed_once():
+    runner_v2.install()
     installed = model_runner.init_speculator
     runner_v2.install()
-    assert model_runner.init_speculator is installed  # once per process
-    assert original is not installed
+    assert model_runner.init_speculator is installed
+    assert "vllm.v1.worker.gpu.model_runner.init_speculator" in replaced()
