@@ -1,4 +1,4 @@
-"""Keep vLLM's scan for Triton kernels from tripping over Numba, which the CPU kernel uses.
+"""Keep vLLM's scan for Triton kernels from failing on Numba, which the CPU kernel uses.
 
 For each new engine vLLM's CPU platform looks through every loaded module for Triton kernels. LLVM's bindings, which Numba
 loads, answer to any attribute name, ``__dict__`` too, with a foreign function, and the scan fails.

@@ -39,7 +39,8 @@ def calibrate(
 
     Args:
         model: the loaded target of this rank; tensor-parallel ranks take part together.
-        linears: modules of ``model``. One that no text comes by is not called for; it may leave the mapping when it is.
+        linears: modules of ``model``; the callback of one that the texts never reach is not called. A callback may take its
+            linear out of the mapping.
         texts, length: how many texts to sample, and their tokens.
 
     Returns:

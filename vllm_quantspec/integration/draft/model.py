@@ -208,7 +208,7 @@ class _Builder:
             )
             calibrate(self.vllm_config, target_model, self.waiting)
         for round_weight in list(self.waiting.values()):
-            round_weight(None)  # no text came by: the output layer, say, which is never called as a module
+            round_weight(None)  # it was not called: the output layer, say, which is never called as a module
         with_finite_logits(self.draft.model)
         return self.draft
 

@@ -2,7 +2,7 @@
 
 vLLM loads them in place through the target's ``load_weights``: ``reload_weights``, waking up from sleep level 2, weight
 transfer, and trainers that call it themselves. One update may be many calls, with more to do behind the last, so a call
-only leaves word, and the next draft begins with rounding the new weights into the tensors that CUDA graphs read.
+only marks the draft as stale, and the next draft begins with rounding the new weights into the tensors of CUDA graphs.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def watch(target_model: nn.Module, draft: DraftModel) -> None:
     load_weights = target_model.load_weights
 
     @functools.wraps(load_weights)
-    def load_and_leave_word(*args, **kwargs):
+    def load_and_mark(*args, **kwargs):
         draft.stale = True
         return load_weights(*args, **kwargs)
 
-    target_model.load_weights = load_and_leave_word
+    target_model.load_weights = load_and_mark
 
 
 @torch.inference_mode()
@@ -45,7 +45,7 @@ def refresh(draft: DraftModel) -> None:
             round_again()
     except torch.OutOfMemoryError:  # the engine's memory is the cache's by now
         logger.warning(
-            "quantspec: the draft's INT4 weights could not be made again from the new weights, for want of GPU memory: the "
+            "quantspec: the draft's INT4 weights could not be made again from the new weights, as GPU memory ran out: the "
             "output stays right, but few drafts will be accepted; lower --gpu-memory-utilization, or restart the engine."
         )
         return
