@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.platforms import current_platform
@@ -34,11 +35,14 @@ def engine(model: str, **kwargs) -> Iterator[LLM]:
     kwargs.setdefault("max_model_len", 4096)
     kwargs.setdefault("max_num_seqs", 16)
     kwargs.setdefault("disable_log_stats", False)
+    threads = torch.get_num_threads()
     llm = LLM(model, **kwargs)
     _fail_for_good(llm)
     try:
         yield llm
     finally:
+        # vLLM's n-grams run on Numba's threads, which are OpenMP's, and then so does PyTorch: two for one core.
+        torch.set_num_threads(threads)
         llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
