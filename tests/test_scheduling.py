@@ -120,10 +120,12 @@ def test_a_seed_and_a_prompt_of_several_chunks(books_4m, tokens):
     for chunk in (2048, 300):
         size = {"max_num_batched_tokens": chunk, "enable_prefix_caching": False}
         with engine(books_4m, max_num_seqs=2, **size, **quantspec(3)) as other:
-            answers += [[generate(other, [tokens[:1000]], 4, temperature=1.0, seed=i)[0].tokens[:2] for i in range(8)]]
+            answers += [[generate(other, [tokens[:1000]], 4, temperature=1.0, seed=i)[0].tokens[:2] for i in range(24)]]
     # Chunks read the older context in 8 bits: a random draw may fall on the other side of a probability that moved by that.
-    assert sum(a == b for a, b in zip(*answers, strict=True)) >= 7
-    assert len({tuple(a) for a in answers[0]}) >= 4
+    # The second token has two chances of it. Draws that are not taken back give other tokens nearly always.
+    same_first, same_both = (sum(a[:n] == b[:n] for a, b in zip(*answers, strict=True)) for n in (1, 2))
+    assert same_first >= 21 and same_both >= 18
+    assert len({tuple(a) for a in answers[0]}) >= 12
 
 
 @pytest.mark.parametrize("arguments", [{"attention_backend": "QUANTSPEC"}, quantspec(4)], ids=["cache", "speculation"])
