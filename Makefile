@@ -22,7 +22,7 @@ demo: $(STAMP)
 	@$(VENV)/bin/vllm-quantspec demo $(ARGS)
 
 test: $(STAMP)
-	@$(VENV)/bin/python -m pytest $(ARGS)
+	@$(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP)
 	@$(VENV)/bin/ruff check .

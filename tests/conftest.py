@@ -1,4 +1,4 @@
-"""Shared by all tests: settings that keep engines small and in this process, and the models and texts they use."""
+"""Shared by all tests: settings that keep engines small and in this process, the order of modules, the models and texts."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,11 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # errors and objec
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // 2)))
+# Workers of pytest-xdist share the cores; a process alone leaves half of them to vLLM's other threads.
+os.environ.setdefault(
+    "OMP_NUM_THREADS",
+    str(max(1, len(os.sched_getaffinity(0)) // max(2, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))),
+)
 
 import pytest
 from emulated_gpus import GPUS
@@ -18,6 +22,48 @@ from vllm_quantspec.kernels import device
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"  # larger models and novels, beside the checkout; not everybody has them
 ASSETS = ROOT / "vllm_quantspec" / "assets"
+
+
+# Modules that take minutes, the longest first: two processes are then done at about the same time. Before them come those
+# that start no engine.
+LONG = (
+    "test_lossless",
+    "test_exactness",
+    "test_acceptance",
+    "test_sampling",
+    "test_serve",
+    "test_models",
+    "test_ray",
+    "test_scheduling",
+)
+FAST = (
+    "test_format",
+    "test_reference",
+    "test_step",
+    "test_cpu_decode",
+    "test_cpu_prefill",
+    "test_cache_kernels",
+    "test_weights",
+    "test_options",
+    "test_specs",
+    "test_replace",
+    "test_packaging",
+    "test_docs",
+)
+WORKER_BYTES = 6 << 30  # of memory, with an engine of books-30m and the processes that some tests start
+
+
+def pytest_xdist_auto_num_workers(config) -> int:
+    """Processes of ``pytest -n auto`` (`make test`): engines on a CPU take a core each; on a GPU they would share it."""
+    import torch
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return 0 if torch.cuda.is_available() else max(1, min(len(os.sched_getaffinity(0)), 4, memory // WORKER_BYTES))
+
+
+def pytest_collection_modifyitems(items) -> None:
+    order = {name: place for place, name in enumerate((*FAST, *LONG))}
+    items.sort(key=lambda item: order.get(item.module.__name__, len(order)))
 
 
 def pytest_addoption(parser):

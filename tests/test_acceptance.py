@@ -26,11 +26,11 @@ def novels(books_30m):
 
 @pytest.fixture(scope="module")
 def llm(books_30m):
-    with engine(books_30m, max_model_len=17 * 1024, max_num_seqs=6, **quantspec(DRAFTED)) as llm:
+    with engine(books_30m, max_model_len=9 * 1024, max_num_seqs=6, **quantspec(DRAFTED)) as llm:
         yield llm
 
 
-@pytest.mark.parametrize("context, number", [(4096, 3), (16384, 1)])
+@pytest.mark.parametrize("context, number", [(4096, 3), (8192, 1)])
 def test_acceptance(context, number, llm, novels):
     """Over excerpts of all three novels together: greedy, default options."""
     before = speculation_counts(llm)

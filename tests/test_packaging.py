@@ -83,7 +83,8 @@ def where(folder, path, code=WHERE) -> list[str]:
     """What ``code`` prints in a process started in ``folder``, as `python -c` and `python -m` are.
 
     Nothing is installed there but what ``path`` names: -S and PYTHONPATH leave out the editable installation of this
-    environment, if there is one, and keep its other packages.
+    environment, if there is one, and keep its other packages. What ``path`` names comes first, as two editable
+    installations of one version have finders of one name.
     """
     site = sysconfig.get_path("purelib")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*map(str, path), site]), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -141,7 +142,7 @@ def test_kernels_are_found_in_the_checkouts_root(state, builds):
 @pytest.mark.parametrize("state", ["wheel", "wheel of the sdist", "editable"])
 def test_kernels_are_found_elsewhere(state, builds, tmp_path):
     setup = f"import site; site.addsitedir({str(builds[state])!r})\n"  # reads .pth files, as of a real site-packages
-    package, kernels = where(tmp_path, [], setup + WHERE)
+    package, kernels = where(tmp_path, [builds[state]], setup + WHERE)
     if state == "editable":
         assert (package, kernels) == tuple(
             str(builds["checkout"] / path) for path in ("vllm_quantspec/__init__.py", "kernels/decode_attention.py")
