@@ -21,6 +21,7 @@ KL: of the next-token distributions of the QUANTSPEC cache from those of vLLM's 
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -35,6 +36,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 import torch
 from common import KV_HELP, TEXT_HELP, engine, excerpts, read_texts, small_model_on_gpu, write_json
+from quality import CACHES
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -244,6 +246,7 @@ def main() -> None:
     parser.add_argument("--kv-gib", type=float, default=12, help=KV_HELP)
     parser.add_argument("--jobs", type=int, default=1, help="engines at a time")
     parser.add_argument("--kl", action="store_true", help="measure the cache's error, not acceptance")
+    parser.add_argument("--kl-caches", nargs="+", choices=CACHES, default=["quantspec"])
     parser.add_argument("--kl-tokens", type=int, default=16384)
     parser.add_argument("--kl-decode-tokens", type=int, default=2048, help="of these through the decode path")
     parser.add_argument("--json", type=Path, help="default: benchmarks/results/acceptance-MODEL.json")
@@ -264,19 +267,19 @@ def main() -> None:
     novels = {name: tokenizer.encode(text) for name, text in read_texts(args.text).items()}
     rows = []
     if args.kl:
-        cache = {"attention_backend": "QUANTSPEC"}
         speculating = {"speculative_config": {"method": "quantspec", "num_speculative_tokens": 4}}
-        for novel, tokens in novels.items():
-            for way, size, chunk, arguments in (
-                ("prefill", args.kl_tokens, 512, cache),
+        for novel, cache in itertools.product(novels, args.kl_caches):
+            tokens, arguments = novels[novel], CACHES[cache]
+            ways = [("prefill", args.kl_tokens, 512, arguments)]
+            if cache.startswith("quantspec"):
                 # No more tokens in a step than a verification has: these take the way of the decode rows.
-                ("decode", args.kl_decode_tokens, 5, speculating),
-            ):
+                ways.append(("decode", args.kl_decode_tokens, 5, arguments | speculating))
+            for way, size, chunk, arguments in ways:
                 start = (len(tokens) - size) // 2
                 error = cache_error(str(args.model), tokens[start : start + size], chunk, arguments)
-                rows.append({"novel": novel, "path": way, **error})
+                rows.append({"cache": cache, "novel": novel, "path": way, **error})
                 print(rows[-1], flush=True)
-        write_json(path, rows, model=args.model.name)
+                write_json(path, rows, model=args.model.name)
         return
     for name in args.configs:
         rows += run_config(name, novels, args)

@@ -9,7 +9,9 @@ A configuration is an engine of its own, with torch.compile and CUDA graphs on:
 
     bf16, fp8   vLLM's KV cache in 16 and 8 bits (FlashAttention 3 on Hopper)
     cache       the hierarchical cache alone
+    cache-int4  the same in 4 bits (``--kv-cache-dtype quantspec_int4``)
     N           QuantSpec, N tokens drafted; "QuantSpec with γ searched" is the best N at each point
+    int4-N      QuantSpec on the cache in 4 bits
     ngram-N     vLLM's n-gram speculation on the GPU (``ngram_gpu``: the proposer of ``ngram``, with async scheduling)
     draft-N     vLLM's ``draft_model`` with a second, smaller model: Llama-3.2-1B's shape for 8b, TinyLlama's for 7b
     self-N      vLLM's ``draft_model`` with the same model again as its draft: what self-speculation costs without QuantSpec
@@ -103,8 +105,8 @@ def drafted(config: str) -> int:
 
 
 def drafter(config: str) -> str:
-    """What a configuration drafts with: "" for QuantSpec or nothing."""
-    return config.removeprefix("v1-").rpartition("-")[0]
+    """What a configuration drafts with: "" for QuantSpec or nothing, "int4" for QuantSpec on the cache in 4 bits."""
+    return config.removeprefix("v1-").rpartition("-")[0] if drafted(config) else ""
 
 
 def acceptance_of(config: str, acceptance: float) -> float:
@@ -120,15 +122,19 @@ def engine_arguments(config: str, acceptance: float, quantspec: dict, folders: d
         return {"kv_cache_dtype": "fp8"}
     if config == "cache":
         return {"attention_backend": "QUANTSPEC"}
+    if config == "cache-int4":
+        return {"kv_cache_dtype": "quantspec_int4"}
     gamma = drafted(config)
     methods = {
         "": {"method": "quantspec", **quantspec},
+        "int4": {"method": "quantspec", **quantspec},
         "ngram": {"method": "ngram_gpu"},
         "draft": {"method": "draft_model", "model": folders["draft"]},
         "self": {"method": "draft_model", "model": folders["self"]},
     }
     options = {"num_speculative_tokens": gamma, **synthetic(config, acceptance), **methods[drafter(config)]}
-    return {"speculative_config": options}
+    cache = {"kv_cache_dtype": "quantspec_int4"} if drafter(config) == "int4" else {}
+    return {"speculative_config": options, **cache}
 
 
 def synthetic(config: str, acceptance: float) -> dict:

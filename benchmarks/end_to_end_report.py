@@ -26,6 +26,8 @@ KINDS = {
     "draft": ("draft_model", "#8a6fb0", "v"),
     "self": ("self-draft", "#b07a8a", "v"),
     "cache": ("QuantSpec's cache alone", "#2a6fb0", "o"),
+    "cache-int4": ("cache alone, 4 bits", "#5fa8e0", "^"),
+    "int4": ("QuantSpec, 4 bits", "#e8909a", "^"),
     "quantspec": ("QuantSpec", "#d1495b", "o"),
 }
 
@@ -146,7 +148,7 @@ def main() -> None:
     results = json.loads(path.read_text())
     best = best_rows(results["rows"])
     kinds = [kind for kind in KINDS if any(key[0] == kind for key in best)]
-    drafting = [kind for kind in kinds if kind not in ("bf16", "fp8", "cache")]
+    drafting = [kind for kind in kinds if kind not in ("bf16", "fp8", "cache", "cache-int4")]
     for (kind, context, batch), row in best.items():
         quantspec = best.get(("quantspec", context, batch), {})
         if kind in ("ngram", "draft", "self") and "ms_per_step" in row and "ms_per_step" in quantspec:

@@ -28,6 +28,7 @@ SHARED = ROOT.parent / "shared"
 CACHES = {
     "exact": {},
     "quantspec": {"attention_backend": "QUANTSPEC"},
+    "quantspec_int4": {"kv_cache_dtype": "quantspec_int4"},
     "fp8": {"kv_cache_dtype": "fp8"},
     "int4_per_token_head": {"kv_cache_dtype": "int4_per_token_head"},
 }

@@ -179,6 +179,7 @@ def quantize(
         DP=power_of_two(dim),
         # Few sizes, as Triton compiles for each.
         RP=next((n for n in (16, 64, 256) if n >= requests), power_of_two(requests)),
+        PAGE_BITS=fmt.bits,
         num_warps=QUANTIZE_WARPS,
         maxnreg=QUANTIZE_REGISTERS if dim <= 128 else None,
         **overlap(window),
@@ -336,7 +337,9 @@ def _pack(codes):
 
 
 @jit
-def _quantize_keys(x, out, piece, D: tl.constexpr, G: tl.constexpr, DRAFT_BYTES: tl.constexpr):
+def _quantize_keys(
+    x, out, piece, D: tl.constexpr, G: tl.constexpr, DRAFT_BYTES: tl.constexpr, PAGE_BITS: tl.constexpr
+):
     """Quantize 32 channels x [G, 32] of a page's head at `out`: column `piece` of the tiles."""
     scale, minimum = _scale_and_minimum(tl.min(x, axis=0), tl.max(x, axis=0))
     codes = _codes(x, scale[None, :], minimum[None, :])
@@ -352,12 +355,21 @@ def _quantize_keys(x, out, piece, D: tl.constexpr, G: tl.constexpr, DRAFT_BYTES:
     byte = tl.arange(0, G * 16)
     at = out + byte // 512 * (D * 16) + piece * 512 + byte % 512
     tl.store(at, upper)
-    tl.store(at + DRAFT_BYTES, lower)
+    if PAGE_BITS == 8:
+        tl.store(at + DRAFT_BYTES, lower)
 
 
 @jit
 def _quantize_values(
-    x, out, piece, D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, VG: tl.constexpr, DRAFT_BYTES: tl.constexpr
+    x,
+    out,
+    piece,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    G: tl.constexpr,
+    VG: tl.constexpr,
+    DRAFT_BYTES: tl.constexpr,
+    PAGE_BITS: tl.constexpr,
 ):
     """Quantize 32 tokens x [32, DP] of a page's head at `out`: column `piece` of the tiles. Channels from D on are 0."""
     token = tl.arange(0, 32)  # par, b, t, e
@@ -389,7 +401,8 @@ def _quantize_values(
     at = out + G * D // 2 + piece * (D * 16) + byte
     mask = byte < D * 16
     tl.store(at, upper, mask=mask)
-    tl.store(at + DRAFT_BYTES, lower, mask=mask)
+    if PAGE_BITS == 8:
+        tl.store(at + DRAFT_BYTES, lower, mask=mask)
 
 
 @jit(**QUANTIZE_OPTIONS)
@@ -424,6 +437,7 @@ def _quantize(
     VG: tl.constexpr,
     DP: tl.constexpr,
     RP: tl.constexpr,
+    PAGE_BITS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     PIECES: tl.constexpr = D // 32 + G // 32
@@ -481,7 +495,7 @@ def _quantize(
                 W,
             )
             if page_id > 0:  # not earlier: the reads above need not wait for it
-                _quantize_keys(keys, out, piece, D, G, DRAFT_BYTES)
+                _quantize_keys(keys, out, piece, D, G, DRAFT_BYTES, PAGE_BITS)
         else:
             column = piece - D // 32
             channel = tl.arange(0, DP)[None, :]
@@ -501,4 +515,4 @@ def _quantize(
                 W,
             )
             if page_id > 0:
-                _quantize_values(values, out, column, D, DP, G, VG, DRAFT_BYTES)
+                _quantize_values(values, out, column, D, DP, G, VG, DRAFT_BYTES, PAGE_BITS)

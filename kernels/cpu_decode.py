@@ -16,7 +16,7 @@ from functools import cache
 import numpy as np
 import torch
 
-from vllm_quantspec.format import PageFormat, check_bits, window_start
+from vllm_quantspec.format import PageFormat, window_start
 from vllm_quantspec.kernels.cpu_threads import split
 from vllm_quantspec.kernels.numba_jit import jit
 from vllm_quantspec.kernels.step import exact_start
@@ -415,7 +415,7 @@ def run_decode(
     bits: int,
 ) -> torch.Tensor:
     """One layer of a planned step; see `decode_attention`."""
-    check_bits(bits)
+    fmt.check_bits(bits)
     heads, dim, num_reqs, steps = fmt.num_kv_heads, fmt.head_size, len(plan.row_counts), plan.steps
     per_head, num_tokens = query.shape[1] // heads, len(plan.requests)
     rows = steps * per_head
@@ -435,7 +435,7 @@ def run_decode(
         _DTYPES[fmt.dtype],
         (pages.stride(0), pages.stride(1), pages.storage_offset()),
         (window.stride(0), window.stride(1), window.storage_offset()),
-        tuple(fmt.field_ranges[name][0] for name in _FIELDS),
+        tuple(fmt.field_ranges.get(name, (0,))[0] for name in _FIELDS),
         plan.block_table,
         plan.window_table,
         q,

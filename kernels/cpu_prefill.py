@@ -5,7 +5,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from vllm_quantspec.format import PageFormat, check_bits, unpermute_scales, unpermute_value_scales
+from vllm_quantspec.format import PageFormat, unpermute_scales, unpermute_value_scales
 from vllm_quantspec.kernels.step import exact_start
 
 # Multiples to which the queries, and the tokens before them, are padded.
@@ -37,7 +37,7 @@ def prefill_attention(
         values.insert(0, exact[..., fmt.head_size :])
     if start > 0:
         ids = block_table_row[: -(-start // fmt.group_size)]
-        old_keys, old_values = dequantize_pages(fmt, pages, ids, 8, dtype)
+        old_keys, old_values = dequantize_pages(fmt, pages, ids, fmt.bits, dtype)
         keys.insert(0, old_keys.flatten(0, 1)[:start])
         values.insert(0, old_values.flatten(0, 1)[:start])
     keys, values = (torch.cat(x).transpose(0, 1) for x in (keys, values))  # [H, S, D]
@@ -81,7 +81,7 @@ def dequantize_pages(
     fmt: PageFormat, pages: torch.Tensor, page_ids: torch.Tensor, bits: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values [n, G, H, D] of the pages `page_ids` [n], read with 4 or 8 `bits`."""
-    check_bits(bits)
+    fmt.check_bits(bits)
     data = pages.view(torch.int64)[page_ids].view(torch.uint8)
     k_scale, k_min = (unpermute_scales(fmt.field(data, name)).float() for name in ("k_scale", "k_min"))
     v_scale, v_min = (unpermute_value_scales(fmt.field(data, name), fmt.group_size).float() for name in ("v_scale", "v_min"))

@@ -14,13 +14,14 @@
 // through the workspace: its CTAs wait for each other, then each merges a part of the output. One CTA per
 // multiprocessor and no more CTAs than those, so all of them are running or will be.
 //
-// The launch overlaps with its predecessor (programmatic dependent launch): the query, lengths, tables and, with 4 bits,
-// pages are read before the wait; the window is read and everything is written after it. (With 8 bits the predecessor may
-// complete pages that a request which shares them reads in the same step.) The successor is released after the wait, so
-// that a kernel that runs ahead finds all but its direct predecessor complete.
+// The launch overlaps with its predecessor (programmatic dependent launch): the query, lengths, tables and, unless
+// PAGES_MAY_CHANGE, pages are read before the wait; the window is read and everything is written after it. (The target's
+// predecessor may complete pages that a request which shares them reads in the same step.) The successor is released after
+// the wait, so that a kernel that runs ahead finds all but its direct predecessor complete.
 //
 // Macros: HEAD_SIZE GROUP_SIZE VALUE_GROUP_SIZE WINDOW_BLOCK CODE_BITS (4 or 8, read of each code) IS_BF16 WARPS STAGES
 //         QUERY_GROUP (query heads per KV head) ROW_TILES (of 8 rows, in one pass) PASSES (row tiles' passes)
+//         PAGES_MAY_CHANGE (the kernel before this one may write pages)
 
 #include "ptx.cuh"
 
@@ -831,7 +832,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(const 
   if (threadIdx.x < 2 * NW) part_of[threadIdx.x / NW][threadIdx.x % NW] = -1;
   if (warp == NW - 1 && lane < 2) edges[lane] = segment_at(p, lane ? cta_e - 1 : cta_b);
   __syncthreads();
-  if (CODE_BITS == 8) wait_for_predecessor();
+  if (PAGES_MAY_CHANGE) wait_for_predecessor();
 
   unsigned char* const own = smem + warp * WARP_BYTES;
   const int end = begin_of(warp + 1);

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from vllm_quantspec.format import PageFormat, check_bits
+from vllm_quantspec.format import PageFormat
 from vllm_quantspec.kernels import nvrtc
 from vllm_quantspec.kernels.device import MIN_CAPABILITY, Device, device_properties
 from vllm_quantspec.kernels.workspace import Workspace
@@ -45,6 +45,7 @@ def decode_attention(
     *,
     max_query_len: int,
     out: torch.Tensor | None = None,
+    pages_may_change: bool | None = None,
     warps_and_stages: tuple[int, int] | None = None,
     overlap: bool = True,
 ) -> torch.Tensor:
@@ -54,7 +55,7 @@ def decode_attention(
     shapes. Run once with the same shapes before capturing.
 
     The launch may begin under the end of the kernel launched before it. That kernel may write the window, as
-    ``cache_update.store`` does, and pages if ``bits`` is 8, as ``quantize`` does, but no query, length or table.
+    ``cache_update.store`` does, and pages if ``pages_may_change``, as ``quantize`` does, but no query, length or table.
 
     Args:
         pages: uint8 [num_blocks, H, head_bytes], 16-byte aligned; the strides of blocks and heads are free.
@@ -67,6 +68,8 @@ def decode_attention(
         bits: of each code that are read: 4 reads the upper codes of pages, 8 both.
         max_query_len: no request has more query tokens than this.
         out: [T, Hq, D] like query; rows outside query_start_loc are left as they are.
+        pages_may_change: whether the kernel launched before may write pages; by default as it is on pages of 8 bits: where
+            all of them are read.
         warps_and_stages: overrides the launch configuration, for tuning.
         overlap: False for a launch that begins when the one before has ended, whatever that one writes.
 
@@ -84,7 +87,8 @@ def decode_attention(
     tiles, passes = row_tiles(fmt.head_size, max_query_len * per_head)
     device = query.device.index
     with torch.cuda.device(device):
-        kernel, warps, sizes = _kernel(fmt, bits, per_head, tiles, passes, device, warps_and_stages, overlap)
+        may_change = bits == 8 if pages_may_change is None else pages_may_change
+        kernel, warps, sizes = _kernel(fmt, bits, per_head, tiles, passes, device, may_change, warps_and_stages, overlap)
         requests = seq_lens.shape[0]
         partial, spill, arrived = _workspace.tensors(device, *sizes, 2 * requests * fmt.num_kv_heads * passes)
         params = _Params(
@@ -103,7 +107,7 @@ def decode_attention(
 def _check(
     fmt, pages, window, query, query_start_loc, seq_lens, block_table, window_block_table, bits, max_query_len, out
 ) -> int:
-    check_bits(bits)
+    fmt.check_bits(bits)
     if fmt.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"decode_attention reads bfloat16 or float16 windows, got {fmt.dtype}.")
     heads, dim, requests = fmt.num_kv_heads, fmt.head_size, seq_lens.shape[0]
@@ -193,6 +197,7 @@ def _kernel(
     tiles: int,
     passes: int,
     device: int,
+    pages_may_change: bool,
     warps_and_stages: tuple[int, int] | None,
     overlap: bool,
 ) -> tuple[nvrtc.Kernel, int, tuple[int, int]]:
@@ -213,6 +218,7 @@ def _kernel(
         "WARPS": warps,
         "STAGES": stages,
         "IS_BF16": int(fmt.dtype == torch.bfloat16),
+        "PAGES_MAY_CHANGE": int(pages_may_change),
     }
     shared_bytes = warps * _bytes_per_warp(fmt, bits, tiles, stages)
     grid, rows = properties.num_multiprocessors, 8 * tiles

@@ -6,7 +6,7 @@ the device, and the grid depends on shapes and host integers only.
 
 import torch
 
-from vllm_quantspec.format import PageFormat, check_bits
+from vllm_quantspec.format import PageFormat
 from vllm_quantspec.kernels.cache_update import exact_start
 from vllm_quantspec.kernels.launch import (
     check_device,
@@ -37,7 +37,7 @@ def gather_context(
     window_block_table: torch.Tensor,
     *,
     max_len: int,
-    bits: int = 8,
+    bits: int | None = None,
 ) -> None:
     """Write a piece of each request's context to its rows cu_seqlens[r] to cu_seqlens[r+1] of out_key and out_value.
 
@@ -55,13 +55,14 @@ def gather_context(
         block_table: int32 [R, any], page ids; entry = position // G.
         window_block_table: int32 [R, any], window block ids; entry = position // W, 0 = no block.
         max_len: no piece is longer than this.
-        bits: of each code that are read: 4 reads the upper codes of pages, 8 both.
+        bits: of each code that are read: 4 reads the upper codes of pages, 8 both; None all that the pages have.
 
     Raises:
         ValueError: if an argument does not fit the above.
         RuntimeError: where Triton is not installed.
     """
-    check_bits(bits)
+    bits = fmt.bits if bits is None else bits
+    fmt.check_bits(bits)
     if max_len < 1:
         raise ValueError(f"max_len must be at least 1, got {max_len}.")
     check_pages(fmt, pages)

@@ -15,7 +15,6 @@ import torch
 
 from vllm_quantspec.format import (
     PageFormat,
-    check_bits,
     encode_pages,
     unpack_key_codes,
     unpack_value_codes,
@@ -36,7 +35,7 @@ def dequantize_pages(
     fmt: PageFormat, pages: torch.Tensor, page_ids: torch.Tensor, bits: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values [n, G, H, D] of the pages `page_ids` [n], read with 4 or 8 `bits` of each code."""
-    check_bits(bits)
+    fmt.check_bits(bits)
     data = pages[page_ids]
     k_codes, v_codes = (unpack(fmt.field(data, name), fmt.head_size).float() for name, unpack in _UPPER)
     k_scale, k_min = (unpermute_scales(fmt.field(data, name)).float() for name in ("k_scale", "k_min"))
@@ -126,7 +125,7 @@ def decode_attention(
     Returns:
         [T, Hq, D] in the query's dtype.
     """
-    check_bits(bits)
+    fmt.check_bits(bits)
     starts, out = query_start_loc.tolist(), torch.zeros_like(query)
     for r, seq_len in enumerate(seq_lens.tolist()):
         first = seq_len - (starts[r + 1] - starts[r])
@@ -164,6 +163,6 @@ def prefill_attention(
     """
     first = seq_len - len(query)
     start = exact_start(fmt, window_table_row, first)
-    old = read_cache(fmt, pages, window, block_table_row, window_table_row, start, first, 8)
+    old = read_cache(fmt, pages, window, block_table_row, window_table_row, start, first, fmt.bits)
     keys, values = (torch.cat((x.to(query.dtype), own)) for x, own in zip(old, (key, value), strict=True))
     return causal_attention(query, keys, values, first, softmax_scale).to(query.dtype)

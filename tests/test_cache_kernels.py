@@ -198,9 +198,21 @@ def test_shapes(head_size, group_size, dtype):
     """A prefill of two pages, one page completed by one token, by lookback, none, and an empty row."""
     heads = 3 if head_size == 64 else 1
     fmt = PageFormat(heads, head_size, group_size, dtype)
+    assert check_step(Batch(fmt, rows_of_all_kinds(group_size), max_drafts=4)) == 4
+
+
+def rows_of_all_kinds(g):
+    return [(0, 2 * g + 3, 0, 0), (3 * g - 1, 1, 0, 0), (2 * g + 1, 5, 4, 0), (g + 7, 1, 0, 0), (0, 0, 0, 0)]
+
+
+@runs
+@pytest.mark.parametrize("head_size, group_size", SHAPES)
+def test_pages_of_4_bits(head_size, group_size):
+    """Quantized without their lower codes, of which not a byte is written, and gathered again."""
+    fmt = PageFormat(1, head_size, group_size, bits=4)
+    assert check_step(Batch(fmt, rows_of_all_kinds(group_size), max_drafts=4)) == 4
     g = group_size
-    rows = [(0, 2 * g + 3, 0, 0), (3 * g - 1, 1, 0, 0), (2 * g + 1, 5, 4, 0), (g + 7, 1, 0, 0), (0, 0, 0, 0)]
-    assert check_step(Batch(fmt, rows, max_drafts=4)) == 4
+    Context(fmt, [(3 * g + 5, 0, 3 * g + 5, 0), (4 * g, g + 9, 3 * g - 1, 0), (2 * g + 40, g, 2 * g + 40, 2 * g)]).check(4)
 
 
 @runs
@@ -345,7 +357,8 @@ class Context:
         keys, values = out[:, :heads], out[:, heads : 2 * heads]
         lengths = (x.to(DEVICE) for x in (self.cu_seqlens, self.starts, self.first))
         tables = batch.block_table, batch.window_block_table
-        gather_context(self.fmt, batch.pages, batch.window, keys, values, *lengths, *tables, max_len=self.max_len, bits=bits)
+        read = {} if bits == self.fmt.bits else {"bits": bits}  # by default all that there are
+        gather_context(self.fmt, batch.pages, batch.window, keys, values, *lengths, *tables, max_len=self.max_len, **read)
         assert (out[:, -1] == 7).all()
         return keys.cpu(), values.cpu()
 

@@ -8,7 +8,8 @@ from vllm_quantspec.integration.draft import model as draft_model
 
 G = 128
 LONG = 32768  # positions of the models: at long context the window is a small part
-CONFIGURATIONS = {"cache": QUANTSPEC_CACHE, "speculation": quantspec(4)}
+INT4 = {"kv_cache_dtype": "quantspec_int4"}
+CONFIGURATIONS = {"cache": QUANTSPEC_CACHE, "speculation": quantspec(4), "int4": INT4}
 
 
 def kv_cache_config(llm: LLM):
@@ -23,9 +24,9 @@ def runner(llm: LLM):
     return llm.llm_engine.collective_rpc(lambda worker: worker.model_runner)[0]
 
 
-def bytes_per_token(num_kv_heads: int, head_size: int, group_size: int) -> float:
-    """Design section 1, of one layer: two codes of 4 bits, and 16-bit scale and minimum per channel and per token."""
-    codes = 2 * head_size
+def bytes_per_token(num_kv_heads: int, head_size: int, group_size: int, bits: int) -> float:
+    """Design section 1, of one layer: codes of 4 or 8 bits, and 16-bit scale and minimum per channel and per token."""
+    codes = 2 * head_size * bits // 8
     scales = 4 * head_size / group_size + 4 * max(1, head_size // group_size)
     return num_kv_heads * (codes + scales)
 
@@ -52,7 +53,8 @@ def test_capacity(configuration, group_size, model, bf16):
     if configuration == "speculation":
         arguments = quantspec(4, group_size=group_size)
     elif group_size != G:
-        arguments = {**QUANTSPEC_CACHE, "block_size": group_size}
+        arguments = {**arguments, "block_size": group_size}
+    bits = 4 if configuration == "int4" else 8
     with engine(model, max_model_len=LONG, max_num_seqs=4, **arguments) as llm:
         groups = kv_cache_config(llm).kv_cache_groups
         hf = llm.llm_engine.model_config.hf_config
@@ -67,7 +69,7 @@ def test_capacity(configuration, group_size, model, bf16):
         assert group_size % windows.kv_cache_spec.block_size == 0
 
         page_bytes = pages.kv_cache_spec.page_size_bytes
-        assert page_bytes == group_size * bytes_per_token(heads, head_size, group_size)
+        assert page_bytes == group_size * bytes_per_token(heads, head_size, group_size, bits)
 
         # The memory that was given is used, up to a block; and vLLM holds no more than that for both groups.
         config = cache_config(llm)
@@ -83,12 +85,13 @@ def test_capacity(configuration, group_size, model, bf16):
         # Tokens per byte against BF16: of the pages by arithmetic, and of all by vLLM's own count, windows included.
         bf16_blocks, bf16_tokens, bf16_size = bf16
         assert bf16_size == layers * heads * head_size * 2 * 2
-        by_pages = bf16_size / (layers * bytes_per_token(heads, head_size, group_size))
+        by_pages = bf16_size / (layers * bytes_per_token(heads, head_size, group_size, bits))
         by_vllm = config.kv_cache_size_tokens / bf16_tokens
         print(f"head {head_size}, G {group_size}, {configuration}: pages {by_pages:.3f}x, with windows {by_vllm:.3f}x")
         if group_size == G:
-            assert by_pages == pytest.approx({64: 1.910, 128: 1.939}[head_size], abs=1e-3)
-            assert by_pages >= 1.85
+            expected = {(64, 8): 1.910, (128, 8): 1.939, (64, 4): 3.657, (128, 4): 3.765}[head_size, bits]
+            assert by_pages == pytest.approx(expected, abs=1e-3)
+            assert by_pages >= (1.85 if bits == 8 else 3.6)
         window_blocks = windows.kv_cache_spec.max_blocks_per_request
         longest = LONG // group_size
         assert by_vllm == pytest.approx(by_pages * longest / (longest + window_blocks), rel=0.02)

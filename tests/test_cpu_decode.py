@@ -1,11 +1,13 @@
 """The compiled CPU kernel against an oracle, on the reference's own test cases."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from test_reference import DTYPES, SHAPES, Cache, assert_close, boundary_lengths
+from test_reference import DTYPES, SHAPES, Cache, assert_close, boundary_lengths, check_pages_of_4_bits
 
 from vllm_quantspec.format import PageFormat
-from vllm_quantspec.kernels import cpu_decode, cpu_threads
+from vllm_quantspec.kernels import cpu_decode, cpu_prefill, cpu_threads
 from vllm_quantspec.kernels.cpu_decode import decode_attention
 
 
@@ -26,6 +28,14 @@ def test_across_a_group_boundary(bits):
         lengths = [192 + crossing, 640 + 9 - crossing, 64 + crossing]
         cache = Cache(4, PageFormat(2, 64, 64, torch.float32), lengths, [9, 9, 9], seed=crossing)
         assert_close(cache.decode(bits, decode_attention), cache.oracle(bits), torch.float32)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_pages_of_4_bits(shape):
+    """With the CPU engine's prefill, which reads them too."""
+    num_heads, kv_heads, dim, group = shape
+    kernels = SimpleNamespace(decode_attention=decode_attention, prefill_attention=cpu_prefill.prefill_attention)
+    check_pages_of_4_bits(kernels, num_heads, PageFormat(kv_heads, dim, group, torch.float32, bits=4))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

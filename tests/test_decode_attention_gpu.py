@@ -102,6 +102,18 @@ def test_query_tokens(group, query_len):
     Case(PageFormat(2, 128), 2 * group, lengths, [query_len] * len(lengths)).check(8)
 
 
+@pytest.mark.parametrize("query_len", [1, 5, 9])
+@pytest.mark.parametrize(
+    "head_size, group_size, heads, query_heads",
+    [(128, 128, 8, 32), (128, 64, 2, 14), (64, 128, 2, 4), (64, 64, 2, 32), (96, 64, 2, 8), (256, 128, 2, 16)],
+)
+def test_pages_of_4_bits(head_size, group_size, heads, query_heads, query_len):
+    fmt = PageFormat(heads, head_size, group_size, bits=4)
+    lengths = [query_len, 2 * group_size + 4, 5 * group_size + 17, 33 * group_size + 5, 700]
+    hits = [0, 0, 3 * group_size, 0, 0]
+    Case(fmt, query_heads, lengths, [query_len] * len(lengths), hits).check(4, pages_may_change=True)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_uneven(bits):
     generator = torch.Generator().manual_seed(1)
@@ -183,9 +195,10 @@ def test_overlaps_with_the_stores_around_it(bits):
         assert torch.equal(outs, expected)
 
 
-def test_target_reads_pages_that_were_quantized_just_before():
+@pytest.mark.parametrize("bits", [4, 8])
+def test_target_reads_pages_that_were_quantized_just_before(bits):
     """Requests that share a prefix: one completes a page, and the other reads it in the same step."""
-    fmt = PageFormat(2, 128)
+    fmt = PageFormat(2, 128, bits=bits)
     case = Case(fmt, 8, [9000, 4 * 128 + 3], [1, 3], hits=[0, 4 * 128])
     writer = {
         "query_start_loc": torch.tensor([0, 4 * 128], dtype=torch.int32, device=DEVICE),
@@ -196,12 +209,12 @@ def test_target_reads_pages_that_were_quantized_just_before():
     }
     sizes = {"max_query_len": 4 * 128, "max_unverified": 4}
     new = torch.randn(24, 2, 4 * 128, 2, 128, device=DEVICE).to(fmt.dtype)
-    options = {"max_query_len": case.max_query_len}
+    options = {"max_query_len": case.max_query_len, "pages_may_change": True}
 
     def run(outs, overlap):
         for (key, value), out in zip(new, outs, strict=True):
             cache_update.quantize(fmt, case.pages, case.window, key, value, **writer, **sizes)
-            decode_attention(*case.arguments(8), out=out, overlap=overlap, **options)
+            decode_attention(*case.arguments(bits), out=out, overlap=overlap, **options)
 
     expected, outs = (torch.empty(24, *case.query.shape, dtype=fmt.dtype, device=DEVICE) for _ in range(2))
     run(expected, False)

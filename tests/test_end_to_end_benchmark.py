@@ -22,6 +22,9 @@ def drafting(config: str, ms_per_step: float) -> dict:
 
 def test_configurations():
     assert [end_to_end.drafted(c) for c in ("bf16", "fp8", "cache", "4", "ngram-5", "draft-3")] == [0, 0, 0, 4, 5, 3]
+    assert [end_to_end.drafted(c) for c in ("cache-int4", "int4-5")] == [0, 5]
+    kinds = [report.kind_of(c) for c in ("cache-int4", "int4-5", "5", "v1-draft-5")]
+    assert kinds == ["cache-int4", "int4", "quantspec", "draft"]
     folders = {"self": "/target", "draft": "/small"}
 
     def speculative(config: str) -> dict:
@@ -31,6 +34,9 @@ def test_configurations():
     assert speculative("ngram-5")["method"] == "ngram_gpu" and speculative("ngram-5")["num_speculative_tokens"] == 5
     assert [speculative(c)["model"] for c in ("draft-3", "self-3")] == ["/small", "/target"]
     assert end_to_end.engine_arguments("bf16", 0.9, {}, folders) == {}
+    int4 = end_to_end.engine_arguments("int4-4", 0.9, {"group_size": 64}, folders)
+    assert int4["kv_cache_dtype"] == "quantspec_int4" and int4["speculative_config"] == speculative("4")
+    assert end_to_end.engine_arguments("cache-int4", 0.9, {}, folders) == {"kv_cache_dtype": "quantspec_int4"}
 
 
 def test_acceptance_granted(monkeypatch):

@@ -1,12 +1,14 @@
 """The estimate of memory and speed: what it counts is what the engine counts, what it predicts is what was measured."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 from vllm_quantspec import cli, estimate, supported
+from vllm_quantspec.config import CACHE_DTYPES, DEFAULT_CACHE_DTYPE
 from vllm_quantspec.format import PageFormat
 from vllm_quantspec.integration.cache.specs import make_specs
 
@@ -123,17 +125,17 @@ def test_speed_of_experts_is_what_was_measured(context, batch, measured):
     assert s.exact / s.quantspec == pytest.approx(measured, rel=0.01)
 
 
-@pytest.mark.parametrize(("group_size", "tp"), [(128, 1), (64, 1), (128, 2), (128, 16)])
-def test_memory_is_what_the_cache_specs_say(group_size, tp):
-    m = estimate.memory(estimate.model_from(LLAMA_8B, "8b"), 140 * estimate.GIB, 0.9, tp, group_size, 0, 4, 1000)
-    fmt = PageFormat(max(1, 8 // tp), 128, group_size)
+@pytest.mark.parametrize(("group_size", "tp", "bits"), [(128, 1, 8), (64, 1, 8), (128, 2, 8), (128, 16, 8), (128, 2, 4)])
+def test_memory_is_what_the_cache_specs_say(group_size, tp, bits):
+    m = estimate.memory(estimate.model_from(LLAMA_8B, "8b"), 140 * estimate.GIB, 0.9, tp, group_size, 0, 4, 1000, bits)
+    fmt = PageFormat(max(1, 8 // tp), 128, group_size, bits=bits)
     pages, window = make_specs(fmt, 4)
     assert m.quantspec_bytes_per_token * group_size == 32 * pages.page_size_bytes
     assert m.window_bytes_per_request == 32 * window.max_blocks_per_request * window.page_size_bytes
     assert m.free == pytest.approx(140 * estimate.GIB * 0.9 - m.weights)
     assert m.draft_logits == 1000 * 4 * 128256 * 2
     assert m.free_with_draft == m.free - m.int4_weights - m.draft_logits
-    assert m.requests(100_000, quantspec=True) > 1.7 * m.requests(100_000, quantspec=False) > 0
+    assert m.requests(100_000, quantspec=True) > (1.7 if bits == 8 else 3.3) * m.requests(100_000, quantspec=False) > 0
 
 
 @pytest.mark.parametrize(
@@ -178,6 +180,8 @@ def test_report(tmp_path, capsys):
     assert "(1024 sequences: --max-num-seqs; " in text
     for expected in ("14.96 GiB", "128.0 KiB per token", "66.0 KiB per token", "fewer than --batch 20", "QuantSpec, "):
         assert expected in text
+    assert run(tmp_path, LLAMA_8B, "--context", "131072", "--kv-cache-dtype", "quantspec_int4") == 0
+    assert re.search(r"KV cache, quantspec_int4 +34.0 KiB per token", capsys.readouterr().out)
     assert run(tmp_path, LLAMA_8B, "--gpu-memory", "12") == 0
     text = capsys.readouterr().out
     assert "does not fit" in text and "(256 sequences" in text
@@ -208,6 +212,20 @@ def test_a_model_that_the_engine_refuses_is_refused_first(name, tmp_path, capsys
     text = capsys.readouterr()
     assert text.out == "" and what in text.err and text.err.count("\n") == 1
     assert text.err.strip().endswith(supported.unsupported(config, str(tmp_path)))
+
+
+def test_the_names_of_the_cache_are_those_of_the_engine():
+    parser = cli.build_parser()
+    for name in CACHE_DTYPES:
+        assert parser.parse_args(["estimate", "x", "--kv-cache-dtype", name]).kv_cache_dtype == name
+    assert parser.parse_args(["estimate", "x"]).kv_cache_dtype == DEFAULT_CACHE_DTYPE
+
+
+def test_fewer_bits_are_read_in_less_time():
+    model = estimate.model_from(LLAMA_8B, "8b")
+    eight, four = (estimate.speed(model, 4.26e12, 98304, 8, 1, 128, 0.94, 4, page_bits=bits) for bits in (8, 4))
+    assert four.exact == eight.exact and four.draft_step == eight.draft_step
+    assert four.cache < 0.7 * eight.cache and four.cycle < eight.cycle
 
 
 def test_report_of_experts(tmp_path, capsys):

@@ -7,6 +7,7 @@ from vllm_quantspec.format import (
     PageFormat,
     dequantize_keys,
     dequantize_values,
+    encode_pages,
     pack_key_codes,
     pack_value_codes,
     permute_scales,
@@ -33,10 +34,14 @@ def test_window_start():
     assert got.dtype == torch.int32 and got.tolist() == [list(starts.values())]
 
 
-@pytest.mark.parametrize("wrong", [0, 16, "target", None])
+@pytest.mark.parametrize("wrong", [0, 16, "target"])
 def test_wrong_bits_are_refused(wrong):
     with pytest.raises(ValueError, match="bits must be 4 or 8, got"):
         PageFormat(3, 64).bytes_per_token(wrong)
+    with pytest.raises(ValueError, match="bits must be 4 or 8, got"):
+        PageFormat(3, 64, bits=wrong)
+    with pytest.raises(ValueError, match="bits must be 4, as the page has no more, got 8"):
+        PageFormat(3, 64, bits=4).check_bits(8)
 
 
 def random_codes(*shape):
@@ -113,7 +118,20 @@ def test_offsets(dim, group):
         assert 2 * size * 2 * dim * dtype.itemsize > fmt.head_bytes
 
 
+@pytest.mark.parametrize("group", GROUP_SIZES)
+@pytest.mark.parametrize("dim", HEAD_SIZES)
+def test_a_page_of_4_bits_is_what_the_draft_reads_of_one_of_8(dim, group):
+    whole, half = PageFormat(3, dim, group), PageFormat(3, dim, group, bits=4)
+    assert list(half.field_ranges.items()) == list(whole.field_ranges.items())[:6]
+    assert half.head_bytes == half.draft_bytes == whole.draft_bytes
+    assert half.bytes_per_token() == half.bytes_per_token(4) == whole.bytes_per_token(4)
+    assert group % half.window_block_size == 0 and whole.window_block_size == 2 * half.window_block_size
+    keys, values = torch.randn(2, 2, group, 3, dim)
+    assert torch.equal(encode_pages(half, keys, values), encode_pages(whole, keys, values)[..., : whole.draft_bytes])
+
+
 def test_known_sizes():
+    assert PageFormat(8, 128, bits=4).bytes_per_token() == 1088
     fmt = PageFormat(8, 128, 128, torch.bfloat16)
     assert (fmt.code_bytes, fmt.head_bytes, fmt.draft_bytes) == (8192, 33792, 17408)
     assert (fmt.window_block_size, fmt.value_group_size) == (64, 128)

@@ -10,6 +10,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm_quantspec import register
 from vllm_quantspec.config import QuantSpecOptions, is_quantspec, parse_options
 from vllm_quantspec.integration.startup.backend_name import quantspec_backend
+from vllm_quantspec.integration.startup.cache_dtype import page_bits
 from vllm_quantspec.integration.startup.engine_args import extension_path
 
 
@@ -82,6 +83,14 @@ def test_command_line_takes_the_backend_and_the_short_forms():
     assert (args.spec_method, args.spec_tokens) == ("quantspec", 6)
 
 
+def test_command_line_takes_the_names_of_the_cache():
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    assert parser.parse_args(["--kv-cache-dtype", "quantspec_int4"]).kv_cache_dtype == "quantspec_int4"
+    assert parser.parse_args(["--kv-cache-dtype", "fp8"]).kv_cache_dtype == "fp8"
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--kv-cache-dtype", "quantspec_int5"])
+
+
 def make(books_4m: str, **kwargs):
     return EngineArgs(model=books_4m, max_model_len=2048, **kwargs).create_engine_config()
 
@@ -101,6 +110,23 @@ def test_engine_config_of_each_way_to_ask(books_4m):
     assert config.cache_config.block_size == 64
     config = make(books_4m, attention_backend="QUANTSPEC", block_size=64)
     assert config.speculative_config is None and config.cache_config.block_size == 64
+
+
+@pytest.mark.parametrize("name, bits", [("quantspec_int4", 4), ("quantspec_int8", 8)])
+@pytest.mark.parametrize("more", [{}, {"speculative_config": "quantspec"}, {"attention_backend": "QUANTSPEC"}])
+def test_the_name_of_the_cache_is_enough(name, bits, more, books_4m):
+    users = {"mine": 1}
+    config = make(books_4m, kv_cache_dtype=name, additional_config=users, **more)
+    assert config.attention_config.backend is quantspec_backend() and config.cache_config.block_size == 128
+    assert page_bits(config) == bits and config.cache_config.cache_dtype == "auto"
+    assert config.additional_config["mine"] == 1 and users == {"mine": 1}
+    assert page_bits(pickle.loads(pickle.dumps(config))) == bits
+    assert make(books_4m, kv_cache_dtype=name, block_size=64).cache_config.block_size == 64
+
+
+def test_without_a_name_pages_have_8_bits(books_4m):
+    assert page_bits(make(books_4m, attention_backend="QUANTSPEC")) == 8
+    assert page_bits(make(books_4m, speculative_config="quantspec")) == 8
 
 
 def test_an_engine_without_quantspec_is_left_alone(books_4m):

@@ -166,6 +166,23 @@ def test_decode_after_a_prefix_hit(dtype):
         assert_close(cache.decode(bits), cache.oracle(bits), dtype)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_pages_of_4_bits(shape):
+    """Decode, verification and prefill on pages that have the upper codes alone."""
+    num_heads, kv_heads, dim, group = shape
+    check_pages_of_4_bits(reference, num_heads, PageFormat(kv_heads, dim, group, torch.float32, bits=4))
+
+
+def check_pages_of_4_bits(kernels, num_heads, fmt):
+    group = fmt.group_size
+    seq_lens = boundary_lengths(group)
+    cache = Cache(num_heads, fmt, seq_lens, [min(n, 1 + i % 9) for i, n in enumerate(seq_lens)])
+    assert_close(cache.decode(4, kernels.decode_attention), cache.oracle(4), fmt.dtype)
+    for seq_len, query_len, hit in [(group + 7, 7, group), (3 * group + 5, 2 * group, group), (4 * group + 1, 33, 0)]:
+        cache = Cache(num_heads, fmt, [seq_len], [query_len], [hit])
+        assert_close(cache.prefill(kernels.prefill_attention), cache.oracle(4, prefill=True), fmt.dtype)
+
+
 def test_many_rows_and_requests_without_tokens():
     fmt = PageFormat(2, 64, 64, torch.float32)
     cache = Cache(4, fmt, [300, 10, 900, 64, 513], [1, 0, 33, 2, 17])
@@ -238,3 +255,5 @@ def test_wrong_reading_is_refused():
     cache = Cache(4, PageFormat(2, 64), [5], [1])
     with pytest.raises(ValueError, match="bits must be 4 or 8"):
         cache.decode(6)
+    with pytest.raises(ValueError, match="bits must be 4, as the page has no more"):
+        Cache(4, PageFormat(2, 64, bits=4), [5], [1]).decode(8)

@@ -20,11 +20,12 @@ from vllm_quantspec.integration.cache.specs import (
 @pytest.mark.parametrize("head_size", [64, 96, 128, 256])
 @pytest.mark.parametrize("group_size", [64, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_bytes(head_size, group_size, dtype):
-    fmt = PageFormat(3, head_size, group_size, dtype)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bytes(head_size, group_size, dtype, bits):
+    fmt = PageFormat(3, head_size, group_size, dtype, bits)
     pages, window = make_specs(fmt, 4)
     value_groups = head_size // fmt.value_group_size
-    codes = 2 * group_size * head_size  # keys and values, one byte each
+    codes = 2 * group_size * head_size * bits // 8  # keys and values
     scales = 4 * head_size + 4 * group_size * value_groups  # 16-bit scale and minimum
     assert pages.page_size_bytes == fmt.page_bytes == 3 * (codes + scales)
     assert window.page_size_bytes == pages.page_size_bytes

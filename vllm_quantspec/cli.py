@@ -47,6 +47,8 @@ def add_estimate(commands) -> None:
     add("--context", type=positive, default=32768, metavar="N", help="tokens per request; default: 32768")
     add("--batch", type=positive, default=1, metavar="N", help="requests at the same time; default: 1")
     add("--max-num-seqs", type=positive, metavar="N", help="as in vLLM; default: vLLM's, 1024 from 70 GiB on, below 256")
+    names = ("quantspec_int8", "quantspec_int4")  # config.CACHE_DTYPES, which --help need not import torch for
+    add("--kv-cache-dtype", choices=names, default=names[0], help=f"default: {names[0]}")
     add("--group-size", type=int, choices=(64, 128), default=128, help="default: 128")
     add("--acceptance", type=probability, default=0.93, metavar="P", help="accepted drafts per token; default: 0.93")
     add("--num-speculative-tokens", type=positive, nargs="+", metavar="N", help="default: the best of 1 to 8")

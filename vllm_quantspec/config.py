@@ -11,6 +11,9 @@ from vllm_quantspec.format import GROUP_SIZES
 METHOD = "quantspec"
 HEAD_SIZES = (64, 96, 128, 256)
 MAX_SPECULATIVE_TOKENS = 32
+# This cache's names for ``--kv-cache-dtype``, and the bits of a key or value older than the exact window.
+CACHE_DTYPES = {"quantspec_int8": 8, "quantspec_int4": 4}
+DEFAULT_CACHE_DTYPE = "quantspec_int8"
 
 # Options of vLLM's own SpeculativeConfig that mean the same here.
 VLLM_OPTIONS = (

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import torch
 
-from vllm_quantspec.config import QuantSpecOptions
+from vllm_quantspec.config import CACHE_DTYPES, QuantSpecOptions
 from vllm_quantspec.format import PageFormat, window_blocks_per_request
 from vllm_quantspec.kernels.decode_attention import row_tiles
 from vllm_quantspec.memory import draft_logits_bytes
@@ -234,6 +234,7 @@ def memory(
     overhead: float,
     num_speculative_tokens: int = QuantSpecOptions.num_speculative_tokens,
     max_num_seqs: int | None = None,
+    page_bits: int = 8,
 ) -> Memory:
     """Memory of one of ``tensor_parallel_size`` GPUs with ``gpu_memory`` bytes.
 
@@ -241,6 +242,7 @@ def memory(
         utilization: vLLM's ``--gpu-memory-utilization``.
         overhead: bytes for activations, CUDA graphs and the rest.
         max_num_seqs: vLLM's ``--max-num-seqs``, by default what vLLM chooses for such a GPU.
+        page_bits: of a key or value in a page: 8, or 4 with ``--kv-cache-dtype quantspec_int4``.
 
     Raises:
         ValueError: the KV heads do not divide among the GPUs.
@@ -248,7 +250,7 @@ def memory(
     tp = tensor_parallel_size
     if model.num_kv_heads % tp and tp % model.num_kv_heads:
         raise ValueError(f"{model.num_kv_heads} KV heads do not divide among {tp} GPUs; choose another number.")
-    fmt = PageFormat(max(1, model.num_kv_heads // tp), model.head_size, group_size, model.dtype)
+    fmt = PageFormat(max(1, model.num_kv_heads // tp), model.head_size, group_size, model.dtype, page_bits)
     weights = model.weights * model.dtype.itemsize / tp
     int4 = (model.linear_weights + model.head_weights) * INT4_BITS / 8 / tp
     free = gpu_memory * utilization - weights - overhead
@@ -260,7 +262,7 @@ def memory(
         int4,
         logits,
         model.num_layers * fmt.num_kv_heads * 2 * model.head_size * model.dtype.itemsize,
-        model.num_layers * fmt.bytes_per_token(8),
+        model.num_layers * fmt.bytes_per_token(),
         model.num_layers * window_blocks * fmt.page_bytes,
         max(0.0, free),
         max(0.0, free - int4 - logits),
@@ -304,6 +306,7 @@ def speed(
     num_speculative_tokens: int,
     *,
     quantize_lm_head: bool = True,
+    page_bits: int = 8,
 ) -> Speed:
     """Decode times by the cost model: bytes over bandwidth plus fixed costs.
 
@@ -312,10 +315,11 @@ def speed(
 
     Args:
         bandwidth: bytes per second that a copy on this GPU reads and writes (an H200: 4.26e12).
+        page_bits: as of `memory`; the constants are fitted to measurements with 8.
         acceptance: probability that a draft is accepted, given that those before it were.
     """
     tp, rows = tensor_parallel_size, num_speculative_tokens + 1
-    fmt = PageFormat(max(1, model.num_kv_heads // tp), model.head_size, group_size, model.dtype)
+    fmt = PageFormat(max(1, model.num_kv_heads // tp), model.head_size, group_size, model.dtype, page_bits)
 
     def read_ms(num_bytes: float, fraction: float) -> float:
         return num_bytes / (bandwidth * fraction) * 1e3
@@ -331,7 +335,7 @@ def speed(
         return model.num_layers * (passes * read + fixed / 1e3)
 
     exact_bytes = fmt.num_kv_heads * 2 * model.head_size * model.dtype.itemsize
-    target, draft = fmt.bytes_per_token(8), fmt.bytes_per_token(4)
+    target, draft = fmt.bytes_per_token(), fmt.bytes_per_token(4)
     per_head = max(1, model.num_heads // tp // fmt.num_kv_heads)
     head = read_ms(model.head_weights * model.dtype.itemsize / tp, READ)
     linears = read_ms(model.linear_weights * model.dtype.itemsize / tp, LINEAR)
@@ -370,8 +374,19 @@ def report(arguments, file=None) -> None:
     model = model_from(config, arguments.model)
     no_drafts = undrafted(config)
     tp, group, context, batch = arguments.tensor_parallel_size, arguments.group_size, arguments.context, arguments.batch
+    page_bits = CACHE_DTYPES[arguments.kv_cache_dtype]
     times = {
-        gamma: speed(model, arguments.bandwidth * 1e12, context, batch, tp, group, arguments.acceptance, gamma)
+        gamma: speed(
+            model,
+            arguments.bandwidth * 1e12,
+            context,
+            batch,
+            tp,
+            group,
+            arguments.acceptance,
+            gamma,
+            page_bits=page_bits,
+        )
         for gamma in arguments.num_speculative_tokens or range(1, 9)
     }
     best = min(times, key=lambda g: times[g].quantspec)
@@ -385,6 +400,7 @@ def report(arguments, file=None) -> None:
         arguments.overhead * GIB,
         best,
         seqs,
+        page_bits,
     )
 
     def line(label: str, text: str) -> None:
@@ -402,7 +418,7 @@ def report(arguments, file=None) -> None:
             line("", "without the experts: the draft reads the target's, in 16 bits")
         line("logits of drafts", f"{m.draft_logits / GIB:.2f} GiB ({seqs} sequences: --max-num-seqs; {best} drafts each)")
     line("KV cache, 16 bits", f"{m.kv_bytes_per_token / 1024:.1f} KiB per token")
-    line("KV cache, QuantSpec", f"{m.quantspec_bytes_per_token / 1024:.1f} KiB per token")
+    line(f"KV cache, {arguments.kv_cache_dtype}", f"{m.quantspec_bytes_per_token / 1024:.1f} KiB per token")
     line("recent window, QuantSpec", f"{m.window_bytes_per_request / 2**20:.0f} MiB per running request, at most")
     beside = "" if no_drafts else f", {m.free_with_draft / GIB:.1f} GiB beside what drafting takes"
     line("free for the cache", f"{m.free / GIB:.1f} GiB{beside}")
@@ -440,4 +456,5 @@ def report(arguments, file=None) -> None:
             f"{step:.0f} of {model.experts.number} per layer by a draft step, {verification:.0f} by a verification",
         )
     if t.quantspec > min(t.exact, t.cache):
-        print("\nDrafting does not pay here; the cache alone (--attention-backend QUANTSPEC) may.", file=file)
+        cache = f"--kv-cache-dtype {arguments.kv_cache_dtype}" if page_bits == 4 else "--attention-backend QUANTSPEC"
+        print(f"\nDrafting does not pay here; the cache alone ({cache}) may.", file=file)

@@ -1,8 +1,8 @@
 """The quantized page: which bytes lie where, and the arithmetic that fills and reads them.
 
 A *page* is one block of vLLM's KV cache pool: the keys and values of G consecutive tokens of one layer, quantized to 8
-bits that are stored as two 4-bit halves. Each KV head's bytes are contiguous; what the draft reads is one contiguous
-range:
+bits that are stored as two 4-bit halves, or to the upper half alone. Each KV head's bytes are contiguous; what the draft
+reads is one contiguous range, and all that a page of 4 bits has:
 
     page   | head 0 | head 1 | ... | head H-1 |
               |
@@ -40,16 +40,7 @@ import torch
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 GROUP_SIZES = (64, 128)
-
-
-def check_bits(bits: int) -> None:
-    """A page is read with 4 bits of each code, the upper ones, or with all 8.
-
-    Raises:
-        ValueError: anything else.
-    """
-    if bits not in (4, 8):
-        raise ValueError(f"bits must be 4 or 8, got {bits!r}.")
+PAGE_BITS = (4, 8)
 
 
 def window_start(position: int | torch.Tensor, group_size: int) -> int | torch.Tensor:
@@ -71,6 +62,7 @@ class PageFormat:
         head_size: channels per head, D; a multiple of 32.
         group_size: tokens per page, G; 64 or 128.
         dtype: dtype of the exact keys and values in window blocks (bfloat16, float16 or float32).
+        bits: that a page stores of each code: 8, or 4, the upper ones.
 
     Raises:
         ValueError: if one of the arguments is not supported.
@@ -80,6 +72,7 @@ class PageFormat:
     head_size: int
     group_size: int = 128
     dtype: torch.dtype = torch.bfloat16
+    bits: int = 8
 
     def __post_init__(self):
         if self.num_kv_heads < 1:
@@ -90,6 +83,17 @@ class PageFormat:
             raise ValueError(f"group_size must be 64 or 128, got {self.group_size}.")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be bfloat16, float16 or float32, got {self.dtype}.")
+        if self.bits not in PAGE_BITS:
+            raise ValueError(f"bits must be 4 or 8, got {self.bits!r}.")
+
+    def check_bits(self, bits: int) -> None:
+        """A page is read with 4 bits of each code, the upper ones, or with all 8 where it has them.
+
+        Raises:
+            ValueError: anything else.
+        """
+        if bits not in PAGE_BITS or bits > self.bits:
+            raise ValueError(f"bits must be {'4 or 8' if self.bits == 8 else '4, as the page has no more'}, got {bits!r}.")
 
     @cached_property
     def value_group_size(self) -> int:
@@ -116,9 +120,9 @@ class PageFormat:
             "k_min": key_scales,
             "v_scale": value_scales,
             "v_min": value_scales,
-            "k_lower": self.code_bytes,
-            "v_lower": self.code_bytes,
         }
+        if self.bits == 8:
+            sizes |= {"k_lower": self.code_bytes, "v_lower": self.code_bytes}
         ranges, offset = {}, 0
         for name, size in sizes.items():
             ranges[name] = (offset, offset + size)
@@ -132,7 +136,7 @@ class PageFormat:
 
     @cached_property
     def head_bytes(self) -> int:
-        return self.field_ranges["v_lower"][1]
+        return self.field_ranges["v_lower"][1] if self.bits == 8 else self.draft_bytes
 
     @cached_property
     def page_bytes(self) -> int:
@@ -144,9 +148,10 @@ class PageFormat:
         tokens = self.head_bytes // (2 * self.head_size * self.dtype.itemsize)
         return 1 << (tokens.bit_length() - 1)
 
-    def bytes_per_token(self, bits: int = 8) -> float:
-        """Bytes of cache that one token of this layer occupies, or, with ``bits`` 4, those that a 4-bit reading needs."""
-        check_bits(bits)
+    def bytes_per_token(self, bits: int | None = None) -> float:
+        """Bytes of cache that one token of this layer occupies, or those that a reading with ``bits`` bits needs."""
+        if bits is not None:
+            self.check_bits(bits)
         return self.num_kv_heads * (self.draft_bytes if bits == 4 else self.head_bytes) / self.group_size
 
     def field(self, head_bytes: torch.Tensor, name: str) -> torch.Tensor:

@@ -32,6 +32,7 @@ from vllm_quantspec.config import HEAD_SIZES
 from vllm_quantspec.format import GROUP_SIZES, PageFormat
 from vllm_quantspec.integration.cache.metadata import WINDOW_SUFFIX, LayerSettings, QuantSpecMetadata
 from vllm_quantspec.integration.startup.backend_name import NAME
+from vllm_quantspec.integration.startup.cache_dtype import page_bits
 
 if current_platform.is_cpu():
     from vllm_quantspec.integration.cpu import attention
@@ -159,7 +160,13 @@ class QuantSpecImpl(AttentionImpl):
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         vllm_config = get_current_vllm_config()
         self.settings = LayerSettings(
-            PageFormat(num_kv_heads, head_size, vllm_config.cache_config.block_size, vllm_config.model_config.dtype),
+            PageFormat(
+                num_kv_heads,
+                head_size,
+                vllm_config.cache_config.block_size,
+                vllm_config.model_config.dtype,
+                page_bits(vllm_config),
+            ),
             num_heads,
             self.scale,
             draft_bits=8 if getattr(vllm_config.speculative_config, "draft_kv", "int4") == "int8" else 4,

@@ -17,7 +17,7 @@ WINDOW_SUFFIX = ".window"
 class LayerSettings:
     """What does not change from step to step.
 
-    draft_bits: bits of a page that the draft reads, 4 or 8 (the target reads 8).
+    draft_bits: bits of a page that the draft reads, 4 or 8; the target reads all that there are, ``format.bits``.
     max_unverified: the most drafts that a step may hold for one request.
     fa_version: version of FlashAttention, which a GPU's prefill uses; None on the CPU.
     """

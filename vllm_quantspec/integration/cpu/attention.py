@@ -83,7 +83,7 @@ def layer_attention(
             window,
             query[: md.num_decode_tokens],
             settings.scale,
-            settings.draft_bits if is_draft else 8,
+            settings.draft_bits if is_draft else fmt.bits,
         )
     for request in range(md.num_decodes, md.seq_lens.shape[0]):
         start, end = md.query_start_loc[request].item(), md.query_start_loc[request + 1].item()

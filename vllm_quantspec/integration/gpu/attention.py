@@ -57,7 +57,7 @@ def check_shapes(settings: LayerSettings) -> None:
             "quantspec: engines in two threads of one process would share its kernels' scratch memory; start the second "
             "engine in a process of its own."
         )
-    for max_query_len, bits in ((1, settings.draft_bits), (settings.max_unverified + 1, 8)):
+    for max_query_len, bits in ((1, settings.draft_bits), (settings.max_unverified + 1, settings.format.bits)):
         try:
             decode_attention.check_shapes(
                 settings.format, settings.num_heads, max_query_len, bits, torch.cuda.current_device()
@@ -117,9 +117,10 @@ def layer_attention(
             md.block_table[:n],
             window_table[:n],
             settings.scale,
-            settings.draft_bits if is_draft else 8,
+            settings.draft_bits if is_draft else fmt.bits,
             max_query_len=md.max_query_len,
             out=output[: md.num_decode_tokens],
+            pages_may_change=not is_draft,  # by `quantize`, just before
         )
     if md.prefill is not None:
         first = md.num_decode_tokens

@@ -9,8 +9,9 @@ from vllm import envs
 from vllm.platforms import current_platform
 
 from vllm_quantspec import supported
-from vllm_quantspec.config import HEAD_SIZES
+from vllm_quantspec.config import CACHE_DTYPES, HEAD_SIZES
 from vllm_quantspec.format import GROUP_SIZES
+from vllm_quantspec.integration.startup.cache_dtype import page_bits
 from vllm_quantspec.integration.startup.version import check_version
 from vllm_quantspec.kernels.decode_attention import MAX_REQUESTS
 from vllm_quantspec.kernels.device import MIN_CAPABILITY
@@ -20,13 +21,13 @@ if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
 
 
-def check_backend(args: EngineArgs, is_ours: bool) -> None:
-    """Speculation reads the hierarchical cache, so another attention backend contradicts it."""
+def check_backend(args: EngineArgs, what: str) -> None:
+    """``what`` was asked for reads the hierarchical cache, so another attention backend contradicts it."""
     backend = args.attention_backend if args.attention_backend is not None else args.attention_config.backend
-    if backend is not None and not is_ours:
+    if backend is not None:
         name = getattr(backend, "name", backend)
         raise ValueError(
-            f"quantspec: speculation reads the hierarchical KV cache of the attention backend QUANTSPEC, but {name} was "
+            f"quantspec: {what} reads the hierarchical KV cache of the attention backend QUANTSPEC, but {name} was "
             "selected; drop --attention-backend."
         )
 
@@ -57,7 +58,7 @@ def check_args(args: EngineArgs) -> None:
     if args.kv_cache_dtype not in ("auto", "bfloat16", "float16"):
         raise ValueError(
             f"quantspec: the hierarchical KV cache has a format of its own, so --kv-cache-dtype {args.kv_cache_dtype} "
-            "cannot be combined with it; drop --kv-cache-dtype."
+            f"cannot be combined with it; drop --kv-cache-dtype, or set it to {' or '.join(CACHE_DTYPES)}."
         )
     for flag, value, unset, what in (
         ("--decode-context-parallel-size", args.decode_context_parallel_size, 1, "decode-context parallelism"),
@@ -184,6 +185,11 @@ def check_speculation(config: VllmConfig) -> None:
         raise ValueError(
             "quantspec: vLLM's INT4 kernels compute in bfloat16 or float16, but the model runs in float32; set --dtype "
             "bfloat16, or draft_weights to 'target'."
+        )
+    if config.speculative_config.draft_kv == "int8" and page_bits(config) == 4:
+        raise ValueError(
+            "quantspec: draft_kv 'int8' reads both halves of a page, but pages of --kv-cache-dtype quantspec_int4 have the "
+            "upper half alone; drop one of them."
         )
     for present, what, remedy in (
         (config.parallel_config.pipeline_parallel_size > 1, "pipeline parallelism", "drop --pipeline-parallel-size"),

@@ -1,7 +1,8 @@
 """Hooks into ``EngineArgs``: the word ``quantspec``, and everything that can be refused before anything is loaded.
 
-Three methods are replaced: ``add_cli_args`` (a bare word beside JSON), ``create_speculative_config`` (our configuration
-class), ``create_engine_config`` (block size and attention backend follow from QuantSpec; checks before and after).
+Three methods are replaced: ``add_cli_args`` (a bare word beside JSON, this cache's names), ``create_speculative_config``
+(our configuration class), ``create_engine_config`` (block size and attention backend follow from QuantSpec; checks before
+and after).
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm_quantspec.config import METHOD, is_quantspec, parse_options
+from vllm_quantspec.config import CACHE_DTYPES, METHOD, is_quantspec, parse_options
 from vllm_quantspec.integration.startup import checks
 from vllm_quantspec.integration.startup.backend_name import NAME, quantspec_backend
+from vllm_quantspec.integration.startup.cache_dtype import take_cache_dtype
 from vllm_quantspec.integration.startup.overlap import let_compiled_kernels_overlap
 from vllm_quantspec.integration.startup.replace import replace
 
@@ -45,15 +47,17 @@ def prepare_args(args: EngineArgs) -> bool:
             args.speculative_config["num_speculative_tokens"] = args.spec_tokens
         args.spec_method = args.spec_tokens = None
     speculates = is_quantspec(args.speculative_config)
-    if not speculates and not wants_quantspec_cache(args):
+    asked_for = f"--kv-cache-dtype {args.kv_cache_dtype}"
+    named = take_cache_dtype(args)
+    if not speculates and not named and not wants_quantspec_cache(args):
         return False
+    if not wants_quantspec_cache(args):
+        checks.check_backend(args, "speculation" if speculates else asked_for)
+        args.attention_backend = quantspec_backend()
     if speculates:
         options, _ = parse_options(args.speculative_config)
-        checks.check_backend(args, wants_quantspec_cache(args))
         checks.check_block_size(args.block_size, options.group_size)
         args.block_size = options.group_size
-        if not wants_quantspec_cache(args):
-            args.attention_backend = quantspec_backend()
     elif args.block_size is None:
         args.block_size = 128
     checks.check_args(args)
@@ -78,6 +82,8 @@ def _with_bare_word(add_cli_args):
                 action.type = word_or_json
             elif "--spec-method" in action.option_strings and action.choices:
                 action.choices = [*action.choices, METHOD]
+            elif "--kv-cache-dtype" in action.option_strings and action.choices:
+                action.choices = [*action.choices, *CACHE_DTYPES]
         return parser
 
     return add_cli_args_with_word
