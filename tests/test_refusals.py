@@ -153,7 +153,11 @@ def test_models(what, how, tmp_path):
             "drop one of them",
         ),
         ({"pipeline_parallel_size": 2}, "pipeline parallelism", "drop --pipeline-parallel-size"),
-        ({"enable_lora": True}, "LoRA", "drop --enable-lora"),
+        (
+            {"enable_lora": True, "speculative_config": {"method": "quantspec", "weight_rounding": "gptq"}},
+            "LoRA with weight_rounding 'gptq'",
+            "set weight_rounding to 'search'",
+        ),
         ({"dtype": "float32"}, "the model runs in float32", "draft_weights to 'target'"),
         ({"dtype": "float16", "kv_cache_dtype": "bfloat16"}, "model's own dtype, float16", "drop --kv-cache-dtype"),
         ({"disable_hybrid_kv_cache_manager": True}, "two KV cache groups", "drop --disable-hybrid"),

@@ -25,6 +25,7 @@ from vllm.compilation import backends
 from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.logger import init_logger
+from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
@@ -183,7 +184,7 @@ class _Builder:
         self.clones: dict[int, nn.Module] = {}
         # Other modules found in the static forward context are called by name, and what they hold through them (a
         # mixture's shared experts, say, which the model's block has as well): clones of these would never run.
-        by_name = [m for m in self.layers.values() if not isinstance(m, AttentionLayerBase)]
+        by_name = [m for m in self.layers.values() if not isinstance(m, AttentionLayerBase | BaseLayerWithLoRA)]
         self.called_by_name = {id(m) for m in by_name}
         self.held_by_those = {id(m) for module in by_name for m in module.modules()} - self.called_by_name
         # Drafting is text: a vision or audio tower stays the target's.
@@ -229,6 +230,10 @@ class _Builder:
         """The draft's counterpart of ``module``: a clone, or ``module`` itself where nothing below it differs."""
         if id(module) in self.clones:
             return self.clones[id(module)]
+        if isinstance(module, BaseLayerWithLoRA):
+            # The draft has no adapters: which adapter a token has is set for the rows of the target's step.
+            self.clones[id(module)] = self._visit(module.base_layer, name)
+            return self.clones[id(module)]
         if id(module) not in self.scope or id(module) in self.called_by_name:
             return module
         if id(module) in self.held_by_those:
@@ -249,13 +254,14 @@ class _Builder:
         children = {}
         for child_name, child in module._modules.items():
             path = f"{name}.{child_name}".lstrip(".")
+            own_head = child.base_layer if isinstance(child, BaseLayerWithLoRA) else child
             if child is None:
                 children[child_name] = None
-            elif isinstance(child, ParallelLMHead) or (
-                child_name == "lm_head" and isinstance(child, VocabParallelEmbedding)
+            elif isinstance(own_head, ParallelLMHead) or (
+                child_name == "lm_head" and isinstance(own_head, VocabParallelEmbedding)
             ):
                 # Not by its identity: with tied weights it can be the embedding's own module.
-                children[child_name] = self._head(child, path)
+                children[child_name] = self._head(own_head, path)
             else:
                 children[child_name] = self._visit(child, path)
         if all(children[n] is c for n, c in module._modules.items()):

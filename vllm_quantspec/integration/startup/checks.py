@@ -193,7 +193,11 @@ def check_speculation(config: VllmConfig) -> None:
         )
     for present, what, remedy in (
         (config.parallel_config.pipeline_parallel_size > 1, "pipeline parallelism", "drop --pipeline-parallel-size"),
-        (config.lora_config is not None, "LoRA", "drop --enable-lora"),
+        (
+            config.lora_config is not None and config.speculative_config.weight_rounding == "gptq",
+            "LoRA with weight_rounding 'gptq', which watches the linears' own inputs,",
+            "set weight_rounding to 'search'",
+        ),
         (config.model_config.is_multimodal_model, "multimodal models", "use --attention-backend QUANTSPEC alone"),
         (config.model_config.uses_mrope, "M-RoPE positions", "use --attention-backend QUANTSPEC alone"),
     ):
