@@ -241,11 +241,11 @@ def test_decode_path_on_books_4m(books_4m, tokens_4m, record_property, decode_to
     assert decode_tokens[0] == decode_tokens[1] >= 2048
 
 
-def test_prefill_of_16k_tokens_of_a_novel(books_30m, record_property):
+def test_prefill_of_8k_tokens_of_a_novel(books_30m, record_property):
     from transformers import AutoTokenizer
 
     tokens = AutoTokenizer.from_pretrained(books_30m).encode(shared_path("data/books/emma.txt").read_text("utf-8"))
-    check(cache_error(books_30m, tokens[20000 : 20000 + 16384], 512, QUANTSPEC_CACHE), record_property)
+    check(cache_error(books_30m, tokens[20000 : 20000 + 8192], 512, QUANTSPEC_CACHE), record_property)
 
 
 def test_decode_path_on_a_novel(books_30m, record_property, decode_tokens):
