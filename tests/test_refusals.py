@@ -158,7 +158,6 @@ def test_models(what, how, tmp_path):
             "LoRA with weight_rounding 'gptq'",
             "set weight_rounding to 'search'",
         ),
-        ({"dtype": "float32"}, "the model runs in float32", "draft_weights to 'target'"),
         ({"dtype": "float16", "kv_cache_dtype": "bfloat16"}, "model's own dtype, float16", "drop --kv-cache-dtype"),
         ({"disable_hybrid_kv_cache_manager": True}, "two KV cache groups", "drop --disable-hybrid"),
     ],

@@ -181,11 +181,6 @@ def check_speculation(config: VllmConfig) -> None:
 
     if not isinstance(config.speculative_config, QuantSpecConfig):
         return check_other_drafts(config)
-    if config.model_config.dtype.itemsize > 2 and config.speculative_config.draft_weights == "int4":
-        raise ValueError(
-            "quantspec: vLLM's INT4 kernels compute in bfloat16 or float16, but the model runs in float32; set --dtype "
-            "bfloat16, or draft_weights to 'target'."
-        )
     if config.speculative_config.draft_kv == "int8" and page_bits(config) == 4:
         raise ValueError(
             "quantspec: draft_kv 'int8' reads both halves of a page, but pages of --kv-cache-dtype quantspec_int4 have the "
