@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,6 +81,22 @@ def draft_of(llm: LLM):
     found = []
     llm.collective_rpc(lambda worker: found.append(worker.model_runner))
     return (found[0].drafter if hasattr(found[0], "drafter") else found[0].speculator).draft
+
+
+def put_errors_into_drafts(monkeypatch, share: float, seed: int) -> None:
+    """Of the CPU engine's drafts, replace one token of this ``share``: every kind of rejection occurs."""
+    from vllm_quantspec.integration.cpu.proposer import QuantSpecProposer
+
+    rng, propose = random.Random(seed), QuantSpecProposer.propose
+
+    def propose_with_errors(self, *args, **kwargs):
+        drafts = propose(self, *args, **kwargs)
+        for row in drafts:
+            if rng.random() < share:
+                row[rng.randrange(len(row))] = rng.randrange(4000)
+        return drafts
+
+    monkeypatch.setattr(QuantSpecProposer, "propose", propose_with_errors)
 
 
 def quantspec(num_speculative_tokens: int = 4, **options) -> dict:

@@ -1,17 +1,15 @@
 """What the running engine computes, layer by layer, against the rule; and its logits against an exact cache's."""
 
-import random
 import sys
 from dataclasses import dataclass
 
 import pytest
 import torch
 from conftest import ROOT, shared_path
-from engine_tools import QUANTSPEC_CACHE, engine, generate, quantspec, speculation_counts
+from engine_tools import QUANTSPEC_CACHE, engine, generate, put_errors_into_drafts, quantspec, speculation_counts
 
 from vllm_quantspec.format import dequantize_keys, dequantize_values, quantize_keys, quantize_values, window_start
 from vllm_quantspec.integration.cache.backend import QuantSpecImpl
-from vllm_quantspec.integration.cpu.proposer import QuantSpecProposer
 from vllm_quantspec.integration.draft.model import DRAFT_PREFIX
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -122,17 +120,7 @@ def test_attention_of_the_engine(dtype, group_size, draft_weights, books_4m, pas
 
     prompt = AutoTokenizer.from_pretrained(books_4m).encode(passage)[: 5 * group_size - 25]
     targets = [f"model.layers.{i}.self_attn.attn" for i in (0, 4)]
-    rng = random.Random(5)
-    propose = QuantSpecProposer.propose
-
-    def propose_with_errors(self, *args, **kwargs):
-        drafts = propose(self, *args, **kwargs)
-        for row in drafts:
-            if rng.random() < 0.5:
-                row[rng.randrange(len(row))] = rng.randrange(4000)
-        return drafts
-
-    monkeypatch.setattr(QuantSpecProposer, "propose", propose_with_errors)
+    put_errors_into_drafts(monkeypatch, 0.5, seed=5)
     # Chunks begin and end inside groups.
     size = {"max_model_len": 1024, "max_num_seqs": 1, "max_num_batched_tokens": 200, "enable_prefix_caching": False}
     options = {"group_size": group_size, "draft_weights": draft_weights}

@@ -1,8 +1,6 @@
 """The cache in 4 bits (``--kv-cache-dtype quantspec_int4``): lossless under speculation, shared, preempted; how far it is
 from the one in 8 bits."""
 
-import random
-
 import pytest
 from engine_tools import (
     QUANTSPEC_CACHE,
@@ -12,11 +10,10 @@ from engine_tools import (
     divergence,
     engine,
     generate,
+    put_errors_into_drafts,
     quantspec,
     speculation_counts,
 )
-
-from vllm_quantspec.integration.cpu.proposer import QuantSpecProposer
 
 G = 128
 LENGTHS = [1, 63, G - 1, 2 * G, 2 * G + 1, 3 * G - 3, 1000, 2048, 3000]
@@ -84,17 +81,7 @@ def test_speculation_is_lossless(num_speculative_tokens, books_4m, prompts, expe
 @pytest.mark.parametrize("group_size", [64, 128])
 def test_speculation_is_lossless_in_float32(group_size, books_4m, prompts, expected, monkeypatch):
     """Without ties to hide behind, and with drafts that are often wrong."""
-    rng = random.Random(group_size)
-    propose = QuantSpecProposer.propose
-
-    def propose_with_errors(self, *args, **kwargs):
-        drafts = propose(self, *args, **kwargs)
-        for row in drafts:
-            if rng.random() < 0.7:
-                row[rng.randrange(len(row))] = rng.randrange(4000)
-        return drafts
-
-    monkeypatch.setattr(QuantSpecProposer, "propose", propose_with_errors)
+    put_errors_into_drafts(monkeypatch, 0.7, seed=group_size)
     options = quantspec(4, draft_weights="target", group_size=group_size)
     with engine(books_4m, dtype="float32", **INT4, **options) as llm:
         answers = generate(llm, prompts, MAX_TOKENS)

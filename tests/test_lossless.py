@@ -1,7 +1,5 @@
 """With speculation on, greedy output is that of the same cache with speculation off (design rule 1)."""
 
-import random
-
 import pytest
 import torch
 from engine_tools import (
@@ -12,11 +10,10 @@ from engine_tools import (
     divergence,
     engine,
     generate,
+    put_errors_into_drafts,
     quantspec,
     speculation_counts,
 )
-
-from vllm_quantspec.integration.cpu.proposer import QuantSpecProposer
 
 G = 128
 LENGTHS = [1, 2, 63, G - 1, G, G + 1, 2 * G - 1, 2 * G, 2 * G + 1, 3 * G - 3, 3 * G + 1, 4 * G, 1000, 2048, 3000]
@@ -74,17 +71,7 @@ def test_float32_with_a_draft_that_is_often_wrong(
     num_speculative_tokens, group_size, books_4m, prompts, expected, monkeypatch
 ):
     """In float32 there are no ties to hide behind; wrong drafts are put in by hand, so every kind of rejection occurs."""
-    rng = random.Random(num_speculative_tokens)
-    propose = QuantSpecProposer.propose
-
-    def propose_with_errors(self, *args, **kwargs):
-        drafts = propose(self, *args, **kwargs)
-        for row in drafts:
-            if rng.random() < 0.7:
-                row[rng.randrange(len(row))] = rng.randrange(4000)
-        return drafts
-
-    monkeypatch.setattr(QuantSpecProposer, "propose", propose_with_errors)
+    put_errors_into_drafts(monkeypatch, 0.7, seed=num_speculative_tokens)
     options = {"draft_weights": "target", "group_size": group_size}
     want = expected["float32" if group_size == 128 else "float32 in groups of 64"]
     with engine(books_4m, dtype="float32", **quantspec(num_speculative_tokens, **options)) as llm:
