@@ -247,6 +247,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="engines at a time")
     parser.add_argument("--kl", action="store_true", help="measure the cache's error, not acceptance")
     parser.add_argument("--kl-caches", nargs="+", choices=CACHES, default=["quantspec"])
+    parser.add_argument("--kl-dtype", default="auto", help="float32 leaves out what 16-bit arithmetic differs by itself")
     parser.add_argument("--kl-tokens", type=int, default=16384)
     parser.add_argument("--kl-decode-tokens", type=int, default=2048, help="of these through the decode path")
     parser.add_argument("--json", type=Path, help="default: benchmarks/results/acceptance-MODEL.json")
@@ -276,10 +277,10 @@ def main() -> None:
                 ways.append(("decode", args.kl_decode_tokens, 5, arguments | speculating))
             for way, size, chunk, arguments in ways:
                 start = (len(tokens) - size) // 2
-                error = cache_error(str(args.model), tokens[start : start + size], chunk, arguments)
+                error = cache_error(str(args.model), tokens[start : start + size], chunk, arguments, args.kl_dtype)
                 rows.append({"cache": cache, "novel": novel, "path": way, **error})
                 print(rows[-1], flush=True)
-                write_json(path, rows, model=args.model.name)
+                write_json(path, rows, model=args.model.name, dtype=args.kl_dtype)
         return
     for name in args.configs:
         rows += run_config(name, novels, args)

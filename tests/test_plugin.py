@@ -4,6 +4,7 @@ Each case is a process of its own, started at the same time: what a plugin does 
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -12,11 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from server_tools import START_SECONDS, environment
 
 # Prints one line of JSON: what vLLM made of a model and a speculative config in this process, and then of quantspec.
 SCRIPT = """
-import json, sys
+import contextlib, json, sys
+with contextlib.suppress(ImportError):
+    import sitecustomize  # what -S leaves out: the emulation of another CPU (tools/as_avx2.py), for one
 from vllm import LLM, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -64,14 +68,20 @@ def another_plugin(folder: Path) -> Path:
     return folder
 
 
+def beside_what_there_is(folder: Path) -> str:
+    """``folder`` before this process's own PYTHONPATH, but for this checkout, which would be found there uninstalled."""
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return os.pathsep.join([str(folder), *(p for p in paths if p and Path(p).resolve() != ROOT)])
+
+
 @pytest.fixture(scope="module")
 def cases(books_4m, tmp_path_factory):
     """{name: (what was found, log)}"""
     folder = tmp_path_factory.mktemp("plugin")
     script = folder / "script.py"
     script.write_text(SCRIPT)
-    dummy = {"PYTHONPATH": str(another_plugin(folder / "dummy"))}
-    uninstalled = {"PYTHONPATH": str(site_without_quantspec(folder / "site"))}
+    dummy = {"PYTHONPATH": beside_what_there_is(another_plugin(folder / "dummy"))}
+    uninstalled = {"PYTHONPATH": beside_what_there_is(site_without_quantspec(folder / "site"))}
     runs = {  # interpreter's options, speculative config, environment
         "installed": ([], None, {}),
         "switched off": ([], None, {**dummy, "VLLM_PLUGINS": "dummy"}),
