@@ -449,7 +449,7 @@ def _effective_weight(layer: nn.Module, dtype: torch.dtype) -> tuple[torch.Tenso
             one_hot = torch.zeros(len(rows), in_features, dtype=dtype, device=device)
             one_hot[torch.arange(len(rows), device=device), rows] = probe
             columns = layer.quant_method.apply(layer, one_hot, None).t()
-            weight[:, rows[0] : rows[-1] + 1] = columns if probe == 1 else columns.float() / probe
+            weight[:, rows[0] : rows[-1] + 1] = columns.float() / probe
         if bias is not None:
             bias = layer.quant_method.apply(layer, torch.zeros(1, in_features, dtype=dtype, device=device), bias)[0]
     if bias is not None:
@@ -463,15 +463,17 @@ def _exact_input(layer: nn.Module) -> float:
 
     A static scale s makes x a whole number of steps of s: 64 of them are exact in e4m3 and in int8 (and the rounding of
     this value to 16 bits is not seen there). Scales that are found per token or per block make a single value the
-    largest of its kind, or a power of two where they are powers of two, so that 1 is exact.
+    largest of its kind, or a power of two where they are powers of two, so that 1 is exact. It is negative where it may
+    be: a CPU without VNNI adds pairs of products of int8 inputs, counted from -128 up, in 16 bits, and cuts off what the
+    largest of these make with large weights.
     """
     scale, zero_point = getattr(layer, "input_scale", None), getattr(layer, "input_zero_point", None)
     if isinstance(scale, torch.Tensor) and scale.numel():
         # The side of an int8 zero point on which there are 64 steps.
-        above = not isinstance(zero_point, torch.Tensor) or zero_point.max().item() <= 0
-        return (64 if above else -64) * scale.max().item()
+        below = not isinstance(zero_point, torch.Tensor) or zero_point.min().item() >= 0
+        return (-64 if below else 64) * scale.max().item()
     units = getattr(layer, "input_global_scale_inv", None)
     if isinstance(units, torch.Tensor) and units.numel():
         # NVFP4: the largest value of a block, 6, times a block scale in e4m3, in units of one over this.
         return 6 / units.max().item()
-    return 1.0
+    return -1.0
