@@ -9,11 +9,15 @@ from __future__ import annotations
 import difflib
 from typing import TYPE_CHECKING, Any
 
+from vllm.logger import init_logger
+
 from vllm_quantspec.config import CACHE_DTYPES, DEFAULT_CACHE_DTYPE
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
+
+logger = init_logger("vllm.quantspec.cache_dtype")
 
 _KEY = "quantspec_page_bits"
 
@@ -35,6 +39,8 @@ def take_cache_dtype(args: EngineArgs) -> bool:
             f"quantspec: --kv-cache-dtype {name} is kept in additional_config, which is a "
             f"{type(args.additional_config).__name__} here and no dictionary; pass a dictionary."
         )
+    if CACHE_DTYPES[name] == 4:
+        logger.info("KV cache %s: all but the newest tokens in 4 bits; output is near that of 16 bits, not equal to it", name)
     args.kv_cache_dtype = "auto"  # of the exact window: the model's
     args.additional_config = {**args.additional_config, _KEY: CACHE_DTYPES[name]}
     return True
