@@ -38,6 +38,9 @@ ROWS = [
     (8, 5, 32, 32, [131072], None, None),
     (8, 1, 32, 8, [131072], None, None),
     (8, 1, 32, 8, [32768] * 8, None, None),
+    # The target on pages of 4 bits: verification, as decoding is the draft's reading.
+    (4, 5, 32, 8, [131072], None, None),
+    (4, 5, 32, 8, [32768] * 8, None, None),
 ]
 
 
@@ -154,7 +157,8 @@ def copy_bandwidth():
 def name_of(row):
     bits, query_len, query_heads, heads, lengths, *_ = row
     size = f"{lengths[0] // 1024}k" if len(set(lengths)) == 1 else "uneven"
-    return f"{READER[bits]} q{query_len} {query_heads}/{heads} {size} batch {len(lengths)}"
+    reader = READER[bits] if bits == 8 or query_len == 1 else "target, 4 bits"
+    return f"{reader} q{query_len} {query_heads}/{heads} {size} batch {len(lengths)}"
 
 
 def plot(results):

@@ -30,6 +30,15 @@ from end_to_end import LLAMA, RESULTS, SHAPES, synthetic
 from serve_load import VLLM, Load, start_server, stop_server
 
 BENCH_SECONDS = 3600  # longest that `vllm bench serve` may take
+# {configuration: its --kv-cache-dtype}; "quantspec" and "int4" draft on it.
+CONFIGS = {
+    "quantspec": "quantspec_int8",
+    "int4": "quantspec_int4",
+    "cache": "quantspec_int8",
+    "cache-int4": "quantspec_int4",
+    "fp8": "fp8",
+    "bf16": None,
+}
 
 
 def write_model(folder: Path, shape: dict) -> None:
@@ -46,11 +55,11 @@ def write_model(folder: Path, shape: dict) -> None:
 
 
 def server_arguments(config: str, acceptance: float) -> list[str]:
-    """`vllm serve` arguments of "bf16", "cache" or "quantspec"."""
+    """`vllm serve` arguments of one of ``CONFIGS``."""
     arguments = ["--load-format", "dummy"]
-    if config == "cache":
-        arguments += ["--attention-backend", "QUANTSPEC"]
-    elif config == "quantspec":
+    if CONFIGS[config]:
+        arguments += ["--kv-cache-dtype", CONFIGS[config]]
+    if config in ("quantspec", "int4"):
         options = {"method": "quantspec", "num_speculative_tokens": 4, **synthetic("4", acceptance)}
         arguments += ["--speculative-config", json.dumps(options)]
     return arguments
@@ -108,7 +117,7 @@ def serve(config: str, folder: Path, args) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="8b")
-    parser.add_argument("--configs", nargs="+", choices=("quantspec", "cache", "bf16"), default=["quantspec", "bf16"])
+    parser.add_argument("--configs", nargs="+", choices=CONFIGS, default=["quantspec", "bf16"])
     parser.add_argument("--acceptance", type=float, default=0.938, help="of each draft, as in end_to_end.py")
     parser.add_argument("--seconds", type=float, default=40, help="of serve_load.py's clients")
     parser.add_argument("--max-prompt", type=int, default=8000, help="tokens of their longest prompt")

@@ -39,6 +39,15 @@ def test_configurations():
     assert end_to_end.engine_arguments("cache-int4", 0.9, {}, folders) == {"kv_cache_dtype": "quantspec_int4"}
 
 
+def test_server_arguments():
+    assert serve_bench.server_arguments("bf16", 0.9) == ["--load-format", "dummy"]
+    caches = {c: serve_bench.server_arguments(c, 0.9)[3] for c in serve_bench.CONFIGS if c != "bf16"}
+    assert caches["cache"] == caches["quantspec"] == "quantspec_int8" and caches["fp8"] == "fp8"
+    assert caches["cache-int4"] == caches["int4"] == "quantspec_int4"
+    drafting = [c for c in serve_bench.CONFIGS if "--speculative-config" in serve_bench.server_arguments(c, 0.9)]
+    assert drafting == ["quantspec", "int4"]
+
+
 def test_acceptance_granted(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert end_to_end.synthetic("2", 0.9)["synthetic_acceptance_rates"] == [0.9, pytest.approx(0.81)]

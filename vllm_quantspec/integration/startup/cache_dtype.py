@@ -40,7 +40,7 @@ def take_cache_dtype(args: EngineArgs) -> bool:
             f"{type(args.additional_config).__name__} here and no dictionary; pass a dictionary."
         )
     if CACHE_DTYPES[name] == 4:
-        logger.info("KV cache %s: all but the newest tokens in 4 bits; output is near that of 16 bits, not equal to it", name)
+        logger.info("KV cache %s: all but the newest tokens in 4 bits; output is near that of 16 bits, not equal", name)
     args.kv_cache_dtype = "auto"  # of the exact window: the model's
     args.additional_config = {**args.additional_config, _KEY: CACHE_DTYPES[name]}
     return True
