@@ -34,6 +34,7 @@ LONG = (
     "test_serve",
     "test_models",
     "test_ray",
+    "test_int4_cache",
     "test_scheduling",
 )
 FAST = (
