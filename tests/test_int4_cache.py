@@ -121,14 +121,14 @@ def test_a_shared_prefix(llm, tokens):
 
 
 def test_preemption(books_4m, tokens, expected):
-    """A pool that cannot hold them all: requests are preempted and start again, and none is lost."""
-    prompts = [tokens[60 * i : 60 * i + 500 + 130 * i] for i in range(6)]
-    size = {"max_model_len": 2048, "max_num_seqs": 6, "num_gpu_blocks_override": 70}
+    """A pool that holds the prompts and half of the answers: requests are preempted and start again, and none is lost."""
+    prompts = [tokens[60 * i : 60 * i + 90 + 10 * i] for i in range(6)]
+    size = {"max_model_len": 1024, "max_num_seqs": 6, "num_gpu_blocks_override": 45}
     with engine(books_4m, enable_prefix_caching=False, **size, **INT4, **quantspec(4)) as llm:
-        alone = [generate(llm, [p], 140)[0] for p in prompts]
-        together = generate(llm, prompts, 140)
+        alone = [generate(llm, [p], 240)[0] for p in prompts]
+        together = generate(llm, prompts, 240)
         preempted = next(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
-    assert preempted > 0 and [len(a.tokens) for a in together] == [140] * 6
+    assert preempted >= 3 and [len(a.tokens) for a in together] == [240] * 6
     for want, got in zip(alone, together, strict=True):  # what was recomputed as a prompt is read exactly
         different = divergence(want, got)
         assert different is None or different[1] <= READ_IN_4_BITS
