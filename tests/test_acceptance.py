@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import shared_path
-from engine_tools import engine, quantspec, speculation_counts
+from engine_tools import LONG_DTYPE, engine, quantspec, speculation_counts
 from vllm import SamplingParams
 
 NOVELS = ["dracula", "emma", "martin-eden"]
@@ -26,7 +26,7 @@ def novels(books_30m):
 
 @pytest.fixture(scope="module")
 def llm(books_30m):
-    with engine(books_30m, max_model_len=9 * 1024, max_num_seqs=6, **quantspec(DRAFTED)) as llm:
+    with engine(books_30m, max_model_len=9 * 1024, max_num_seqs=6, dtype=LONG_DTYPE, **quantspec(DRAFTED)) as llm:
         yield llm
 
 

@@ -6,7 +6,15 @@ from dataclasses import dataclass
 import pytest
 import torch
 from conftest import ROOT, shared_path
-from engine_tools import QUANTSPEC_CACHE, engine, generate, put_errors_into_drafts, quantspec, speculation_counts
+from engine_tools import (
+    LONG_DTYPE,
+    QUANTSPEC_CACHE,
+    engine,
+    generate,
+    put_errors_into_drafts,
+    quantspec,
+    speculation_counts,
+)
 
 from vllm_quantspec.format import dequantize_keys, dequantize_values, quantize_keys, quantize_values, window_start
 from vllm_quantspec.integration.cache.backend import QuantSpecImpl
@@ -233,12 +241,12 @@ def test_prefill_of_8k_tokens_of_a_novel(books_30m, record_property):
     from transformers import AutoTokenizer
 
     tokens = AutoTokenizer.from_pretrained(books_30m).encode(shared_path("data/books/emma.txt").read_text("utf-8"))
-    check(cache_error(books_30m, tokens[20000 : 20000 + 8192], 512, QUANTSPEC_CACHE), record_property)
+    check(cache_error(books_30m, tokens[20000 : 20000 + 8192], 512, QUANTSPEC_CACHE, LONG_DTYPE), record_property)
 
 
 def test_decode_path_on_a_novel(books_30m, record_property, decode_tokens):
     from transformers import AutoTokenizer
 
     tokens = AutoTokenizer.from_pretrained(books_30m).encode(shared_path("data/books/dracula.txt").read_text("utf-8"))
-    check(cache_error(books_30m, tokens[20000 : 20000 + 2048], 5, quantspec(4)), record_property)
+    check(cache_error(books_30m, tokens[20000 : 20000 + 2048], 5, quantspec(4), LONG_DTYPE), record_property)
     assert decode_tokens[0] == decode_tokens[1] >= 2048

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from engine_tools import (
+    LONG_DTYPE,
     QUANTSPEC_CACHE,
     SCHEDULE,
     assert_drafts_by_schedule,
@@ -128,11 +129,11 @@ def test_novels_on_books_30m(books_30m, novel, request):
     tokens = AutoTokenizer.from_pretrained(books_30m).encode(novel)
     long = 1024 * (8 if "dracula" in request.node.name else 5)
     prompts = prompts_of(tokens, [1, G + 1, 2 * G - 1, 3 * G - 2, 1500]) + [tokens[5000 : 5000 + long]]
-    size = {"max_model_len": 9 * 1024, "max_num_seqs": 8}
+    size = {"max_model_len": 9 * 1024, "max_num_seqs": 8, "dtype": LONG_DTYPE}
     with engine(books_30m, **size, **QUANTSPEC_CACHE) as llm:
         want = generate(llm, prompts, 32)
     with engine(books_30m, **size, **quantspec(5)) as llm:
         got = generate(llm, prompts, 32)
         drafts, accepted = speculation_counts(llm)
-    assert_same_or_tied(want, got, TIE["bfloat16"])
+    assert_same_or_tied(want, got, TIE[LONG_DTYPE])
     assert drafts and accepted[0] > 0.7 * drafts and torch.tensor(accepted).sum() > 0
