@@ -22,6 +22,7 @@
 // Macros: HEAD_SIZE GROUP_SIZE VALUE_GROUP_SIZE WINDOW_BLOCK CODE_BITS (4 or 8, read of each code) IS_BF16 WARPS STAGES
 //         QUERY_GROUP (query heads per KV head) ROW_TILES (of 8 rows, in one pass) PASSES (row tiles' passes)
 //         PAGES_MAY_CHANGE (the kernel before this one may write pages)
+//         SCORES (leave the attention mass of every old page, see `emit`), LISTS (read chosen pages only, see `page_id`)
 
 #include "ptx.cuh"
 
@@ -229,6 +230,7 @@ struct Segment {
   int request, head, tile;
   int first, last;  // positions of the first and the last query token
   int token, rows;  // first query token's index, rows of this row tile
+  int chosen, dense;  // LISTS: pages read from the list, and the page from which on all are read
 };
 
 struct Params {
@@ -244,6 +246,15 @@ struct Params {
       window_head_stride;  // tokens: elements, pools: bytes
   int block_table_stride, window_table_stride, num_requests, num_heads, min_units;
   float scale;  // softmax scale * log2(e)
+  // SCORES
+  int raw_rows;
+  float2* raw;  // [slot][head][part][raw_rows]
+  unsigned char* raw_flags;  // [slot][head][raw_rows / 8]
+  float* lse;  // [token][head * QUERY_GROUP]
+  const int *begin, *num_scored;  // [request]
+  // LISTS
+  const int *page_list, *list_begin, *list_count, *dense_from;  // [head][slot], [request] each
+  i64 list_stride;
 };
 
 DEV int window_start(int position) {  // format.window_start
@@ -251,23 +262,30 @@ DEV int window_start(int position) {  // format.window_start
   return page > 0 ? page * G : 0;
 }
 
-// Units of one (head, row tile) of a request: at least one, so that every output row is written.
-DEV int units_of(int first, int last) {
+// Units of one (head, row tile) of a request: at least one, so that every output row is written. `skipped` old pages are
+// not read.
+DEV int units_of(int first, int last, int skipped) {
   if (last < first || first < 0) return 1;
   const int start = window_start(first);
-  return start / 32 + WINDOW_COST * ((last - start) / 16 + 1) + SEGMENT_COST;
+  return start / 32 - skipped * (G / 32) + WINDOW_COST * ((last - start) / 16 + 1) + SEGMENT_COST;
 }
 
 __shared__ int prefix[MAX_CHUNKS * 32], chunk_begin[MAX_CHUNKS + 1];
 
 struct Request {
-  int token, queries, length, units;
+  int token, queries, length, units, chosen, dense;
 };
 
 DEV Request request_at(const Params& p, int r) {
   Request x;
   x.token = p.query_start_loc[r], x.queries = p.query_start_loc[r + 1] - x.token, x.length = p.seq_lens[r];
-  x.units = units_of(x.length - x.queries, x.length - 1);
+  x.chosen = x.dense = 0;
+#if LISTS
+  const int chosen = p.list_count[r], dense = p.dense_from[r];
+  // What a padded row of a CUDA graph has is another request's.
+  if (0 < chosen && chosen <= dense && dense * G <= window_start(x.length - x.queries)) x.chosen = chosen, x.dense = dense;
+#endif
+  x.units = units_of(x.length - x.queries, x.length - 1, x.dense - x.chosen);
   return x;
 }
 
@@ -313,6 +331,7 @@ DEV Segment segment_at(const Params& p, int unit) {
   Segment s;
   s.request = low, s.token = r.token;
   s.first = r.length - r.queries, s.last = r.length - 1;
+  s.chosen = r.chosen, s.dense = r.dense;
   const int begin = prefix[low] + chunk_begin[low / 32], index = (u32)(unit - begin) / (u32)r.units;
   s.begin = begin + index * r.units, s.end = s.begin + r.units;
   s.head = (u32)index / PASSES, s.tile = index - s.head * PASSES;
@@ -519,6 +538,31 @@ DEV void attend_window(State& st, const u32 (&query)[NT][MT][2], u32 stage, cons
   }
 }
 
+// ---- Which pages are read, and what each of them weighs --------------------------------------------------------------
+// The pool block of a segment's n-th old page: those of the list first, then all from `dense` on.
+DEV int page_id(const Params& p, const Segment& seg, const int* table, int n, int last_page) {
+#if LISTS
+  if (n < seg.chosen) return __ldg(p.page_list + seg.head * p.list_stride + p.list_begin[seg.request] + n);
+#endif
+  return __ldg(table + min(n - seg.chosen + seg.dense, last_page));
+}
+
+#if SCORES
+// Leave what the warp has summed when it is done with a page, or with the part of it that it reads: of each row the sum of
+// 2^(score - top), and top. A page's own mass is the difference to the page before; `reduce_scores` takes it, since
+// here every instruction would count. Part 0 is of the warp that has read the page's first slice; if that one was the
+// warp's own first, there is nothing to subtract (flag 1); if it has not read the last (no flag 2), part 1 has the rest.
+DEV void emit(const State& st, const Params& p, const Segment& seg, int slot, int part, int flags, int lane) {
+  const i64 at = (i64)slot * p.num_heads + seg.head;
+  float2* to = p.raw + (at * 2 + part) * p.raw_rows + seg.tile * ROWS;
+  if (lane < 4)
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+      *(float4*)(to + n * 8 + 2 * lane) = make_float4(st.sums[n][0][2], st.top[n][0], st.sums[n][0][3], st.top[n][1]);
+  if (lane < NT && part == 0) p.raw_flags[at * (p.raw_rows / 8) + seg.tile * NT + lane] = flags;
+}
+#endif
+
 // ---- A warp's part of a segment -------------------------------------------------------------------------------------
 DEV void load_query(u32 (&x)[NT][MT][2], const Params& p, const Segment& seg, int lane) {
 #pragma unroll
@@ -534,7 +578,9 @@ DEV void attend(State& st, const Params& p, const Segment& seg, int begin, int e
   reset(st);
   if (seg.last < seg.first || seg.first < 0 || seg.rows <= 0) return;
   constexpr int PER = G / 32;
-  const int start = window_start(seg.first), plain = start / 32;
+  // Slices that are not read: slice i of those that are is slice i + skipped of the request (if it is not of the list).
+  const int skipped = (seg.dense - seg.chosen) * PER;
+  const int start = window_start(seg.first), plain = start / 32 - skipped;
   // Units from `plain` on are 16 tokens, cost WINDOW_COST each, and belong to the warp that holds their first.
   const int b = begin - seg.begin, e = end - seg.begin;
   const int recent_b = max(0, b - plain + WINDOW_COST - 1) / WINDOW_COST,
@@ -544,7 +590,7 @@ DEV void attend(State& st, const Params& p, const Segment& seg, int begin, int e
   // Everything that the first slices wait for is requested before any of it is used.
   const int* table = p.block_table + (i64)seg.request * p.block_table_stride;
   const int page_b = slice_b / PER, last_page = seg.last / G;
-  int ids = __ldg(table + min(page_b + lane, last_page)), next_ids = __ldg(table + min(page_b + 32 + lane, last_page));
+  int ids = page_id(p, seg, table, page_b + lane, last_page), next_ids = page_id(p, seg, table, page_b + 32 + lane, last_page);
   // The window's blocks from `start` on, one per lane; the last missing one below the first position ends what it
   // lacks.
   const int entry = start / WINDOW_BLOCK + lane;
@@ -558,7 +604,7 @@ DEV void attend(State& st, const Params& p, const Segment& seg, int begin, int e
   if (missing) exact_start = min(seg.first, (start / WINDOW_BLOCK + 32 - __clz(missing)) * WINDOW_BLOCK);
   const int low = max(start, exact_start),
             high = max(window_start(seg.last), exact_start);  // boundaries of first and last row
-  const int slice_e = min(most_e, (high + 31) / 32);
+  const int slice_e = min(most_e, (high + 31) / 32 - skipped);
 
   if (slice_b < slice_e) {
     const unsigned char* pool = p.pages + seg.head * p.head_stride;
@@ -568,7 +614,7 @@ DEV void attend(State& st, const Params& p, const Segment& seg, int begin, int e
         const int index = loaded / PER - page_b, part = loaded & (PER - 1);
         if ((index & 31) == 0 && index > 0 && part == 0) {
           ids = next_ids;
-          next_ids = __ldg(table + min(page_b + index + 32 + lane, last_page));
+          next_ids = page_id(p, seg, table, page_b + index + 32 + lane, last_page);
         }
         const unsigned char* page = pool + __shfl_sync(ALL, ids, index & 31) * p.page_stride;
         load_slice(ring + slot * STAGE, page, part, part == 0 || loaded == slice_b, lane);
@@ -577,6 +623,10 @@ DEV void attend(State& st, const Params& p, const Segment& seg, int begin, int e
       commit();
     };
     __syncwarp();
+#if SCORES
+    // Written by the kernel before this one, perhaps: not read before the wait, as a segment is.
+    const int scored_at = p.num_scored[seg.request] > 0 ? p.begin[seg.request] : -1;
+#endif
 #pragma unroll
     for (int i = 0; i < S - 1; i++) load_next(i);
 #pragma unroll
@@ -592,15 +642,28 @@ DEV void attend(State& st, const Params& p, const Segment& seg, int begin, int e
     }
     Keys keys;
     int slot = 0;
-    for (int i = slice_b; i < slice_e; i++) {
+    auto next_slice = [&](int i, bool new_page) {
       wait<S - 2>();
       __syncwarp();
       load_next(slot == 0 ? S - 1 : slot - 1);
       const u32 stage = ring + slot * STAGE;
-      if (i == slice_b || (i & (PER - 1)) == 0) scale_query(keys, stage, query, lane);
-      attend_slice(st, keys, stage, p, seg, i * 32, exact_start, i * 32 + 32 > low, lane);
+      if (new_page) scale_query(keys, stage, query, lane);
+      const int token = (i + skipped) * 32;  // of the list: a smaller one than it has, and read by every row as well
+      attend_slice(st, keys, stage, p, seg, token, exact_start, token + 32 > low, lane);
       slot = slot == S - 1 ? 0 : slot + 1;
+    };
+#if SCORES  // a loop of their own for the slices of a page: what is left of it costs registers, and every slice would pay
+    for (int page = slice_b / PER; page * PER < slice_e; page++) {
+      const int page_b = max(slice_b, page * PER), page_e = min(slice_e, page * PER + PER);
+      for (int i = page_b; i < page_e; i++) next_slice(i, i == page_b);
+      if (page_b < plain && scored_at >= 0) {
+        const bool whole = page_e == page * PER + PER;
+        emit(st, p, seg, scored_at + page, slice_b > page * PER, (slice_b == page * PER) | whole << 1, lane);
+      }
     }
+#else
+    for (int i = slice_b; i < slice_e; i++) next_slice(i, i == slice_b || (i & (PER - 1)) == 0);
+#endif
     wait<0>();
     __syncwarp();
   }
@@ -655,6 +718,12 @@ __shared__ int part_of[2][NW], warp_begin[NW + 1];
 __shared__ float weight_of[NW][ROWS];
 __shared__ Segment edges[2];  // a CTA's first and last: reading lengths again is slow under load
 
+#if SCORES
+DEV void store_lse(const Params& p, const Segment& s, int row, float top, float sum) {
+  p.lse[row_offset(p, s, row, (i64)p.num_heads * QUERY_GROUP * D) / D] = __log2f(sum) + top;
+}
+#endif
+
 DEV void store_part(const State& st, const Params& p, const Segment& seg, bool whole, bool last, unsigned char* own,
                     float* spill, int warp, int lane) {
   const int g = lane >> 2, t = lane & 3;
@@ -672,6 +741,9 @@ DEV void store_part(const State& st, const Params& p, const Segment& seg, bool w
           o[mt * 16] = to_exact(output_of(st, n, mt, e) * inverse);
           o[mt * 16 + 8] = to_exact(output_of(st, n, mt, e + 2) * inverse);
         }
+#if SCORES
+        if (g == 0) store_lse(p, seg, row, st.top[n][e], sum);
+#endif
       } else {
         float* o = (last ? (float*)own : spill) + row * (D + 4) + g;
 #pragma unroll
@@ -716,6 +788,9 @@ DEV void merge_warps(const Params& p, const Segment& seg, bool inside, float* pa
     const float sum = warp_sum(weight * state.y);
     if (lane < NW) weight_of[lane][row] = inside ? (sum > 0.f ? weight / sum : 0.f) : weight;
     if (!inside && lane == 0) ((float2*)(partial + ROWS * D))[row] = make_float2(top, sum);
+#if SCORES
+    if (inside && lane == 0) store_lse(p, seg, row, top, sum);
+#endif
   }
   __syncthreads();
   for (int x = threadIdx.x; x < seg.rows * (D / 4); x += THREADS) {
@@ -817,6 +892,9 @@ DEV void merge_ctas(const Params& p, const Segment& seg, int per_cta, int all_un
     if (busy && way == 0 || busy && ways == 1) {
       const float inverse = sum > 0.f ? 1.f / sum : 0.f;
       store_row(p, seg, row, at % (D / 4) * 4, make_float4(o.x * inverse, o.y * inverse, o.z * inverse, o.w * inverse));
+#if SCORES
+      if (at % (D / 4) == 0) store_lse(p, seg, row, top, sum);
+#endif
     }
   }
 }
@@ -827,12 +905,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(const 
   const int per_cta = max((total + (int)gridDim.x - 1) / (int)gridDim.x, p.min_units);
   const int cta_b = min(total, (int)blockIdx.x * per_cta), cta_e = min(total, cta_b + per_cta);
   if (cta_b >= cta_e) return wait_for_predecessor();
-  auto begin_of = [&](int w) { return cta_b + (int)((u32)((cta_e - cta_b) * w) / NW); };
+  // With SCORES a warp has a page's slices at least, so that no page is cut into more than two parts.
+  auto begin_of = [&](int w) {
+    const int begin = (int)((u32)((cta_e - cta_b) * w) / NW);
+    return cta_b + (SCORES ? min(cta_e - cta_b, max(begin, w * (G / 32))) : begin);
+  };
   if (threadIdx.x <= NW) warp_begin[threadIdx.x] = begin_of(threadIdx.x);
   if (threadIdx.x < 2 * NW) part_of[threadIdx.x / NW][threadIdx.x % NW] = -1;
   if (warp == NW - 1 && lane < 2) edges[lane] = segment_at(p, lane ? cta_e - 1 : cta_b);
   __syncthreads();
-  if (PAGES_MAY_CHANGE) wait_for_predecessor();
+  if (PAGES_MAY_CHANGE || SCORES) wait_for_predecessor();
 
   unsigned char* const own = smem + warp * WARP_BYTES;
   const int end = begin_of(warp + 1);

@@ -8,11 +8,13 @@ import ctypes
 import math
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from vllm_quantspec.format import PageFormat
 from vllm_quantspec.kernels import nvrtc
+from vllm_quantspec.kernels.cpu_page_selection import PageSelection
 from vllm_quantspec.kernels.device import MIN_CAPABILITY, Device, device_properties
 from vllm_quantspec.kernels.workspace import Workspace
 
@@ -27,8 +29,37 @@ class _Params(ctypes.Structure):
         + [(name, ctypes.c_int64) for name in ("query_stride", "out_stride", "page_stride", "head_stride")]
         + [(name, ctypes.c_int64) for name in ("window_stride", "window_head_stride")]
         + [(name, ctypes.c_int) for name in ("block_table_stride", "window_table_stride", "num_requests", "num_heads")]
-        + [("min_units", ctypes.c_int), ("scale", ctypes.c_float)]
+        + [("min_units", ctypes.c_int), ("scale", ctypes.c_float), ("raw_rows", ctypes.c_int)]
+        + [(name, ctypes.c_void_p) for name in ("raw", "flags", "lse", "begin", "num_scored")]
+        + [(name, ctypes.c_void_p) for name in ("page_list", "list_begin", "list_count", "dense_from")]
+        + [("list_stride", ctypes.c_int64)]
     )
+
+
+class ScoresOut(NamedTuple):
+    """Where a launch leaves the attention mass of old pages; `page_selection.reduce_scores` makes scores of it.
+
+    raw: float32 [C, H, 2, M, 2], contiguous, M at least `raw_rows` and a multiple of 8. Of the up to two parts that a page
+        is read in, and of each row, the sum of 2^(score - top) over all that the part's reader has read of the request when
+        it is done with the page, and top. Row = query token of the request * (Hq / H) + head of the group.
+    flags: uint8 [C, H, M / 8], contiguous, of 8 rows each: 1 if part 0's reader began with this page, so that the sum is the
+        page's own; else the page before, its last part, has what is to be subtracted. 2 if part 0 is the whole page.
+        Part 1's reader always begins with its page.
+    lse: float32 [T or more, Hq], contiguous: log2 of each row's sum of 2^score, over everything that it reads.
+    begin, num_scored: int32 [R or more], of `scored_pages`: which requests' pages are scored, and where they are written.
+    """
+
+    raw: torch.Tensor
+    flags: torch.Tensor
+    lse: torch.Tensor
+    begin: torch.Tensor
+    num_scored: torch.Tensor
+
+
+def raw_rows(head_size: int, query_rows: int) -> int:
+    """Rows that a launch writes of a KV head and request with ``query_rows``: padded to the kernel's tiles."""
+    tiles, passes = row_tiles(head_size, query_rows)
+    return 8 * tiles * passes
 
 
 def decode_attention(
@@ -46,6 +77,8 @@ def decode_attention(
     max_query_len: int,
     out: torch.Tensor | None = None,
     pages_may_change: bool | None = None,
+    scores: ScoresOut | None = None,
+    selection: PageSelection | None = None,
     warps_and_stages: tuple[int, int] | None = None,
     overlap: bool = True,
 ) -> torch.Tensor:
@@ -70,6 +103,8 @@ def decode_attention(
         out: [T, Hq, D] like query; rows outside query_start_loc are left as they are.
         pages_may_change: whether the kernel launched before may write pages; by default as it is on pages of 8 bits: where
             all of them are read.
+        scores: leave there what each row's old pages weigh, those below window_start of a request's first row.
+        selection: read these pages only, and the window. A request whose ``dense_from`` does not fit its length reads all.
         warps_and_stages: overrides the launch configuration, for tuning.
         overlap: False for a launch that begins when the one before has ended, whatever that one writes.
 
@@ -86,9 +121,13 @@ def decode_attention(
     )
     tiles, passes = row_tiles(fmt.head_size, max_query_len * per_head)
     device = query.device.index
+    _check_sparse(fmt, scores, selection, query, seq_lens.shape[0], raw_rows(fmt.head_size, max_query_len * per_head))
     with torch.cuda.device(device):
         may_change = bits == 8 if pages_may_change is None else pages_may_change
-        kernel, warps, sizes = _kernel(fmt, bits, per_head, tiles, passes, device, may_change, warps_and_stages, overlap)
+        sparse = scores is not None, selection is not None
+        kernel, warps, sizes = _kernel(
+            fmt, bits, per_head, tiles, passes, device, may_change, sparse, warps_and_stages, overlap
+        )
         requests = seq_lens.shape[0]
         partial, spill, arrived = _workspace.tensors(device, *sizes, 2 * requests * fmt.num_kv_heads * passes)
         params = _Params(
@@ -97,8 +136,12 @@ def decode_attention(
             *(query.stride(0), out.stride(0), pages.stride(0), pages.stride(1)),
             *(window.stride(i) * window.element_size() for i in (0, 1)),
             *(block_table.stride(0), window_block_table.stride(0), requests, fmt.num_kv_heads),
-            warps,
+            warps * (fmt.group_size // 32 if scores else 1),
             softmax_scale * math.log2(math.e),
+            scores.raw.shape[3] if scores else 0,
+            *((x.data_ptr() for x in scores) if scores else 5 * [None]),
+            *((x.data_ptr() for x in selection) if selection else 4 * [None]),
+            selection.page_list.stride(0) if selection else 0,
         )
         nvrtc.launch(kernel, params)
     return out
@@ -143,6 +186,33 @@ def _check(
     return query.shape[1] // heads
 
 
+def _check_sparse(fmt, scores, selection, query, requests: int, rows: int) -> None:
+    shapes = {}
+    if scores is not None:
+        slots, raw_rows = scores.raw.shape[0], scores.raw.shape[-2]
+        shapes["raw"] = scores.raw, torch.float32, (slots, fmt.num_kv_heads, 2, rows, 2)
+        shapes["flags"] = scores.flags, torch.uint8, (slots, fmt.num_kv_heads, raw_rows // 8)
+        shapes["lse"] = scores.lse, torch.float32, query.shape[:2]
+        shapes |= {name: (getattr(scores, name), torch.int32, (requests,)) for name in ("begin", "num_scored")}
+        exact = (*scores.raw.shape[1:3], raw_rows % 8, *scores.flags.shape, scores.lse.shape[1])
+        if exact != (fmt.num_kv_heads, 2, 0, slots, fmt.num_kv_heads, raw_rows // 8, query.shape[1]):
+            raise ValueError(
+                f"raw {list(scores.raw.shape)}, flags {list(scores.flags.shape)} and lse {list(scores.lse.shape)} do not "
+                f"fit each other, {fmt.num_kv_heads} KV heads and {query.shape[1]} query heads."
+            )
+    if selection is not None:
+        shapes["page_list"] = selection.page_list, torch.int32, (fmt.num_kv_heads, 1)
+        shapes |= {name: (getattr(selection, name), torch.int32, (requests,)) for name in ("begin", "count", "dense_from")}
+    for name, (x, dtype, least) in shapes.items():
+        fits = x.dim() == len(least) and all(a >= b for a, b in zip(x.shape, least, strict=True))
+        dense = x.is_contiguous() or (name == "page_list" and x.stride(1) == 1)
+        if x.dtype != dtype or not fits or not dense:
+            raise ValueError(
+                f"{name} must be contiguous {dtype} of at least {list(least)}, got {x.dtype} {list(x.shape)} with strides "
+                f"{x.stride()}."
+            )
+
+
 # --- Compiling --------------------------------------------------------------------------------------------------------
 
 
@@ -178,7 +248,7 @@ def _configuration(fmt: PageFormat, bits: int, tiles: int, device: Device) -> tu
     )
 
 
-def check_shapes(fmt: PageFormat, num_heads: int, max_query_len: int, bits: int, device: int) -> None:
+def check_shapes(fmt: PageFormat, num_heads: int, max_query_len: int, bits: int, device: int, scores: bool = False) -> None:
     """Whether steps of up to ``max_query_len`` tokens per request can be launched on CUDA device ``device``.
 
     Raises:
@@ -198,6 +268,7 @@ def _kernel(
     passes: int,
     device: int,
     pages_may_change: bool,
+    sparse: tuple[bool, bool],
     warps_and_stages: tuple[int, int] | None,
     overlap: bool,
 ) -> tuple[nvrtc.Kernel, int, tuple[int, int]]:
@@ -219,6 +290,8 @@ def _kernel(
         "STAGES": stages,
         "IS_BF16": int(fmt.dtype == torch.bfloat16),
         "PAGES_MAY_CHANGE": int(pages_may_change),
+        "SCORES": int(sparse[0]),
+        "LISTS": int(sparse[1]),
     }
     shared_bytes = warps * _bytes_per_warp(fmt, bits, tiles, stages)
     grid, rows = properties.num_multiprocessors, 8 * tiles

@@ -88,16 +88,36 @@ def read_cache(
     return keys, values
 
 
-def causal_attention(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, first: int, softmax_scale: float
+def attention_probs(
+    query: torch.Tensor, keys: torch.Tensor, first: int, softmax_scale: float, keep: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Attention fp32 [T, Hq, D] of query tokens [T, Hq, D] at positions `first` on over all tokens' [S, H, D]."""
+    """Probabilities fp32 [H, Hq/H, T, S] of query tokens [T, Hq, D] at positions `first` on over keys [S, H, D].
+
+    `keep` bool [H, S]: what each KV head reads at all.
+    """
     q = query.float().unflatten(1, (keys.shape[1], -1))
     scores = torch.einsum("thqd,shd->hqts", q, keys.float()) * softmax_scale
     position = first + torch.arange(len(query), device=query.device)
     hidden = torch.arange(len(keys), device=query.device) > position[:, None]
-    probs = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-    return torch.einsum("hqts,shd->thqd", probs, values.float()).flatten(1, 2)
+    if keep is not None:
+        hidden = hidden | ~keep[:, None, None]
+    return scores.masked_fill(hidden, -torch.inf).softmax(-1)
+
+
+def causal_attention(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, first: int, softmax_scale: float
+) -> torch.Tensor:
+    """Attention fp32 [T, Hq, D] of query tokens [T, Hq, D] at positions `first` on over all tokens' [S, H, D]."""
+    return torch.einsum("hqts,shd->thqd", attention_probs(query, keys, first, softmax_scale), values.float()).flatten(1, 2)
+
+
+def chosen_tokens(fmt: PageFormat, selection, block_table_row: torch.Tensor, r: int, length: int) -> torch.Tensor:
+    """bool [H, length]: what request r's drafts read of its first `length` tokens; `selection` as in `decode_attention`."""
+    begin, count, dense = (int(x[r]) for x in (selection.begin, selection.count, selection.dense_from))
+    page = torch.arange(length, device=block_table_row.device) // fmt.group_size
+    chosen = selection.page_list[:, begin : begin + count]
+    listed = (block_table_row[page][None, :, None] == chosen[:, None]).any(-1)
+    return listed & (page < dense) | (page >= dense)
 
 
 def decode_attention(
@@ -111,6 +131,9 @@ def decode_attention(
     window_block_table: torch.Tensor,
     softmax_scale: float,
     bits: int,
+    selection=None,
+    scores: torch.Tensor | None = None,
+    begin: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of a few query tokens per request; the step's own keys and values are in the window already.
 
@@ -121,6 +144,10 @@ def decode_attention(
         block_table: [R, any], page ids; entry = position // G.
         window_block_table: [R, any], window block ids; entry = position // W.
         bits: of each code that are read: 4 reads the upper codes of pages, 8 both.
+        selection: of one layer, with page_list [H, C], begin, count and dense_from [R] of `cpu_page_selection`: of pages
+            below dense_from, only those of the list are read.
+        scores: [H, C, Q], gets the attention mass of the pages below window_start of each request's first token, at
+            begin [R] on.
 
     Returns:
         [T, Hq, D] in the query's dtype.
@@ -135,7 +162,13 @@ def decode_attention(
             start = max(window_start(position, fmt.group_size), exact)
             caches = (pages, window, block_table[r], window_block_table[r])
             keys, values = read_cache(fmt, *caches, start, position + 1, bits)
-            out[i] = causal_attention(query[i : i + 1], keys, values, position, softmax_scale)[0]
+            keep = None if selection is None else chosen_tokens(fmt, selection, block_table[r], r, position + 1)
+            probs = attention_probs(query[i : i + 1], keys, position, softmax_scale, keep)
+            out[i] = torch.einsum("hqts,shd->thqd", probs, values.float()).flatten(1, 2)[0]
+            if scores is not None:
+                count = window_start(first, fmt.group_size) // fmt.group_size
+                mass = probs[:, :, 0, : count * fmt.group_size].unflatten(-1, (count, fmt.group_size)).sum((1, 3))
+                scores[:, int(begin[r]) : int(begin[r]) + count, i - starts[r]] = mass.to(scores.dtype)
     return out
 
 

@@ -4,13 +4,19 @@ import pytest
 import torch
 
 from vllm_quantspec.format import PageFormat, window_start
-from vllm_quantspec.kernels import cache_update, reference
+from vllm_quantspec.kernels import cache_update, cpu_page_selection, page_selection, reference
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
 pytest.importorskip("cuda.bindings", reason="needs cuda.bindings, which comes with CUDA PyTorch")
 
-from vllm_quantspec.kernels.decode_attention import decode_attention  # noqa: E402
+from vllm_quantspec.kernels.decode_attention import (  # noqa: E402
+    PageSelection,
+    ScoresOut,
+    decode_attention,
+    raw_rows,
+)
+from vllm_quantspec.kernels.scored_pages import scored_pages  # noqa: E402
 
 DEVICE = "cuda"
 
@@ -74,11 +80,45 @@ class Case:
         decode_attention(*self.arguments(bits), max_query_len=self.max_query_len, out=out, **options)
         return out
 
-    def expected(self, bits):
-        return reference.decode_attention(*self.arguments(bits, self.window.nan_to_num(0)))
+    def expected(self, bits, **options):
+        return reference.decode_attention(*self.arguments(bits, self.window.nan_to_num(0)), **options)
+
+    def choose(self, share: float, seed: int = 0) -> PageSelection:
+        """Random pages of each KV head; the last request reads all of its, where there is more than one."""
+        generator = torch.Generator().manual_seed(seed)
+        begin, pages = cpu_page_selection.scored_pages(self.fmt, self.query_start_loc, self.seq_lens, 1 << 30)
+        dense = (pages - (pages > 3).int() * torch.arange(len(pages), device=DEVICE).int() % 2).clamp_min(0)
+        count = (dense * share).ceil().int()
+        if len(count) > 1:
+            count[-1] = dense[-1] = 0
+        lists = torch.full((self.fmt.num_kv_heads, int(pages.sum()) + 7), 1 << 30, dtype=torch.int32, device=DEVICE)
+        for r, (b, n, k) in enumerate(zip(begin.tolist(), dense.tolist(), count.tolist(), strict=True)):
+            for row in lists:
+                chosen = torch.randperm(n, generator=generator)[:k].sort().values
+                row[b : b + k] = self.block_table[r, chosen.to(DEVICE)]
+        return PageSelection(lists, begin, count, dense)
+
+    def scored(self, bits, slots=None, **options):
+        """Masses float32 [H, C, Q] as the kernel leaves them, begin and num_scored."""
+        fmt, per_head = self.fmt, self.query.shape[1] // self.fmt.num_kv_heads
+        pages = int((self.seq_lens // fmt.group_size).sum()) + 5
+        slots = pages if slots is None else slots
+        rows = raw_rows(fmt.head_size, (self.max_query_len + 1) * per_head)
+        raw = torch.full((slots, fmt.num_kv_heads, 2, rows, 2), float("nan"), device=DEVICE)
+        flags = torch.full((slots, fmt.num_kv_heads, rows // 8), 77, dtype=torch.uint8, device=DEVICE)
+        lse = torch.full((len(self.query) + 2, self.query.shape[1]), float("nan"), device=DEVICE)
+        begin, num_scored = torch.full((2, len(self.seq_lens) + 1), -7, dtype=torch.int32, device=DEVICE)
+        scored_pages(fmt, self.query_start_loc, self.seq_lens, begin, num_scored, num_slots=slots)
+        out = self.run(bits, scores=ScoresOut(raw, flags, lse, begin, num_scored), **options)
+        result = torch.full((fmt.num_kv_heads, slots, self.max_query_len), float("nan"), device=DEVICE)
+        page_selection.reduce_scores(
+            raw, flags, lse, self.query_start_loc, begin, num_scored, result, max_pages=max(1, slots)
+        )
+        return out, result, begin[:-1], num_scored[:-1]
 
     def check(self, bits, **options):
-        got, expected = self.run(bits, **options).float(), self.expected(bits).float()
+        twin = {name: options[name] for name in ("selection",) if name in options}
+        got, expected = self.run(bits, **options).float(), self.expected(bits, **twin).float()
         error = (got - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-3)
         assert error.max() < (1e-2 if self.fmt.dtype == torch.bfloat16 else 4e-3)
 
@@ -238,3 +278,80 @@ def test_refuses():
     case.seq_lens = case.seq_lens.long()
     with pytest.raises(ValueError, match="seq_lens must be int32"):
         case.run(4)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize(
+    "head_size, group_size, heads, query_heads",
+    [(128, 128, 8, 32), (128, 64, 2, 14), (64, 128, 2, 4), (64, 64, 2, 32), (96, 64, 2, 8), (256, 128, 2, 16)],
+)
+def test_chosen_pages(head_size, group_size, heads, query_heads, share):
+    fmt = PageFormat(heads, head_size, group_size)
+    lengths = [40 * group_size + 3, 2 * group_size, 5 * group_size + 17, 133 * group_size + 5, 3, 9 * group_size]
+    case = Case(fmt, query_heads, lengths, [1] * len(lengths), hits=[0, 0, 4 * group_size, 0, 0, 0])
+    case.check(4, selection=case.choose(share))
+
+
+@pytest.mark.parametrize("batch", [1, 7, 200])
+def test_chosen_pages_of_many_lengths(batch):
+    generator = torch.Generator().manual_seed(batch)
+    lengths = [int(2 ** (6 + 9 * torch.rand(1, generator=generator))) for _ in range(batch)]
+    case = Case(PageFormat(2, 128), 8, lengths, [1] * batch)
+    case.check(4, selection=case.choose(0.2))
+
+
+def test_a_choice_that_does_not_fit_the_length_is_not_used():
+    case = Case(PageFormat(2, 128), 8, [3000, 1000], [1, 1])
+    selection = case.choose(0.3)
+    selection.dense_from[:] = 30
+    selection.count[:] = 5
+    assert torch.equal(case.run(4, selection=selection), case.run(4))
+
+
+@pytest.mark.parametrize("query_len", [1, 5, 9])
+@pytest.mark.parametrize(
+    "head_size, group_size, heads, query_heads, bits",
+    [
+        (128, 128, 8, 32, 8),
+        (128, 128, 2, 2, 8),
+        (128, 64, 2, 14, 8),
+        (64, 128, 2, 4, 8),
+        (64, 64, 2, 32, 8),
+        (96, 64, 2, 8, 8),
+        (256, 128, 2, 16, 8),
+        (128, 128, 8, 32, 4),
+    ],
+)
+def test_scores(head_size, group_size, heads, query_heads, bits, query_len):
+    fmt = PageFormat(heads, head_size, group_size, bits=bits)
+    lengths = [40 * group_size + 3, query_len, 5 * group_size + 17, 133 * group_size + 5, 2 * group_size + 1]
+    query_lens = [query_len, query_len, 1, query_len, query_len]
+    case = Case(fmt, query_heads, lengths, query_lens, hits=[0, 0, 4 * group_size, 0, 0])
+    out, got, begin, num_scored = case.scored(bits)
+    torch.testing.assert_close(out, case.run(bits), rtol=0.02, atol=2e-3)  # cut between warps elsewhere
+    expected = torch.full_like(got, float("nan"))
+    begins, pages = cpu_page_selection.scored_pages(fmt, case.query_start_loc, case.seq_lens, got.shape[1])
+    case.expected(bits, scores=expected, begin=begins)
+    assert torch.equal(num_scored, pages) and torch.equal(begin[pages > 0], begins[pages > 0])
+    assert torch.equal(got.isnan(), expected.isnan())
+    torch.testing.assert_close(got, expected, rtol=0.02, atol=1e-4, equal_nan=True)  # tops of some 100 are rounded
+
+
+def test_scores_of_long_and_many_requests():
+    generator = torch.Generator().manual_seed(1)
+    lengths = [int(2 ** (4 + 9 * torch.rand(1, generator=generator))) for _ in range(90)] + [70_000]
+    case = Case(PageFormat(2, 128), 8, lengths, [1 + i % 5 for i in range(90)] + [5])
+    _, got, begin, num_scored = case.scored(8)
+    expected = torch.full_like(got, float("nan"))
+    begins, pages = cpu_page_selection.scored_pages(case.fmt, case.query_start_loc, case.seq_lens, got.shape[1])
+    case.expected(8, scores=expected, begin=begins)
+    assert torch.equal(num_scored, pages)
+    assert torch.equal(got.isnan(), expected.isnan())
+    torch.testing.assert_close(got, expected, rtol=0.02, atol=1e-4, equal_nan=True)  # tops of some 100 are rounded
+
+
+def test_scores_that_do_not_fit():
+    case = Case(PageFormat(2, 128), 8, [3000, 9000, 700], [5, 5, 5])
+    _, got, begin, num_scored = case.scored(8, slots=30)
+    assert num_scored.tolist() == [22, 0, 0] and begin.tolist() == [0, 0, 0]
+    assert got[:, :22].isfinite().all() and got[:, 22:].isnan().all()
