@@ -5,6 +5,9 @@ column of a byte depends on its index modulo 64 only up to the row, so a tile is
 64 factors, summed over tiles first and over lanes last. Scales are folded into the query (keys) and the probabilities
 (values), minima are one dot product per page; codes are converted to float once for all query rows.
 
+For sparse drafts (see `cpu_page_selection`) a verification leaves the attention mass of old pages, `ScoresOut`, and a draft
+reads chosen ones only, `PageSelection`.
+
 Numbers: benchmarks/cpu_attention.py.
 """
 
@@ -12,16 +15,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from vllm_quantspec.format import PageFormat, window_start
+from vllm_quantspec.kernels.cpu_page_selection import PageSelection
 from vllm_quantspec.kernels.cpu_threads import split
 from vllm_quantspec.kernels.numba_jit import jit
 from vllm_quantspec.kernels.step import exact_start
 
 _PAGES_PER_TASK = 16
+# Kinds of tasks: the exact window, pages of the block table, pages of a `PageSelection`.
+_WINDOW, _PAGES, _CHOSEN = 0, 1, 2
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _LOG2E = 1.4426950408889634
 _FIELDS = ("k_upper", "v_upper", "k_scale", "k_min", "v_scale", "v_min", "k_lower", "v_lower")
@@ -155,8 +162,11 @@ def _fold_lanes(sums, m, out, first, row):
 
 
 @jit
-def _softmax_step(scores, rows, tokens, maximum, total, output, dim, bits):
-    """scores [rows, tokens] (base 2) to probabilities under the running maximum; rescales what was summed before."""
+def _softmax_step(scores, rows, tokens, maximum, total, output, dim, bits, added):
+    """scores [rows, tokens] (base 2) to probabilities under the running maximum; rescales what was summed before.
+
+    ``added`` [rows] are the sums of these probabilities.
+    """
     for m in range(rows):
         new = maximum[m]
         for i in range(tokens):
@@ -170,10 +180,11 @@ def _softmax_step(scores, rows, tokens, maximum, total, output, dim, bits):
         for i in range(tokens):
             scores[m, i] -= new
         _exp2(scores[m], tokens, bits)
-        added = np.float32(0.0)
+        this = np.float32(0.0)
         for i in range(tokens):
-            added += scores[m, i]
-        total[m] += added
+            this += scores[m, i]
+        added[m] = this
+        total[m] += this
 
 
 @jit
@@ -190,9 +201,12 @@ def _load_scales(u16, scale_at, minimum_at, count, both, bits, scale, minimum):
 @jit
 def _pages_task(
     u8, u16, ids, block_stride, head_offset, fields, first_page, q, boundary, group, dim, value_group, both,
-    maximum, total, output,
+    maximum, total, output, mass, num_scored,
 ):  # fmt: skip
-    """Pages ``ids`` (the first is number ``first_page`` of its request) of one KV head for ``rows`` query rows."""
+    """Pages ``ids`` (the first is number ``first_page`` of its request) of one KV head for ``rows`` query rows.
+
+    ``mass`` [any, rows]: for the first ``num_scored`` of them, log2 of the page's sum of 2^score.
+    """
     rows = q.shape[0]
     key_tiles, value_tiles, value_groups = dim // 32, group // 32, dim // value_group
     even, odd = np.empty(512, np.float32), np.empty(512, np.float32)
@@ -206,7 +220,7 @@ def _pages_task(
         np.empty((rows, max(key_tiles, value_tiles), 64), np.float32),
     )
     sums, offset = np.empty((rows, 512), np.float32), np.empty(rows, np.float32)
-    scores = np.empty((rows, group), np.float32)
+    scores, added = np.empty((rows, group), np.float32), np.empty(rows, np.float32)
     for n in range(ids.shape[0]):
         base = ids[n] * block_stride + head_offset
         # Scores.
@@ -229,7 +243,10 @@ def _pages_task(
             if boundary[m] < last:
                 for i in range(max(boundary[m] - last + group, 0), group):
                     scores[m, i] = np.float32(-1e30)
-        _softmax_step(scores, rows, group, maximum, total, output, dim, bits)
+        _softmax_step(scores, rows, group, maximum, total, output, dim, bits, added)
+        if n < num_scored:
+            for m in range(rows):
+                mass[n, m] = maximum[m] + np.log2(added[m]) if added[m] > np.float32(0.0) else np.float32(-1e30)
         # Weighted values.
         count = group * value_groups
         _load_scales(u16, base + fields[4], base + fields[5], count, both, bits, scale, minimum)
@@ -268,7 +285,7 @@ def _window_task(u16, f32, dtype, table, block_stride, head_offset, size, q, pos
     rows, dim = q.shape
     start, end = boundary[0], positions[rows - 1] + 1
     bits, token = np.empty(max(2 * dim, size), np.uint32), np.empty(2 * dim, np.float32)
-    scores = np.empty((rows, size), np.float32)
+    scores, added = np.empty((rows, size), np.float32), np.empty(rows, np.float32)
     values = np.empty((size, dim), np.float32)
     first = start
     while first < end:
@@ -284,7 +301,7 @@ def _window_task(u16, f32, dtype, table, block_stride, head_offset, size, q, pos
                 scores[m, i] = dot if seen else np.float32(-1e30)
             for c in range(dim):
                 values[i, c] = token[dim + c]
-        _softmax_step(scores, rows, count, maximum, total, output, dim, bits)
+        _softmax_step(scores, rows, count, maximum, total, output, dim, bits, added)
         for m in range(rows):
             for i in range(count):
                 p = scores[m, i]
@@ -298,31 +315,41 @@ def _window_task(u16, f32, dtype, table, block_stride, head_offset, size, q, pos
 def _run_tasks(
     begin, end, tasks, u8, u16, exact_u16, exact_f32, dtype, page_strides, window_strides, fields, block_table, window_table,
     q, positions, boundary, row_counts, group, dim, value_group, size, both, maximum, total, output,
+    page_list, list_begin, mass, mass_begin, num_scored,
 ):  # fmt: skip
-    """Tasks [begin, end): rows (request, head, first page, last page or -1 for the window) of ``tasks``."""
+    """Tasks [begin, end): rows (request, head, first page, last page, kind) of ``tasks``, see `DecodePlan`."""
     for n in range(begin, end):
-        r, h, first, last = tasks[n, 0], tasks[n, 1], tasks[n, 2], tasks[n, 3]
+        r, h, first, last, kind = tasks[n, 0], tasks[n, 1], tasks[n, 2], tasks[n, 3], tasks[n, 4]
         rows = row_counts[r]
         maximum[n, :] = np.float32(-1e30)
         total[n, :] = 0
         output[n, :, :] = 0
-        if last < 0:
+        if kind == _WINDOW:
             _window_task(
                 exact_u16, exact_f32, dtype, window_table[r], window_strides[0],
                 window_strides[2] + h * window_strides[1], size,
                 q[r, h, :rows], positions[r], boundary[r, :rows], maximum[n], total[n], output[n],
             )  # fmt: skip
         else:
+            # Chosen pages are old as a whole, and the n-th of them is not before page n: no row's boundary is in them.
+            ids, scored, slot = block_table[r, first:last], 0, 0
+            if kind == _CHOSEN:
+                ids = page_list[h, list_begin[r] + first : list_begin[r] + last]
+            elif mass.shape[1] > 0:
+                scored, slot = min(num_scored[r], last) - first, mass_begin[r] + first
             _pages_task(
-                u8, u16, block_table[r, first:last], page_strides[0], page_strides[2] + h * page_strides[1], fields,
+                u8, u16, ids, page_strides[0], page_strides[2] + h * page_strides[1], fields,
                 first, q[r, h, :rows], boundary[r, :rows], group, dim, value_group, both,
-                maximum[n], total[n], output[n],
+                maximum[n], total[n], output[n], mass[h, slot : slot + max(scored, 0)], scored,
             )  # fmt: skip
 
 
 @jit
-def _merge(tasks, row_counts, maximum, total, output, result):
-    """Sum the tasks of each request and head; ``tasks`` are sorted by both. result [R, H, M, D]."""
+def _merge(tasks, row_counts, maximum, total, output, result, lse):
+    """Sum the tasks of each request and head; ``tasks`` are sorted by both. result [R, H, M, D].
+
+    lse [R, H, M]: log2 of each row's whole sum of 2^score.
+    """
     n = 0
     dim = output.shape[2]
     while n < tasks.shape[0]:
@@ -341,7 +368,24 @@ def _merge(tasks, row_counts, maximum, total, output, result):
                     result[r, h, m, c] += weight * output[k, m, c]
             for c in range(dim):
                 result[r, h, m, c] /= norm
+            lse[r, h, m] = highest + np.log2(norm)
         n = end
+
+
+@jit
+def _normalise(mass, lse, begin, num_scored, row_counts, per_head, scores):
+    """scores [H, C, Q] = the share of each scored page in its rows, ``mass`` [H, C, M] and ``lse`` [R, H, M] being base-2
+    logs, summed over the ``per_head`` rows of a query token."""
+    for r in range(row_counts.shape[0]):
+        for h in range(mass.shape[0]):
+            for slot in range(begin[r], begin[r] + num_scored[r]):
+                for t in range(row_counts[r] // per_head):
+                    share = np.float32(0.0)
+                    for m in range(t * per_head, (t + 1) * per_head):
+                        share += np.float32(2.0) ** min(
+                            max(mass[h, slot, m] - lse[r, h, m], np.float32(-200.0)), np.float32(0.0)
+                        )
+                    scores[h, slot, t] = share
 
 
 def _bytes_of(tensor: torch.Tensor) -> np.ndarray:
@@ -349,6 +393,22 @@ def _bytes_of(tensor: torch.Tensor) -> np.ndarray:
     storage = tensor.untyped_storage()
     flat = torch.empty(0, dtype=torch.uint8).set_(storage)
     return flat[: flat.numel() // 4 * 4].numpy()
+
+
+class ScoresOut(NamedTuple):
+    """Where a launch leaves the attention mass of old pages; see `cpu_page_selection`.
+
+    scores: float32 [H, C, Q], contiguous, of the layer: scores[h, begin[r] + page, query token of the request] is written
+        for the pages below num_scored[r].
+    begin, num_scored: int32 [R or more]; of `cpu_page_selection.scored_pages`, or fewer.
+    """
+
+    scores: torch.Tensor
+    begin: torch.Tensor
+    num_scored: torch.Tensor
+
+
+_NOT_SELECTED = PageSelection(torch.zeros(1, 0, dtype=torch.int32), *(torch.zeros(0, dtype=torch.int32) for _ in range(3)))
 
 
 @dataclass
@@ -361,7 +421,7 @@ class DecodePlan:
     row_counts: np.ndarray  # [R]
     positions: np.ndarray  # [R, rows]
     boundary: np.ndarray  # [R, rows] first token that a row reads exact
-    tasks: np.ndarray  # [N, 4] request, head, first page, last page (-1: the window); sorted by request and head
+    tasks: np.ndarray  # [N, 5] request, head, first page, last page + 1, kind; sorted by request and head
     block_table: np.ndarray  # [R, any]
     window_table: np.ndarray  # [R, any]
 
@@ -373,8 +433,15 @@ def plan_decode(
     block_table: torch.Tensor,
     window_block_table: torch.Tensor,
     num_heads: int,
+    count: torch.Tensor | None = None,
+    dense_from: torch.Tensor | None = None,
 ) -> DecodePlan:
-    """Plan a step from its metadata; arguments as of `reference.decode_attention`, ``num_heads`` query heads."""
+    """Plan a step from its metadata; arguments as of `reference.decode_attention`, ``num_heads`` query heads.
+
+    Args:
+        count, dense_from: of the `PageSelection` that `run_decode` will have. A request whose ``dense_from`` is more pages
+            than it has reads all of them.
+    """
     group, per_head = fmt.group_size, num_heads // fmt.num_kv_heads
     starts, lengths = query_start_loc.long(), seq_lens.long()
     query_lens = starts.diff()
@@ -389,9 +456,14 @@ def plan_decode(
     for r, (rows, quantized) in enumerate(zip(row_counts.tolist(), boundary[:, -1].tolist(), strict=True)):
         if rows:
             num_pages = -(-quantized // group)
+            parts = [(0, num_pages, _PAGES)]
+            if count is not None and int(dense_from[r]) <= num_pages:
+                parts = [(0, int(count[r]), _CHOSEN), (int(dense_from[r]), num_pages, _PAGES)]
             for h in range(fmt.num_kv_heads):
-                tasks.append((r, h, 0, -1))
-                tasks += [(r, h, i, min(i + _PAGES_PER_TASK, num_pages)) for i in range(0, num_pages, _PAGES_PER_TASK)]
+                tasks.append((r, h, 0, 0, _WINDOW))
+                for begin, end, kind in parts:
+                    cuts = range(begin, end, _PAGES_PER_TASK)
+                    tasks += [(r, h, i, min(i + _PAGES_PER_TASK, end), kind) for i in cuts]
     return DecodePlan(
         requests=requests,
         offsets=torch.arange(len(requests)) - starts[requests],
@@ -399,8 +471,8 @@ def plan_decode(
         row_counts=row_counts,
         positions=positions.repeat_interleave(per_head, 1).numpy(),
         boundary=boundary.repeat_interleave(per_head, 1).numpy(),
-        tasks=np.array(tasks, dtype=np.int64).reshape(-1, 4),
-        block_table=block_table.long().numpy(),
+        tasks=np.array(tasks, dtype=np.int64).reshape(-1, 5),
+        block_table=block_table.int().contiguous().numpy(),
         window_table=window_block_table.long().numpy(),
     )
 
@@ -413,8 +485,15 @@ def run_decode(
     query: torch.Tensor,
     softmax_scale: float,
     bits: int,
+    scores: ScoresOut | None = None,
+    selection: PageSelection | None = None,
 ) -> torch.Tensor:
-    """One layer of a planned step; see `decode_attention`."""
+    """One layer of a planned step; see `decode_attention`.
+
+    Args:
+        scores: leave there what each row's old pages weigh.
+        selection: read these pages only, and the window; its ``count`` and ``dense_from`` are those of the plan.
+    """
     fmt.check_bits(bits)
     heads, dim, num_reqs, steps = fmt.num_kv_heads, fmt.head_size, len(plan.row_counts), plan.steps
     per_head, num_tokens = query.shape[1] // heads, len(plan.requests)
@@ -426,6 +505,10 @@ def run_decode(
     u8, exact = _bytes_of(pages), _bytes_of(window)
     maximum, total = np.empty((len(plan.tasks), rows), np.float32), np.empty((len(plan.tasks), rows), np.float32)
     output = np.empty((len(plan.tasks), rows, dim), np.float32)
+    page_list, list_begin, *_ = (x.numpy() for x in selection or _NOT_SELECTED)
+    # log2 of the scored pages' sums of 2^score.
+    mass = np.empty((heads, scores.scores.shape[1], rows) if scores else (heads, 0, rows), np.float32)
+    mass_begin, num_scored = (x.numpy() for x in (scores[1:] if scores else _NOT_SELECTED[2:]))
     arguments = (
         plan.tasks,
         u8,
@@ -450,10 +533,18 @@ def run_decode(
         maximum,
         total,
         output,
+        page_list,
+        list_begin,
+        mass,
+        mass_begin,
+        num_scored,
     )
     split(_run_tasks, len(plan.tasks), arguments)
     result = np.zeros((num_reqs, heads, rows, dim), np.float32)
-    _merge(plan.tasks, plan.row_counts, maximum, total, output, result)
+    lse = np.empty((num_reqs, heads, rows), np.float32)
+    _merge(plan.tasks, plan.row_counts, maximum, total, output, result, lse)
+    if scores:
+        _normalise(mass, lse, mass_begin, num_scored, plan.row_counts, per_head, scores.scores.numpy())
     of_tokens = torch.from_numpy(result).unflatten(2, (steps, per_head)).transpose(1, 2)
     out = torch.zeros_like(query)
     out[:num_tokens] = of_tokens[plan.requests, plan.offsets].flatten(1, 2).to(query.dtype)
@@ -471,10 +562,17 @@ def decode_attention(
     window_block_table: torch.Tensor,
     softmax_scale: float,
     bits: int,
+    scores: ScoresOut | None = None,
+    selection: PageSelection | None = None,
 ) -> torch.Tensor:
-    """Arguments and result as of `reference.decode_attention`; tensors are on the CPU."""
-    plan = plan_decode(fmt, query_start_loc, seq_lens, block_table, window_block_table, query.shape[1])
-    return run_decode(fmt, plan, pages, window, query, softmax_scale, bits)
+    """Arguments and result as of `reference.decode_attention`; tensors are on the CPU.
+
+    Args:
+        scores, selection: as of `run_decode`.
+    """
+    chosen = (selection.count, selection.dense_from) if selection else ()
+    plan = plan_decode(fmt, query_start_loc, seq_lens, block_table, window_block_table, query.shape[1], *chosen)
+    return run_decode(fmt, plan, pages, window, query, softmax_scale, bits, scores, selection)
 
 
 @cache
@@ -485,5 +583,8 @@ def warm_up() -> None:
     window = torch.zeros(2, 1, fmt.window_block_size, 2 * 64, dtype=fmt.dtype)
     pages = torch.zeros(2, 1, fmt.head_bytes, dtype=torch.uint8)
     starts, lengths = torch.tensor([0, 1]), torch.tensor([130])
+    zero = torch.zeros(1, dtype=torch.int32)
+    scores = ScoresOut(torch.zeros(1, 1, 1), zero, zero)
     for bits in (4, 8):
-        decode_attention(fmt, pages, window, torch.ones(1, 1, 64), starts, lengths, blocks, blocks.repeat(1, 4), 1.0, bits)
+        tables = (blocks, blocks.repeat(1, 4))
+        decode_attention(fmt, pages, window, torch.ones(1, 1, 64), starts, lengths, *tables, 1.0, bits, scores)
