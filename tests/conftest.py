@@ -31,6 +31,7 @@ LONG = (
     "test_exactness",
     "test_acceptance",
     "test_sampling",
+    "test_sparse_drafts",
     "test_serve",
     "test_models",
     "test_ray",

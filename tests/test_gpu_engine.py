@@ -254,3 +254,31 @@ def test_acceptance_on_novels(books_30m):
     rates = [a / drafts for a in accepted]
     print(f"16k tokens, {drafts} drafts: {[round(r, 3) for r in rates]}")
     assert rates[0] >= 0.9 and sum(rates) / 4 >= 0.8 and rates[-1] < 1
+
+
+@pytest.mark.parametrize("options", [{}, {"draft_selection": "window"}, {"draft_selection": "snapkv"}])
+def test_sparse_drafts(model, prompts, expected, options):
+    """Drafts that read 4 of up to 90 pages: the same output, and chosen pages are really what they read."""
+    with engine(model, **SIZE, **quantspec(4, draft_context=4 * G, **options)) as llm:
+        answers = generate(llm, prompts, MAX_TOKENS)
+        assert_same_or_tied(expected, answers, TIE, f"sparse, {options}")
+        drafts, accepted = speculation_counts(llm)
+        alone = [generate(llm, [p], MAX_TOKENS)[0] for p in prompts[-3:]]
+        sparse = speculator_of(llm).page_scores
+        count, dense = int(sparse.count[0]), int(sparse.dense_from[0])
+        assert (count, dense) == (4, dense) and 85 < dense < 100
+        chosen = sparse.page_list[:, :, int(sparse.begin[0]) :][:, :, :4]
+        assert chosen.unique().numel() > 4 or options == {"draft_selection": "window"}
+    assert_close(expected[-3:], alone)
+    assert accepted[0] > 0.5 * drafts
+
+
+def test_cache_in_4_bits(model, prompts):
+    """Lossless on that cache, too, and a draft that reads the very pages that the target reads is believed more often."""
+    cache = {"kv_cache_dtype": "quantspec_int4"}
+    with engine(model, **SIZE, **cache) as llm:
+        expected = generate(llm, prompts, MAX_TOKENS)
+    with engine(model, **SIZE, **cache, **quantspec(4)) as llm:
+        assert_same_or_tied(expected, generate(llm, prompts, MAX_TOKENS), TIE, "4 bits")
+        drafts, accepted = speculation_counts(llm)
+    assert accepted[0] > 0.6 * drafts

@@ -22,7 +22,7 @@ def registered():
 
 def test_defaults():
     options, vllm_options = parse_options("quantspec")
-    assert options == QuantSpecOptions(4, 128, "int4", "int4", 128, "search", True)
+    assert options == QuantSpecOptions(4, 128, "int4", "int4", 128, "search", True, "all", "attention")
     assert vllm_options == {}
 
 
@@ -52,12 +52,49 @@ def test_dashes_and_vllm_options_are_taken():
         ({"weight_rounding": "gptq", "draft_weights": "target"}, "drop one of them"),
         ({"quantize_lm_head": "yes"}, "must be False or True"),
         ({"quantize_lm_head": 1}, "must be False or True"),
+        ({"draft_context": 0}, "0 is a number of tokens, of which drafts read whole pages of 128, but it is less than one"),
+        ({"draft_context": 1}, "a number of tokens from 128 on"),
+        ({"draft_context": -4096}, "less than one"),
+        ({"draft_context": 127}, "less than one"),
+        ({"draft_context": 63, "group_size": 64}, "whole pages of 64"),
+        ({"draft_context": "0"}, "'0' is a number of tokens"),
+        ({"draft_context": 0.0}, "0.0 is a fraction of the old tokens, but not one above 0 and up to 1"),
+        ({"draft_context": -0.5}, "not one above 0"),
+        ({"draft_context": 1.5}, "not one above 0 and up to 1; .* a number of tokens without a decimal point"),
+        ({"draft_context": "2048.0"}, "a number of tokens without a decimal point"),
+        ({"draft_context": float("nan")}, "not one above 0"),
+        ({"draft_context": "inf"}, "not one above 0"),
+        ({"draft_context": True}, "must be 'auto', 'all' or a number, not True"),
+        ({"draft_context": None}, "must be 'auto', 'all' or a number, not None"),
+        ({"draft_context": [1024]}, "must be 'auto', 'all' or a number"),
+        ({"draft_context": "some"}, "must be 'auto', 'all' or a number, not 'some'"),
+        ({"draft_selection": "quest"}, "must be 'attention' or 'window' or 'snapkv', not 'quest'"),
+        ({"draft_selection": True, "draft_context": 1024}, "must be 'attention'"),
+        ({"draft_selection": "window"}, "draft_context is 'all', with which drafts read every page; set draft_context"),
     ],
 )
 def test_mistakes_get_one_sentence(config, says):
     with pytest.raises(ValueError, match=says) as error:
         parse_options({"method": "quantspec", **config})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "parsed"),
+    [
+        ("all", "all"),
+        (" auto ", "auto"),
+        (2048, 2048),
+        ("2048", 2048),
+        (0.125, 0.125),
+        ("0.125", 0.125),
+        ("1e-1", 0.1),
+        (1.0, 1.0),
+    ],
+)
+def test_a_draft_context_may_be_a_word_or_a_number_or_a_number_in_a_word(given, parsed):
+    options, _ = parse_options({"method": "quantspec", "draft_context": given})
+    assert options.draft_context == parsed and type(options.draft_context) is type(parsed)
 
 
 def test_other_methods_are_not_ours():
@@ -127,6 +164,22 @@ def test_the_name_of_the_cache_is_enough(name, bits, more, books_4m):
 def test_without_a_name_pages_have_8_bits(books_4m):
     assert page_bits(make(books_4m, attention_backend="QUANTSPEC")) == 8
     assert page_bits(make(books_4m, speculative_config="quantspec")) == 8
+
+
+@pytest.mark.parametrize("context", ["all", "auto", 1024, 0.125, "1024"])
+def test_the_draft_context_reaches_the_workers(context, books_4m):
+    config = make(books_4m, speculative_config={"method": "quantspec", "draft_context": context})
+    copy = pickle.loads(pickle.dumps(config)).speculative_config
+    expected = int(context) if context == "1024" else context
+    assert copy.draft_context == expected and type(copy.draft_context) is type(expected)
+    assert copy.draft_selection == "attention" and f"draft_context={expected!r}" in repr(copy)
+
+
+def test_a_draft_context_beyond_the_models_length_is_refused(books_4m):
+    with pytest.raises(ValueError, match="quantspec: draft_context 2049 is more tokens than .* has, 2048") as error:
+        make(books_4m, speculative_config={"method": "quantspec", "draft_context": 2049})
+    assert "\n" not in str(error.value)
+    make(books_4m, speculative_config={"method": "quantspec", "draft_context": 2048})
 
 
 def test_an_engine_without_quantspec_is_left_alone(books_4m):

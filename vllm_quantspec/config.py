@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm_quantspec.format import GROUP_SIZES
 
@@ -14,6 +15,11 @@ MAX_SPECULATIVE_TOKENS = 32
 # This cache's names for ``--kv-cache-dtype``, and the bits of a key or value older than the exact window.
 CACHE_DTYPES = {"quantspec_int8": 8, "quantspec_int4": 4}
 DEFAULT_CACHE_DTYPE = "quantspec_int8"
+
+# By what a sparse draft chooses its pages; see `QuantSpecOptions.draft_selection`.
+DRAFT_SELECTIONS = ("attention", "window", "snapkv")
+# ``draft_context: auto``: a sixteenth of the old tokens, but at least this many, of requests that have at least that many.
+AUTO_FRACTION, AUTO_TOKENS, AUTO_LENGTH = 1 / 16, 1024, 4096
 
 # Options of vLLM's own SpeculativeConfig that mean the same here.
 VLLM_OPTIONS = (
@@ -46,8 +52,16 @@ class QuantSpecOptions:
     the inputs of texts that the model writes when the engine starts."""
     quantize_lm_head: bool = True
     """Whether the draft's output layer is INT4 as well; its largest logits are computed again exactly."""
+    draft_context: str | int | float = "all"
+    """What a draft step reads of the tokens older than the exact window, per layer and KV head: ``all``; a number of tokens
+    (rounded up to whole pages); a fraction of them, above 0 and up to 1; or ``auto``: a sixteenth, where that pays.
+    Numbers may be strings."""
+    draft_selection: str = "attention"
+    """Which pages those are. ``attention``: those that the last verification attended to most. ``window``: the first page
+    and the newest. ``snapkv``: those that the first verification after the prompt attended to most, and all newer ones."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "draft_context", parse_draft_context(self.draft_context, self.group_size))
         for name, low, high in (("num_speculative_tokens", 1, MAX_SPECULATIVE_TOKENS),):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
@@ -59,6 +73,7 @@ class QuantSpecOptions:
             ("weight_group_size", (32, 64, 128)),
             ("weight_rounding", ("search", "gptq")),
             ("quantize_lm_head", (False, True)),
+            ("draft_selection", DRAFT_SELECTIONS),
         ):
             value = getattr(self, name)
             if value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
@@ -68,6 +83,71 @@ class QuantSpecOptions:
             raise ValueError(
                 "quantspec: weight_rounding 'gptq' is for INT4 weights, but draft_weights is 'target'; drop one of them."
             )
+        if self.draft_context == "all" and self.draft_selection != "attention":
+            raise ValueError(
+                f"quantspec: draft_selection {self.draft_selection!r} chooses pages, but draft_context is 'all', with which "
+                "drafts read every page; set draft_context to 'auto', a number of tokens or a fraction, or drop "
+                "draft_selection."
+            )
+
+
+def parse_draft_context(value: Any, group_size: int) -> str | int | float:
+    """``draft_context`` as ``"all"``, ``"auto"``, a number of tokens (int) or a fraction (float), of a user's spelling.
+
+    Raises:
+        ValueError: one sentence, for anything else.
+    """
+    given = value
+    if isinstance(value, str):
+        word = value.strip()
+        if word in ("all", "auto"):
+            return word
+        for number in (int, float):
+            try:
+                value = number(word)
+                break
+            except ValueError:
+                continue
+    fits = "set it to 'auto', 'all', a fraction above 0 and up to 1, or a number of tokens"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"quantspec: draft_context must be 'auto', 'all' or a number, not {given!r}.")
+    if isinstance(value, int) and value < group_size:
+        raise ValueError(
+            f"quantspec: draft_context {given!r} is a number of tokens, of which drafts read whole pages of {group_size}, "
+            f"but it is less than one; {fits} from {group_size} on."
+        )
+    if isinstance(value, float) and not 0 < value <= 1:
+        raise ValueError(
+            f"quantspec: draft_context {given!r} is a fraction of the old tokens, but not one above 0 and up to 1; {fits} "
+            "without a decimal point."
+        )
+    return value
+
+
+class DraftBudget(NamedTuple):
+    """How much a sparse draft reads, as `cpu_page_selection.plan_selection` takes it.
+
+    pages: chosen per layer, request and KV head, at least. fraction: of a request's old pages, if that is more.
+    min_pages: a request with fewer old pages is read as a whole.
+    """
+
+    pages: int
+    fraction: float
+    min_pages: int
+
+
+def draft_budget(draft_context: str | int | float, group_size: int) -> DraftBudget | None:
+    """The pages of ``group_size`` tokens that a parsed ``draft_context`` stands for; None for ``"all"``.
+
+    With ``"auto"`` all requests together must also have `sparse_policy.min_total_pages`; with a number they need not.
+    """
+    if draft_context == "all":
+        return None
+    if draft_context == "auto":
+        return DraftBudget(math.ceil(AUTO_TOKENS / group_size), AUTO_FRACTION, math.ceil(AUTO_LENGTH / group_size))
+    if isinstance(draft_context, int):
+        return DraftBudget(math.ceil(draft_context / group_size), 0.0, 1)
+    return DraftBudget(1, draft_context, 1)
 
 
 OPTION_NAMES = tuple(f.name for f in fields(QuantSpecOptions))

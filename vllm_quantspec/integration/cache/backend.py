@@ -52,6 +52,8 @@ class QuantSpecMetadataBuilder(AttentionMetadataBuilder[QuantSpecMetadata]):
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         # Drafts cannot be told from recomputed tokens by their number alone: the runner writes each request's here.
         self.num_unverified = torch.zeros(vllm_config.scheduler_config.max_num_seqs, dtype=torch.int32, device=device)
+        # Of an engine with sparse drafts, set when its drafts are set up.
+        self.page_scores: Any = None
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -76,6 +78,7 @@ class QuantSpecMetadataBuilder(AttentionMetadataBuilder[QuantSpecMetadata]):
             num_decode_tokens=num_decode_tokens,
             max_query_len=max_query_len,
             prefill=prefill,
+            page_scores=self.page_scores,
         )
 
     def update_draft_decode_metadata(self, metadata: QuantSpecMetadata) -> None:
@@ -173,6 +176,7 @@ class QuantSpecImpl(AttentionImpl):
             max_unverified=num_speculative_tokens(vllm_config),
             fa_version=attention.flash_attention_version(head_size),
         )
+        self.sparse: Any = None  # set where drafts choose their pages
         refuse_unlike(self.settings.format, vllm_config)
         attention.check_shapes(self.settings)
 
@@ -215,6 +219,7 @@ class QuantSpecImpl(AttentionImpl):
             value[:num_tokens],
             output[:num_tokens],
             is_draft=owner is not None,
+            **({} if self.sparse is None else {"sparse": self.sparse}),
         )
         return output
 

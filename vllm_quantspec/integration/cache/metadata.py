@@ -20,6 +20,7 @@ class LayerSettings:
     draft_bits: bits of a page that the draft reads, 4 or 8; the target reads all that there are, ``format.bits``.
     max_unverified: the most drafts that a step may hold for one request.
     fa_version: version of FlashAttention, which a GPU's prefill uses; None on the CPU.
+    layer: the layer's number in the scores and page lists of sparse drafts; the draft's layer has its target layer's.
     """
 
     format: PageFormat
@@ -28,6 +29,7 @@ class LayerSettings:
     draft_bits: int
     max_unverified: int
     fa_version: int | None
+    layer: int = 0
 
 
 @dataclass
@@ -49,6 +51,9 @@ class QuantSpecMetadata:
     num_decode_tokens: int
     max_query_len: int = 1
     prefill: Any = None
+    # Sparse drafts: where the target's layers leave what each page weighs, and the pages that the draft's layers read.
+    page_scores: Any = None
+    selection: Any = None
     # What a platform works out once per step and reuses in all layers.
     shared: dict[str, Any] = field(default_factory=dict, repr=False)
 

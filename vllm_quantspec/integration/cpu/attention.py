@@ -50,6 +50,13 @@ def layer_attention(
 ) -> None:
     """Store, quantize, attend; see ``QuantSpecImpl.forward`` for the shapes."""
     fmt = settings.format
+    scores = None
+    if md.page_scores is not None and not is_draft:
+        if "scored" not in md.shared:
+            md.page_scores.start_step(md.query_start_loc[: md.num_decodes + 1], md.seq_lens[: md.num_decodes])
+            md.shared["scored"] = True
+        scores = md.page_scores.of_layer(settings.layer)
+    selection = md.selection.of_layer(settings.layer) if md.selection is not None else None
     plan = md.shared.get("plan")
     if plan is None:
         plan = md.shared["plan"] = step.plan_step(
@@ -75,6 +82,7 @@ def layer_attention(
                 md.block_table[: md.num_decodes],
                 window_table[: md.num_decodes],
                 settings.num_heads,
+                *((selection.count, selection.dense_from) if selection else ()),
             )
         output[: md.num_decode_tokens] = cpu_decode.run_decode(
             fmt,
@@ -84,6 +92,8 @@ def layer_attention(
             query[: md.num_decode_tokens],
             settings.scale,
             settings.draft_bits if is_draft else fmt.bits,
+            scores,
+            selection,
         )
     for request in range(md.num_decodes, md.seq_lens.shape[0]):
         start, end = md.query_start_loc[request].item(), md.query_start_loc[request + 1].item()

@@ -18,6 +18,7 @@ from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
 from vllm_quantspec.integration.cache.metadata import WINDOW_SUFFIX, QuantSpecMetadata, WindowMetadata
+from vllm_quantspec.integration.cpu.page_scores import PageScores, Selection, make_page_scores
 from vllm_quantspec.integration.draft import weight_updates
 from vllm_quantspec.integration.draft.model import DraftModel, build_configured_draft
 
@@ -30,10 +31,13 @@ class QuantSpecProposer(DraftModelProposer):
         )
         self.runner = runner
         self.draft = DraftModel()
+        self.page_scores: PageScores | None = None
 
     def load_model(self, target_model: nn.Module) -> None:
         self.draft = build_configured_draft(self.vllm_config, target_model)
         weight_updates.watch(target_model, self.draft)
+        layers = self.vllm_config.compilation_config.static_forward_context
+        self.page_scores = make_page_scores(self.vllm_config, target_model, self.draft, layers)
         self.model = self.draft.model
         self._draft_attn_layer_names = set(self.draft.attention_layers)
         self.supports_mm_inputs = False
@@ -78,12 +82,13 @@ class QuantSpecProposer(DraftModelProposer):
             for pages_gid, _, window_gid in self._groups.values()
             for gid in (pages_gid, window_gid)
         }
+        selection = self._select_pages(common_attn_metadata, num_rejected_tokens_gpu, verified, tables)
 
         token_ids = next_token_ids
         drafts: list[torch.Tensor] = []
         probs: list[torch.Tensor] = []
         for step in range(num_speculative_tokens):
-            hidden_states = self._run_step(token_ids, verified + step, tables)
+            hidden_states = self._run_step(token_ids, verified + step, tables, selection)
             token_ids, step_probs = self._sample_draft_tokens(hidden_states, sampling_metadata)
             drafts.append(token_ids.long())
             if step_probs is not None:
@@ -109,7 +114,33 @@ class QuantSpecProposer(DraftModelProposer):
             noise[row].exponential_(generator=generator)
         return torch.where(is_greedy, probs.argmax(dim=-1), (probs / noise).argmax(dim=-1)), probs
 
-    def _run_step(self, token_ids: torch.Tensor, positions: torch.Tensor, tables: dict[int, torch.Tensor]) -> torch.Tensor:
+    def _select_pages(
+        self,
+        common: CommonAttentionMetadata,
+        num_rejected: torch.Tensor | None,
+        verified: torch.Tensor,
+        tables: dict[int, torch.Tensor],
+    ) -> Selection | None:
+        """What the draft steps of this cycle read of the old pages; None for all of them."""
+        if self.page_scores is None:
+            return None
+        batch_size = len(verified)
+        num_rows = common.query_start_loc[: batch_size + 1].diff()
+        if num_rejected is not None:
+            num_rows = num_rows - num_rejected
+        computing_prompt = torch.from_numpy(self.runner.discard_request_mask.np[:batch_size])
+        requests = self.runner.input_batch.req_ids[:batch_size]
+        selection = self.page_scores.select(num_rows, tables[self.kv_cache_gid], requests, computing_prompt)
+        self.page_scores.count_reading(selection, verified[~computing_prompt], self.num_speculative_tokens)
+        return selection
+
+    def _run_step(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        tables: dict[int, torch.Tensor],
+        selection: Selection | None,
+    ) -> torch.Tensor:
         """One draft forward pass: ``token_ids`` [batch_size] at ``positions`` [batch_size], to hidden states."""
         batch_size = token_ids.shape[0]
         # Past the model's length the draft is thrown away; it only must not read beyond the position table.
@@ -128,6 +159,7 @@ class QuantSpecProposer(DraftModelProposer):
                     block_table=tables[pages_gid],
                     num_decodes=batch_size,
                     num_decode_tokens=batch_size,
+                    selection=selection,
                 )
             metadata[draft] = by_group[pages_gid]
             metadata[window_name] = WindowMetadata(tables[window_gid])

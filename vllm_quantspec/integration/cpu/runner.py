@@ -19,8 +19,11 @@ from vllm_quantspec.kernels import cpu_decode
 
 
 def set_draft_counts(runner, scheduler_output) -> None:
-    """Tell the metadata builders how many tokens of each row are drafts: exactly those the scheduler put there."""
-    counts = None
+    """Tell the metadata builders how many tokens of each row are drafts: exactly those the scheduler put there.
+
+    And, with sparse drafts, where the step leaves what its pages weigh.
+    """
+    counts, page_scores = None, getattr(getattr(runner, "drafter", None), "page_scores", None)
     for group in runner._attn_group_iterator():
         builder = group.get_metadata_builder()
         if isinstance(builder, QuantSpecMetadataBuilder):
@@ -29,6 +32,9 @@ def set_draft_counts(runner, scheduler_output) -> None:
                 counts = torch.tensor([len(drafts.get(r, ())) for r in runner.input_batch.req_ids], dtype=torch.int32)
             builder.num_unverified.zero_()
             builder.num_unverified[: len(counts)] = counts
+            builder.page_scores = page_scores
+    if page_scores is not None:
+        page_scores.forget(scheduler_output.finished_req_ids | scheduler_output.scheduled_cached_reqs.resumed_req_ids)
 
 
 def give_placeholders_probs(runner, num_draft_tokens: list[int]) -> None:

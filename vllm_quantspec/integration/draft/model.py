@@ -302,7 +302,7 @@ class _Builder:
             return self._share(layer, name, reason)
         clone = _shallow_clone(layer)
         self.draft.quantized.append(name)
-        self.draft.target_bytes += _loaded_bytes(layer)
+        self.draft.target_bytes += loaded_bytes(layer)
 
         def rounded(weight: torch.Tensor, second_moments: torch.Tensor | None) -> QuantizedWeight:
             return quantize_weight(
@@ -422,7 +422,8 @@ def _is_plain(layer: nn.Module) -> bool:
     return isinstance(layer.quant_method, UnquantizedLinearMethod | UnquantizedEmbeddingMethod)
 
 
-def _loaded_bytes(layer: nn.Module) -> int:
+def loaded_bytes(layer: nn.Module) -> int:
+    """Of this rank's shard of a linear or an output projection; a CPU may have packed its weight elsewhere since."""
     if _is_plain(layer):
         in_features, out_features = _local_shape(layer)
         return in_features * out_features * layer.params_dtype.itemsize

@@ -19,6 +19,7 @@ from vllm_quantspec.kernels.warm_up import warm_up_prefill
 if TYPE_CHECKING:
     from vllm_quantspec.format import PageFormat
     from vllm_quantspec.integration.cache.metadata import LayerSettings, QuantSpecMetadata
+    from vllm_quantspec.integration.gpu.sparse_drafts import SparseDrafts
 
 
 # What a platform provides.
@@ -78,6 +79,7 @@ def layer_attention(
     output: torch.Tensor,
     *,
     is_draft: bool,
+    sparse: SparseDrafts | None = None,
 ) -> None:
     """Store, quantize, attend; see ``QuantSpecImpl.forward`` for the shapes."""
     fmt, n = settings.format, md.num_decodes
@@ -107,6 +109,13 @@ def layer_attention(
                 max_unverified=settings.max_unverified,
             )
     if n:
+        options = {}
+        if sparse is not None and is_draft:
+            options = {"selection": sparse.selection(settings.layer)}
+        elif sparse is not None and sparse.scores_out is not None:
+            if settings.layer == 0:
+                sparse.prepare(md)
+            options = {"scores": sparse.scores_out}
         decode_attention.decode_attention(
             fmt,
             pages,
@@ -121,7 +130,10 @@ def layer_attention(
             max_query_len=md.max_query_len,
             out=output[: md.num_decode_tokens],
             pages_may_change=not is_draft,  # by `quantize`, just before
+            **options,
         )
+        if "scores" in options:
+            sparse.reduce(md, settings.layer)
     if md.prefill is not None:
         first = md.num_decode_tokens
         prefill_attention(

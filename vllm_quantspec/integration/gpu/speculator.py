@@ -31,6 +31,7 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator import (
 from vllm_quantspec.integration.cache.metadata import WINDOW_SUFFIX
 from vllm_quantspec.integration.draft import weight_updates
 from vllm_quantspec.integration.draft.model import DraftModel, build_configured_draft
+from vllm_quantspec.integration.gpu import sparse_drafts
 
 logger = init_logger("vllm.quantspec.speculator")
 
@@ -68,10 +69,12 @@ class QuantSpecSpeculator(TargetDependentARSpeculator):
         # The base class carries hidden states from step to step; a row per request is all that it touches here.
         self.hidden_states = self.hidden_states[: self.max_num_reqs].clone()
         self.draft = DraftModel()
+        self.page_scores: sparse_drafts.SparseDrafts | None = None
 
     def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
         self.draft = build_configured_draft(self.vllm_config, target_model)
         weight_updates.watch(target_model, self.draft)
+        self.page_scores = sparse_drafts.make(self.vllm_config, target_model, self.draft, self.device)
         return self.draft.model
 
     def set_attn(self, *args, **kwargs) -> None:
@@ -137,12 +140,17 @@ class QuantSpecSpeculator(TargetDependentARSpeculator):
             return self.draft_tokens[:num_reqs].zero_()
         weight_updates.refresh(self.draft)
         if num_speculative_tokens == 0:
+            if self.page_scores is not None:
+                self.page_scores.forget()
             self.draft_tokens[:num_reqs].fill_(-1)
             return self.draft_tokens[:num_reqs]
         seq_lens_upper_bound = input_batch.seq_lens_cpu_upper_bound
         self.draft_max_seq_len = min(int(seq_lens_upper_bound[:num_reqs].max()) + num_speculative_tokens, self.max_model_len)
         self._copy_request_inputs(num_reqs, input_batch.idx_mapping[:num_reqs], temperature, seeds, dummy_run=dummy_run)
         self._prepare_first_step(num_reqs, input_batch, num_sampled, num_rejected, last_sampled, next_prefill_tokens)
+        if self.page_scores is not None and not dummy_run:
+            lengths = seq_lens_upper_bound[:num_reqs].numpy()
+            self.page_scores.count_reading(lengths, input_batch.is_prefilling_np[:num_reqs], num_speculative_tokens)
 
         sync, num_batch_tokens = None, num_reqs
         if dp_sync_state is not None:
@@ -182,6 +190,8 @@ class QuantSpecSpeculator(TargetDependentARSpeculator):
 
         A request in the middle of its prompt has sampled nothing; its drafts are thrown away, whatever they are.
         """
+        if self.page_scores is not None:
+            self.page_scores.set_verified_rows(input_batch.query_start_loc[: num_reqs + 1], num_rejected[:num_reqs])
         rows = input_batch.idx_mapping[:num_reqs]
         tokens = torch.where(num_sampled[:num_reqs] > 0, last_sampled.view(-1)[rows], next_prefill_tokens[0][rows])
         last_verified = input_batch.seq_lens[:num_reqs] - num_rejected[:num_reqs] - 1
@@ -210,6 +220,11 @@ class QuantSpecSpeculator(TargetDependentARSpeculator):
         num_speculative_steps: int,
     ) -> None:
         """All draft steps; what one CUDA graph captures. The kernels derive slots from positions: no slot mapping."""
+        if self.page_scores is not None and attn_metadata is not None:
+            block_table = attn_metadata[next(iter(self.draft.attention_layers))].block_table
+            self.page_scores.choose(
+                num_reqs, self.input_buffers.seq_lens[:num_reqs], block_table[:num_reqs], self.idx_mapping[:num_reqs]
+            )
         for step in range(num_speculative_steps):
             self.current_draft_step.fill_(step)
             self._generate_draft(

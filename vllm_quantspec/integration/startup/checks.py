@@ -186,6 +186,12 @@ def check_speculation(config: VllmConfig) -> None:
             "quantspec: draft_kv 'int8' reads both halves of a page, but pages of --kv-cache-dtype quantspec_int4 have the "
             "upper half alone; drop one of them."
         )
+    context, longest = config.speculative_config.draft_context, config.model_config.max_model_len
+    if isinstance(context, int) and context > longest:
+        raise ValueError(
+            f"quantspec: draft_context {context} is more tokens than a request of this engine has, {longest} "
+            "(--max-model-len); make it smaller, or set it to 'all'."
+        )
     for present, what, remedy in (
         (config.parallel_config.pipeline_parallel_size > 1, "pipeline parallelism", "drop --pipeline-parallel-size"),
         (

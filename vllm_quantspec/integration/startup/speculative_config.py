@@ -32,6 +32,8 @@ class QuantSpecConfig(SpeculativeConfig):
     weight_group_size: int = 128
     weight_rounding: str = "search"
     quantize_lm_head: bool = True
+    draft_context: str | int | float = "all"
+    draft_selection: str = "attention"
 
     def __post_init__(self):
         # The draft is the target itself: the parent would read a draft model's configuration from disk here.
@@ -54,7 +56,8 @@ class QuantSpecConfig(SpeculativeConfig):
     def __repr__(self) -> str:
         return (
             f"SpeculativeConfig(method='{METHOD}', num_spec_tokens={self.num_speculative_tokens}, "
-            f"group_size={self.group_size}, draft_weights='{self.draft_weights}', draft_kv='{self.draft_kv}')"
+            f"group_size={self.group_size}, draft_weights='{self.draft_weights}', draft_kv='{self.draft_kv}', "
+            f"draft_context={self.draft_context!r})"
         )
 
 

@@ -1,0 +1,199 @@
+"""Sparse drafts on the CPU engine: what verification leaves of each old page, and what is chosen by it. One per worker.
+
+    the target's layers, decode and verification rows    `PageScores.of_layer` -> each page's mass in each row
+    head of the drafts                                   `PageScores.select` -> the pages that every draft step reads
+    the draft's layers                                   `Selection.of_layer`
+
+Scores are made anew in each step, as large as the pages of its requests; `cpu_page_selection` specifies the choice. What a
+prompt's rows attend to is not scored: in the cycle after a prompt's last chunk its request reads everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import nn
+
+from vllm_quantspec import sparse_policy
+from vllm_quantspec.config import DraftBudget, draft_budget
+from vllm_quantspec.format import PageFormat, window_start
+from vllm_quantspec.integration.cpu import llvm_scan
+from vllm_quantspec.integration.draft.sparse import ReadShare, log_budget, min_pages_of_batch, number_layers
+from vllm_quantspec.kernels import cpu_page_selection
+from vllm_quantspec.kernels.cpu_decode import ScoresOut
+from vllm_quantspec.kernels.cpu_page_selection import PageSelection
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from vllm_quantspec.integration.draft.model import DraftModel
+
+llvm_scan.install()  # cpu_decode has loaded Numba
+
+
+class Selection(NamedTuple):
+    """The old pages that a cycle's draft steps read, of all layers; see `cpu_page_selection`.
+
+    page_list: int32 [L, H, C]. begin, count, dense_from: int32 [R].
+    """
+
+    page_list: torch.Tensor
+    begin: torch.Tensor
+    count: torch.Tensor
+    dense_from: torch.Tensor
+
+    def of_layer(self, layer: int) -> PageSelection:
+        return PageSelection(self.page_list[layer], self.begin, self.count, self.dense_from)
+
+
+class PageScores:
+    """The state of sparse drafts in one worker of a CPU engine.
+
+    Args:
+        num_layers: L, the target's attention layers, numbered by `number_layers`.
+        selection: as of `QuantSpecOptions.draft_selection`.
+        min_total_pages: a batch with fewer old pages is read as a whole.
+        max_requests: the most in a batch. max_pages: the most of a request.
+        log: whether this worker says how much is read.
+    """
+
+    def __init__(
+        self,
+        fmt: PageFormat,
+        num_layers: int,
+        budget: DraftBudget,
+        selection: str,
+        *,
+        min_total_pages: int = 0,
+        max_requests: int,
+        max_pages: int,
+        log: bool = True,
+    ) -> None:
+        self.fmt, self.num_layers, self.selection = fmt, num_layers, selection
+        self._limits = {**budget._asdict(), "min_total_pages": min_total_pages}
+        self.share = ReadShare(log)
+        self._scores: torch.Tensor | None = None
+        self._begin = self._num_scored = torch.zeros(0, dtype=torch.int32)
+        self._snap = _Snapshots(num_layers, fmt.num_kv_heads, max_requests, max_pages) if selection == "snapkv" else None
+
+    # --- Verification ---
+
+    def start_step(self, query_start_loc: torch.Tensor, seq_lens: torch.Tensor) -> None:
+        """A step of the target begins, of whose requests these are scored: its decode and verification rows.
+
+        Args:
+            query_start_loc: int32 [R + 1]; seq_lens: int32 [R], the step's tokens included. R may be 0.
+        """
+        unlimited = sparse_policy.NEVER
+        self._begin, self._num_scored = cpu_page_selection.scored_pages(self.fmt, query_start_loc, seq_lens, unlimited)
+        self._scores = None
+        slots = int(self._num_scored.sum())
+        if slots and self.selection != "window":
+            rows = int(query_start_loc.diff().max())
+            self._scores = torch.empty(self.num_layers, self.fmt.num_kv_heads, slots, rows)
+
+    def of_layer(self, layer: int) -> ScoresOut | None:
+        """Where this layer's attention leaves the scores of the step; None if nothing is scored."""
+        return None if self._scores is None else ScoresOut(self._scores[layer], self._begin, self._num_scored)
+
+    # --- Drafts ---
+
+    def select(
+        self, num_rows: torch.Tensor, block_table: torch.Tensor, requests: Sequence[str], computing_prompt: torch.Tensor
+    ) -> Selection | None:
+        """The pages that the drafts after the last step read; None if that is all of them.
+
+        Args:
+            num_rows: int [R], how many of each request's query tokens are verified by now.
+            block_table: int32 [R, any], page ids. requests: the ids of the batch's requests.
+            computing_prompt: bool [R], requests whose prompt is not computed yet: nobody takes their drafts.
+        """
+        missing = len(num_rows) - len(self._num_scored)  # rows of prompts, which come last
+        begin, num_scored = (nn.functional.pad(x, (0, missing)) for x in (self._begin, self._num_scored))
+        num_scored = num_scored * ~computing_prompt
+        if self._snap is not None:
+            return self._snap.select(self._scores, begin, num_scored, num_rows, block_table, requests, self._limits)
+        count, dense_from = cpu_page_selection.plan_selection(num_scored, **self._limits)
+        if not count.any():
+            return None
+        slots = int((begin + count).max())
+        page_list = torch.empty(self.num_layers, self.fmt.num_kv_heads, slots, dtype=torch.int32)
+        cpu_page_selection.select_pages(self._scores, begin, num_rows, count, dense_from, block_table, page_list)
+        return Selection(page_list, begin, count, dense_from)
+
+    def count_reading(self, selection: Selection | None, lengths: torch.Tensor, steps: int) -> None:
+        """Take a cycle into `share`: ``lengths`` int [R], verified tokens of the requests that are drafted for."""
+        old = int((window_start(lengths, self.fmt.group_size) // self.fmt.group_size).sum())
+        left_out = int((selection.dense_from - selection.count).sum()) if selection else 0
+        self.share.add(old - left_out, old, steps)
+
+    def forget(self, requests: Container[str]) -> None:
+        """Requests that compute their prompt again, or are gone."""
+        if self._snap is not None:
+            self._snap.forget(requests)
+
+
+class _Snapshots:
+    """SnapKV's choice, made once after the prompt: the state of `cpu_page_selection.plan_snapkv`, a row per request."""
+
+    def __init__(self, num_layers: int, num_kv_heads: int, max_requests: int, max_pages: int) -> None:
+        self.pages = torch.zeros(max_requests, dtype=torch.int32)
+        self.counts = torch.zeros(max_requests, dtype=torch.int32)
+        self.chosen = torch.zeros(num_layers, num_kv_heads, max_requests, -(-max_pages // 32), dtype=torch.int32)
+        self.row_of: dict[str, int] = {}
+        self._free = list(range(max_requests))
+
+    def select(self, scores, begin, num_scored, num_rows, block_table, requests, limits) -> Selection | None:
+        rows = torch.tensor(self._rows(requests), dtype=torch.int32)
+        count, dense_from, fresh = cpu_page_selection.plan_snapkv(num_scored, rows, self.pages, self.counts, **limits)
+        if not count.any():
+            return None
+        page_list = torch.empty(*self.chosen.shape[:2], int((begin + count).max()), dtype=torch.int32)
+        cpu_page_selection.select_snapkv(
+            scores, begin, num_rows, count, dense_from, fresh, rows, self.chosen, block_table, page_list
+        )
+        return Selection(page_list, begin, count, dense_from)
+
+    def _rows(self, requests: Sequence[str]) -> list[int]:
+        """Each request's row; one that is new takes a free one, or that of a request which is not in the batch."""
+        new = [name for name in requests if name not in self.row_of]
+        if len(new) > len(self._free):
+            waiting = [name for name in self.row_of if name not in set(requests)]
+            self.forget(set(waiting[: len(new) - len(self._free)]))
+        for name in new:
+            self.row_of[name] = self._free.pop()
+        return [self.row_of[name] for name in requests]
+
+    def forget(self, requests: Container[str]) -> None:
+        for name in [name for name in self.row_of if name in requests]:
+            row = self.row_of.pop(name)
+            self.pages[row] = self.counts[row] = 0
+            self._free.append(row)
+
+
+def make_page_scores(
+    vllm_config: VllmConfig, target_model: nn.Module, draft: DraftModel, layers: dict[str, nn.Module]
+) -> PageScores | None:
+    """What an engine of these options needs; None if its drafts read everything."""
+    config = vllm_config.speculative_config
+    budget = draft_budget(config.draft_context, config.group_size)
+    if budget is None:
+        return None
+    num_layers = number_layers(draft, layers)
+    fmt = layers[next(iter(draft.attention_layers))].impl.settings.format
+    min_total = min_pages_of_batch(vllm_config, target_model, draft, fmt)
+    is_first = vllm_config.parallel_config.rank == 0
+    if is_first:
+        log_budget(config.draft_context, config.draft_selection, min_total * fmt.group_size)
+    return PageScores(
+        fmt,
+        num_layers,
+        budget,
+        config.draft_selection,
+        min_total_pages=min_total,
+        max_requests=vllm_config.scheduler_config.max_num_seqs,
+        max_pages=-(-vllm_config.model_config.max_model_len // fmt.group_size),
+        log=is_first,
+    )

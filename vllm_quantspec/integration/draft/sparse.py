@@ -1,0 +1,118 @@
+"""What sparse drafts need on any engine: numbers for the layers, where ``auto`` begins to pay, and what the log says.
+
+Where scores are kept and pages are chosen is the engine's own: ``cpu/page_scores.py``.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from torch import nn
+from vllm import envs
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+from vllm_quantspec import sparse_policy
+from vllm_quantspec.config import draft_budget
+from vllm_quantspec.integration.draft.model import loaded_bytes
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from vllm_quantspec.format import PageFormat
+    from vllm_quantspec.integration.draft.model import DraftModel
+
+logger = init_logger("vllm.quantspec.sparse")
+
+
+def number_layers(draft: DraftModel, layers: dict[str, nn.Module]) -> int:
+    """Give each attention layer of the target, and the draft's on it, its number in scores and page lists; how many.
+
+    Args:
+        layers: {name: layer}, the engine's static forward context.
+    """
+    for number, names in enumerate(draft.attention_layers.items()):
+        for name in names:
+            layers[name].impl.settings = replace(layers[name].impl.settings, layer=number)
+    return len(draft.attention_layers)
+
+
+def min_pages_of_batch(vllm_config: VllmConfig, target_model: nn.Module, draft: DraftModel, fmt: PageFormat) -> int:
+    """`sparse_policy.min_total_pages` of this worker with ``draft_context: auto``; 0 with a context that the user chose."""
+    config = vllm_config.speculative_config
+    if config.draft_context != "auto":
+        return 0
+    layers, target = len(draft.attention_layers), read_bytes(target_model)
+    return sparse_policy.min_total_pages(
+        draft_weight_bytes=target - draft.target_bytes + draft.int4_bytes,
+        target_weight_bytes=target,
+        draft_kv_bytes=layers * fmt.bytes_per_token(8 if config.draft_kv == "int8" else 4),
+        target_kv_bytes=layers * fmt.bytes_per_token(),
+        num_speculative_tokens=config.num_speculative_tokens,
+        fraction=draft_budget("auto", fmt.group_size).fraction,
+        group_size=fmt.group_size,
+    )
+
+
+def read_bytes(model: nn.Module) -> int:
+    """Bytes of this worker's weights that a step of ``model`` reads: all but an input embedding beside the output layer.
+
+    All experts of a mixture count, though a step reads some: sparse drafts then begin at longer contexts than they could.
+    """
+    modules = list(model.modules())
+    has_head = any(isinstance(module, ParallelLMHead) for module in modules)
+    total = 0
+    for module in modules:
+        if isinstance(module, VocabParallelEmbedding) and has_head and not isinstance(module, ParallelLMHead):
+            continue
+        if isinstance(module, LinearBase | VocabParallelEmbedding):
+            total += loaded_bytes(module)
+        else:
+            total += sum(weight.nbytes for weight in module.parameters(recurse=False))
+    return total
+
+
+def log_budget(draft_context: str | int | float, selection: str, min_tokens: int) -> None:
+    """Say at start what drafts will read, ``min_tokens`` being those of a batch from which on they read less than all."""
+    if min_tokens >= sparse_policy.NEVER:
+        logger.info("Sparse drafts would not pay here at any length: drafts read the whole cache")
+    else:
+        beginning = f", from {min_tokens} tokens of a batch on" if min_tokens else ""
+        logger.info("Sparse drafts: draft_context %s, pages chosen by %s%s", draft_context, selection, beginning)
+
+
+class ReadShare:
+    """The share of the old tokens that draft steps read, in the log now and then, as vLLM's numbers of drafts are.
+
+    Host numbers only: a selection's size follows from lengths, which the host knows.
+    """
+
+    def __init__(self, log: bool = True) -> None:
+        self._log, self._last = log, time.monotonic()
+        self.read = self.old = 0  # tokens or pages, of all steps so far
+        self._before = (0, 0, 0)
+        self._steps = 0
+
+    @property
+    def mean(self) -> float:
+        """Since the engine started: 0 to 1; 1 where nothing was old."""
+        return self.read / self.old if self.old else 1.0
+
+    def add(self, read: int, old: int, steps: int) -> None:
+        """A cycle of ``steps`` draft steps, each of which reads ``read`` of ``old`` pages, of all requests together."""
+        self.read += read * steps
+        self.old += old * steps
+        self._steps += steps
+        if time.monotonic() - self._last >= envs.VLLM_LOG_STATS_INTERVAL:
+            self.log()
+
+    def log(self) -> None:
+        read, old, steps = (now - then for now, then in zip((self.read, self.old, self._steps), self._before, strict=True))
+        if old and self._log:
+            logger.info(
+                "quantspec: draft steps read %.1f %% of the cache (mean of the last %d steps)", 100 * read / old, steps
+            )
+        self._last, self._before = time.monotonic(), (self.read, self.old, self._steps)
