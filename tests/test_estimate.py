@@ -197,6 +197,8 @@ def test_report(tmp_path, capsys):
         (LLAMA_8B | {"num_local_experts": 8}, [], "not the experts a token chooses"),
         ({"hidden_size": 64}, [], "no intermediate_size"),
         (LLAMA_8B, ["--tensor-parallel-size", "3"], "do not divide among 3 GPUs"),
+        (LLAMA_8B, ["--draft-context", "1.5"], "draft_context '1.5' is a fraction of the old tokens, but not one"),
+        (LLAMA_8B, ["--draft-context", "64"], "whole pages of 128, but it is less than one"),
     ],
 )
 def test_what_cannot_be_estimated_is_one_sentence(config, arguments, what, tmp_path, capsys):
@@ -226,6 +228,37 @@ def test_fewer_bits_are_read_in_less_time():
     eight, four = (estimate.speed(model, 4.26e12, 98304, 8, 1, 128, 0.94, 4, page_bits=bits) for bits in (8, 4))
     assert four.exact == eight.exact and four.draft_step == eight.draft_step
     assert four.cache < 0.7 * eight.cache and four.cycle < eight.cycle
+
+
+def test_sparse_drafts_read_less_of_the_cache():
+    model = estimate.model_from(LLAMA_8B, "8b")
+
+    def at(context: int, batch: int, draft_context):
+        return estimate.speed(model, 4.26e12, context, batch, 1, 128, 0.93, 5, draft_context=draft_context)
+
+    dense, sparse = at(98304, 8, "all"), at(98304, 8, "auto")
+    assert dense.draft_share == 1 and sparse.draft_share == pytest.approx(1 / 16, rel=0.02)
+    # Of a draft step's time the cache takes so much less; the window, weights and launches are what they were.
+    old = 98304 * 8 * 32 * PageFormat(8, 128, 128).bytes_per_token(4) / (4.26e12 * estimate.READ) * 1e3
+    assert dense.draft_step - sparse.draft_step == pytest.approx(old * (1 - sparse.draft_share))
+    assert (dense.exact, dense.cache) == (sparse.exact, sparse.cache) and sparse.cycle < 0.7 * dense.cycle
+    assert at(98304, 1, 4096).draft_share == pytest.approx(4096 / 98304, rel=0.01)
+    assert at(98304, 1, 0.5).draft_share == pytest.approx(0.5, rel=0.01)
+    assert at(1000, 1, 1024).draft_share == at(150, 1, 128).draft_share == at(98304, 1, 1.0).draft_share == 1
+    assert at(4000, 64, "auto").draft_share == at(8192, 1, "auto").draft_share == 1  # it would not pay
+    assert at(8192, 64, "auto") == at(8192, 64, 1024)
+
+
+def test_report_of_sparse_drafts(tmp_path, capsys):
+    assert run(tmp_path, LLAMA_8B, "--context", "131072", "--draft-context", "8192") == 0
+    text = capsys.readouterr().out
+    assert re.search(r"a draft step reads +6\.3 % of the older tokens \(--draft-context 8192\)", text)
+    assert "give what you measured as --acceptance" in text
+    assert run(tmp_path, LLAMA_8B, "--context", "2048", "--draft-context", "auto") == 0
+    text = capsys.readouterr().out
+    assert "all of the older tokens (--draft-context auto)" in text and "give what you measured" not in text
+    assert run(tmp_path, LLAMA_8B) == 0
+    assert "a draft step reads" not in capsys.readouterr().out
 
 
 def test_report_of_experts(tmp_path, capsys):

@@ -51,6 +51,7 @@ def add_estimate(commands) -> None:
     add("--kv-cache-dtype", choices=names, default=names[0], help=f"default: {names[0]}")
     add("--group-size", type=int, choices=(64, 128), default=128, help="default: 128")
     add("--acceptance", type=probability, default=0.93, metavar="P", help="accepted drafts per token; default: 0.93")
+    add("--draft-context", default="all", metavar="D", help="as in the speculative config: all, auto, tokens or a fraction")
     add("--num-speculative-tokens", type=positive, nargs="+", metavar="N", help="default: the best of 1 to 8")
 
 

@@ -11,6 +11,7 @@ What the engine would refuse is refused here first, with the engine's sentence.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,9 @@ from types import SimpleNamespace
 
 import torch
 
-from vllm_quantspec.config import CACHE_DTYPES, QuantSpecOptions
-from vllm_quantspec.format import PageFormat, window_blocks_per_request
+from vllm_quantspec import sparse_policy
+from vllm_quantspec.config import CACHE_DTYPES, QuantSpecOptions, draft_budget, parse_draft_context
+from vllm_quantspec.format import PageFormat, window_blocks_per_request, window_start
 from vllm_quantspec.kernels.decode_attention import row_tiles
 from vllm_quantspec.memory import draft_logits_bytes
 from vllm_quantspec.supported import head_size_of, text_part, undrafted, unsupported
@@ -283,6 +285,7 @@ class Speed:
     draft_step: float
     cycle: float
     tokens_per_cycle: float
+    draft_share: float  # of the old tokens, that a draft step reads
 
     @property
     def quantspec(self) -> float:
@@ -293,6 +296,38 @@ def expected_tokens(acceptance: float, num_speculative_tokens: int) -> float:
     """Mean tokens of a verification, (1 - a^(n + 1)) / (1 - a): each draft is accepted with a if those before it were."""
     tokens = num_speculative_tokens + 1
     return tokens if acceptance == 1 else (1 - acceptance**tokens) / (1 - acceptance)
+
+
+def draft_share(
+    model: Model,
+    context: int,
+    batch: int,
+    tensor_parallel_size: int,
+    group_size: int,
+    num_speculative_tokens: int,
+    page_bits: int,
+    draft_context: str | int | float,
+) -> float:
+    """The share of the old tokens of ``batch`` requests of ``context`` tokens each that a draft step reads, 0 to 1."""
+    budget, old = draft_budget(draft_context, group_size), window_start(context, group_size) // group_size
+    if budget is None or not old:
+        return 1.0
+    least = 0
+    if draft_context == "auto":
+        tp = tensor_parallel_size
+        fmt = PageFormat(max(1, model.num_kv_heads // tp), model.head_size, group_size, model.dtype, page_bits)
+        read, experts = model.linear_weights + model.head_weights, model.experts.weights if model.experts else 0
+        least = sparse_policy.min_total_pages(
+            draft_weight_bytes=(read * INT4_BITS / 8 + experts * model.dtype.itemsize) / tp,
+            target_weight_bytes=(read + experts) * model.dtype.itemsize / tp,
+            draft_kv_bytes=model.num_layers * fmt.bytes_per_token(4),
+            target_kv_bytes=model.num_layers * fmt.bytes_per_token(),
+            num_speculative_tokens=num_speculative_tokens,
+            fraction=budget.fraction,
+            group_size=group_size,
+        )
+    chosen = max(budget.pages, math.ceil(budget.fraction * old))
+    return 1.0 if old < budget.min_pages or chosen >= old or old * batch < least else chosen / old
 
 
 def speed(
@@ -307,6 +342,7 @@ def speed(
     *,
     quantize_lm_head: bool = True,
     page_bits: int = 8,
+    draft_context: str | int | float = "all",
 ) -> Speed:
     """Decode times by the cost model: bytes over bandwidth plus fixed costs.
 
@@ -317,6 +353,8 @@ def speed(
         bandwidth: bytes per second that a copy on this GPU reads and writes (an H200: 4.26e12).
         page_bits: as of `memory`; the constants are fitted to measurements with 8.
         acceptance: probability that a draft is accepted, given that those before it were.
+        draft_context: as of `QuantSpecOptions`, parsed. Drafts that read less are accepted less often: that is the caller's
+            to say. What it takes to choose the pages is not in the model.
     """
     tp, rows = tensor_parallel_size, num_speculative_tokens + 1
     fmt = PageFormat(max(1, model.num_kv_heads // tp), model.head_size, group_size, model.dtype, page_bits)
@@ -326,7 +364,7 @@ def speed(
 
     def layers_ms(kind: str, num_tokens: int, bytes_per_token: float, query_rows: int = 1) -> float:
         """All but the linear layers; ``query_rows`` are per KV head."""
-        cache_bytes, tiles, passes = context * bytes_per_token, 1, 1
+        cache_bytes, tiles, passes = context * bytes_per_token * (share if kind == "draft" else 1), 1, 1
         if kind != "exact":
             cache_bytes += WINDOW_READ_GROUPS * group_size * exact_bytes
             tiles, passes = row_tiles(model.head_size, query_rows)  # every pass reads the cache
@@ -334,6 +372,7 @@ def speed(
         fixed = LAYER_US[kind] + TOKEN_US * num_tokens + (2 * ALL_REDUCE_US if tp > 1 else 0)
         return model.num_layers * (passes * read + fixed / 1e3)
 
+    share = draft_share(model, context, batch, tp, group_size, num_speculative_tokens, page_bits, draft_context)
     exact_bytes = fmt.num_kv_heads * 2 * model.head_size * model.dtype.itemsize
     target, draft = fmt.bytes_per_token(), fmt.bytes_per_token(4)
     per_head = max(1, model.num_heads // tp // fmt.num_kv_heads)
@@ -360,6 +399,7 @@ def speed(
         draft_step=draft_step,
         cycle=num_speculative_tokens * draft_step + verify,
         tokens_per_cycle=expected_tokens(acceptance, num_speculative_tokens),
+        draft_share=share,
     )
 
 
@@ -375,6 +415,7 @@ def report(arguments, file=None) -> None:
     no_drafts = undrafted(config)
     tp, group, context, batch = arguments.tensor_parallel_size, arguments.group_size, arguments.context, arguments.batch
     page_bits = CACHE_DTYPES[arguments.kv_cache_dtype]
+    draft_context = parse_draft_context(arguments.draft_context, group)
     times = {
         gamma: speed(
             model,
@@ -386,6 +427,7 @@ def report(arguments, file=None) -> None:
             arguments.acceptance,
             gamma,
             page_bits=page_bits,
+            draft_context=draft_context,
         )
         for gamma in arguments.num_speculative_tokens or range(1, 9)
     }
@@ -449,6 +491,11 @@ def report(arguments, file=None) -> None:
         f"({t.tokens_per_cycle:.2f} tokens per verification)",
     )
     line("one draft step", f"{t.draft_step:.2f}, {t.exact / t.draft_step:.2f}x less than a step in 16 bits")
+    if draft_context != "all":
+        read = f"{100 * t.draft_share:.1f} % of the older tokens" if t.draft_share < 1 else "all of the older tokens"
+        line("a draft step reads", f"{read} (--draft-context {draft_context})")
+    if t.draft_share < 1:
+        line("", "fewer such drafts are accepted: give what you measured as --acceptance")
     if model.experts:
         step, verification = model.experts.chosen(batch), model.experts.chosen(batch, best + 1)
         line(
