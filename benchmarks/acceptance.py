@@ -16,6 +16,12 @@ that were drafted, "tokens_per_step" counts steps without a draft, too, which n-
     python benchmarks/acceptance.py --configs drafted-4 --options '{"draft_kv": "int8"}' --json OUT
     python benchmarks/acceptance.py --plot                       # the plot again, from the JSON
     python benchmarks/acceptance.py --kl                         # what the 8-bit cache costs instead
+    python benchmarks/acceptance.py --configs drafted-4 --contexts 32768 --temperatures 0.7 --planted 512 \\
+        --draft-context all 0.0625 0.125 --draft-selection attention window snapkv      # sparse drafts
+
+Sparse drafts: each --draft-context but "all" with each --draft-selection is an engine of its own; at the end comes a table
+of the first draft's acceptance against "all" of the same run. --planted N adds texts in whose middle N tokens of another
+excerpt were planted and whose end begins to repeat them ("planted", which is not in "all"): what must be retrieved.
 
 KL: of the next-token distributions of the QUANTSPEC cache from those of vLLM's exact cache, over the same text.
 """
@@ -37,6 +43,8 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 import torch
 from common import KV_HELP, TEXT_HELP, engine, excerpts, read_texts, small_model_on_gpu, write_json
 from quality import CACHES
+
+from vllm_quantspec.config import DRAFT_SELECTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -78,13 +86,44 @@ def measure(llm, prompts: list[list[int]], num_tokens: int, temperature: float, 
     return [a - b for a, b in zip(counts(llm), before, strict=True)]
 
 
+def read_of_cache(llm) -> tuple[int, int]:
+    """Old pages that draft steps have read so far, and that there were; zeros where they read everything."""
+    runner = llm.llm_engine.collective_rpc(lambda worker: [worker.model_runner])[0][0]
+    proposer = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
+    share = getattr(getattr(proposer, "page_scores", None), "share", None)
+    return (share.read, share.old) if share else (0, 0)
+
+
+def planted(prompts: list[list[int]], number: int) -> list[list[int]]:
+    """The prompts with ``number`` tokens of the next one's start in the middle of each, and the first half of these again at
+    its end, as many tokens as before: a model that retrieves goes on with the second half."""
+    texts = []
+    for prompt, other in zip(prompts, prompts[1:] + prompts[:1], strict=True):
+        passage = other[:number]
+        half, middle = passage[: number // 2], (len(prompt) - len(passage)) // 2
+        text = prompt[:middle] + passage + prompt[middle + len(passage) :]
+        texts.append(text[: len(prompt) - len(half)] + half)
+    return texts
+
+
+def cases(configs: list[str], draft_contexts: list[str], selections: list[str]) -> list[tuple[str, dict]]:
+    """(configuration, more options of the speculative config), an engine each."""
+    found = []
+    for name, context in itertools.product(configs, draft_contexts):
+        if context == "all":
+            found.append((name, {}))
+        else:
+            found += [(name, {"draft_context": context, "draft_selection": s}) for s in selections]
+    return found
+
+
 def rates(numbers: list[int]) -> list[float]:
     return [n / max(1, numbers[0]) for n in numbers[1:]]
 
 
-def run_config(name: str, novels: dict[str, list[list[int]]], args) -> list[dict]:
+def run_config(name: str, sparse: dict, novels: dict[str, list[int]], args) -> list[dict]:
     """One engine: a row for each context, temperature and batch of prompts."""
-    options = CONFIGS[name] | args.options
+    options = CONFIGS[name] | args.options | sparse
     drafted = options["num_speculative_tokens"]
     batch = len(novels) * args.excerpts if torch.cuda.is_available() else args.excerpts
     arguments = {"max_num_seqs": batch, "enable_prefix_caching": False}
@@ -99,13 +138,26 @@ def run_config(name: str, novels: dict[str, list[list[int]]], args) -> list[dict
             prompts = {novel: excerpts(tokens, context, args.excerpts) for novel, tokens in novels.items()}
             if torch.cuda.is_available():
                 prompts = {"all": sum(prompts.values(), [])}
+            if args.planted:
+                texts = [excerpt for tokens in novels.values() for excerpt in excerpts(tokens, context, args.excerpts)]
+                prompts["planted"] = planted(texts, args.planted)
             for temperature in args.temperatures:
-                numbers = {novel: measure(llm, p, args.tokens, temperature, seeded) for novel, p in prompts.items()}
-                numbers.setdefault("all", [sum(n) for n in zip(*numbers.values(), strict=True)])
+                numbers, read = {}, {}
+                for novel, p in prompts.items():
+                    before = read_of_cache(llm)
+                    numbers[novel] = measure(llm, p, args.tokens, temperature, seeded)
+                    read[novel] = [b - a for a, b in zip(before, read_of_cache(llm), strict=True)]
+                for sums in (numbers, read):
+                    of_novels = [n for novel, n in sums.items() if novel != "planted"]
+                    sums.setdefault("all", [sum(n) for n in zip(*of_novels, strict=True)])
                 for novel, n in numbers.items():
                     row = {"config": name, "context": context, "temperature": temperature, "novel": novel}
                     row |= {"drafts": n[0], "per_position": rates(n), "accepted": sum(rates(n))}
-                    tokens = args.tokens * sum(len(p) for text, p in prompts.items() if novel in (text, "all"))
+                    if sparse:
+                        row |= sparse | {"read_share": read[novel][0] / max(1, read[novel][1])}
+                    of_all = novel == "all"
+                    of_row = [p for text, p in prompts.items() if text == novel or of_all and text != "planted"]
+                    tokens = args.tokens * sum(len(p) for p in of_row)
                     row["tokens_per_step"] = tokens / (tokens - sum(n[1:]))
                     rows.append(row | {"mean": sum(rates(n)) / drafted, "options": options})
                     show(rows[-1])
@@ -175,9 +227,67 @@ def show(row: dict) -> None:
     print(
         f"{row['config']:16s} {row['context']:6d} T={row['temperature']:<3g} {row['novel']:12s} {row['drafts']:6d} "
         f" {positions}  mean {row['mean']:.3f}  {1 + row['accepted']:.2f} tokens per verification, "
-        f"{row['tokens_per_step']:.2f} per step",
+        f"{row['tokens_per_step']:.2f} per step" + (f"  {sparse_label(row)}" if "draft_context" in row else ""),
         flush=True,
     )
+
+
+def sparse_label(row: dict) -> str:
+    return f"{row['draft_selection']} {row['draft_context']}, {row['read_share']:.3f} of the cache read"
+
+
+def sparse_table(rows: list[dict]) -> str:
+    """Markdown: each policy and budget against "all" with the same configuration, context, temperature and text."""
+
+    def key(row: dict) -> tuple:
+        return row["config"], row["context"], row["temperature"], row["novel"]
+
+    dense = {key(row): row for row in rows if "draft_context" not in row}
+    lines = [
+        "| context | temperature | text | selection | draft_context | cache read | first draft | points less | tokens per "
+        "verification | of all |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row["novel"] not in ("all", "planted"):
+            continue
+        base = dense.get(key(row))
+        first, tokens = row["per_position"][0], 1 + row["accepted"]
+        less = f"{100 * (base['per_position'][0] - first):.1f}" if base else ""
+        share = f"{100 * tokens / (1 + base['accepted']):.1f} %" if base else ""
+        read = f"{100 * row.get('read_share', 1):.1f} %"
+        what = (row["context"], f"{row['temperature']:g}", row["novel"], row.get("draft_selection", ""))
+        cells = (*what, row.get("draft_context", "all"), read, f"{first:.3f}", less, f"{tokens:.2f}", share)
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def plot_sparse(path: Path, rows: list[dict]) -> None:
+    """The first draft's acceptance against what drafts read, by policy."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    texts = [text for text in ("all", "planted") if any(r["novel"] == text for r in rows)]
+    figure, axes = plt.subplots(1, len(texts), figsize=(5.5 * len(texts), 4), squeeze=False)
+    for axis, text in zip(axes[0], texts, strict=True):
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for row in rows:
+            if row["novel"] == text:
+                where = f"{row['config']}, {row['context'] / 1024:g}k, T={row['temperature']:g}"
+                label = f"{row.get('draft_selection', 'all')} ({where})"
+                lines.setdefault(label, []).append((100 * row.get("read_share", 1), 100 * row["per_position"][0]))
+        for label, points in lines.items():
+            axis.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
+        axis.set_xscale("log")
+        axis.set_xlabel("old tokens that a draft step reads, %")
+        axis.set_ylabel("first draft accepted, %")
+        axis.set_title("novels" if text == "all" else "a planted passage repeated")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path.with_suffix(".png"), dpi=140)
 
 
 def plot(path: Path) -> None:
@@ -186,7 +296,10 @@ def plot(path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [r for r in json.loads(path.read_text())["rows"] if r["novel"] == "all"]
+    rows = json.loads(path.read_text())["rows"]
+    if any("draft_context" in r for r in rows):
+        return plot_sparse(path, rows)
+    rows = [r for r in rows if r["novel"] == "all"]
     temperatures = sorted({r["temperature"] for r in rows})
     longest = max(r["context"] for r in rows)
     # Above: the default options with most tokens drafted, by context. Below: all options, at the longest context.
@@ -239,6 +352,9 @@ def main() -> None:
     parser.add_argument("--text", type=Path, default=SHARED / "data/books", help=TEXT_HELP)
     parser.add_argument("--configs", nargs="+", choices=CONFIGS, default=list(CONFIGS))
     parser.add_argument("--options", type=json.loads, default={}, help="more options of the speculative config, as JSON")
+    parser.add_argument("--draft-context", nargs="+", default=["all"], help="all, auto, tokens or fractions")
+    parser.add_argument("--draft-selection", nargs="+", choices=DRAFT_SELECTIONS, default=["attention"])
+    parser.add_argument("--planted", type=int, default=0, metavar="N", help="tokens planted in the middle of more texts")
     parser.add_argument("--contexts", type=int, nargs="+", default=[4096, 8192, 16384, 32768])
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.7])
     parser.add_argument("--excerpts", type=int, default=8, help="of each novel")
@@ -253,13 +369,17 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="default: benchmarks/results/acceptance-MODEL.json")
     parser.add_argument("--plot", action="store_true", help="only draw the plot from the JSON")
     args = parser.parse_args()
-    kind = "cache_error" if args.kl else "acceptance"
+    is_sparse = args.draft_context != ["all"]
+    kind = "cache_error" if args.kl else "sparse_acceptance" if is_sparse else "acceptance"
     path = args.json or ROOT / f"benchmarks/results/{kind}-{args.model.name}.json"
     if args.plot:
         return plot(path)
     sizes = {"model": args.model.name, "excerpts": args.excerpts, "tokens": args.tokens}
     if args.jobs > 1 and not args.kl:
-        write_json(path, run_jobs(args), **sizes)
+        rows = run_jobs(args)
+        write_json(path, rows, **sizes)
+        if is_sparse:
+            print(sparse_table(rows))
         return plot(path)
 
     from transformers import AutoTokenizer
@@ -282,9 +402,11 @@ def main() -> None:
                 print(rows[-1], flush=True)
                 write_json(path, rows, model=args.model.name, dtype=args.kl_dtype)
         return
-    for name in args.configs:
-        rows += run_config(name, novels, args)
+    for name, sparse in cases(args.configs, args.draft_context, args.draft_selection):
+        rows += run_config(name, sparse, novels, args)
         write_json(path, rows, **sizes)
+    if is_sparse:
+        print(sparse_table(rows))
     plot(path)
 
 

@@ -75,3 +75,20 @@ def test_help(script):
     done = subprocess.run([sys.executable, BENCHMARKS / script, "--help"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert f"usage: {script}" in done.stdout
+
+
+def test_texts_with_a_planted_passage_and_the_table_of_sparse_drafts(monkeypatch):
+    for name, value in (("VLLM_LOGGING_LEVEL", "INFO"), ("VLLM_CPU_KVCACHE_SPACE", "1")):
+        monkeypatch.setenv(name, value)  # importing the script sets what is not set
+    import acceptance
+
+    prompts = [list(range(1000 * i, 1000 * i + 300)) for i in range(2)]
+    for text, prompt, other in zip(acceptance.planted(prompts, 40), prompts, prompts[::-1], strict=True):
+        assert text[130:170] == other[:40] and text[-20:] == other[:20]
+        assert text[:130] == prompt[:130] and text[170:-20] == prompt[170:-20]
+    found = acceptance.cases(["a"], ["all", "0.1"], ["window", "snapkv"])
+    assert found[0] == ("a", {}) and [more["draft_selection"] for _, more in found[1:]] == ["window", "snapkv"]
+    row = {"config": "a", "context": 8, "temperature": 0.7, "novel": "all", "per_position": [0.9, 0.8], "accepted": 1.7}
+    sparse = {"per_position": [0.87, 0.7], "accepted": 1.57, "draft_context": "0.1", "draft_selection": "window"}
+    table = acceptance.sparse_table([row, row | sparse | {"read_share": 0.12}]).splitlines()
+    assert table[-1] == "| 8 | 0.7 | all | window | 0.1 | 12.0 % | 0.870 | 3.0 | 2.57 | 95.2 % |"
