@@ -3,6 +3,8 @@
     python benchmarks/end_to_end.py                                # 8B shape, 4k to 128k, batch 1, 4 and 16, one GPU
     python benchmarks/end_to_end.py --configs self-5 --points 32768x1   # one more row for the same JSON
     python benchmarks/end_to_end.py --shape 7b --configs bf16 fp8 cache 3 5
+    python benchmarks/end_to_end.py --shape qwen3-30b-a3b --configs bf16 3 --points 8192x1 131072x1 32768x8
+    python benchmarks/end_to_end.py --shape MODEL/config.json --configs bf16 4
     python benchmarks/end_to_end_report.py --shape 8b              # tables and the plot, from the JSON
 
 A configuration is an engine of its own, with torch.compile and CUDA graphs on:
@@ -58,7 +60,58 @@ SHAPES = {
     "8b": dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256),
     # To try the script out, also on a CPU.
     "tiny": dict(hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2, vocab_size=512),
+    "tiny-moe": dict(
+        architectures=["Qwen3MoeForCausalLM"],
+        model_type="qwen3_moe",
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        vocab_size=512,
+        num_experts=16,
+        num_experts_per_tok=4,
+        moe_intermediate_size=128,
+        norm_topk_prob=True,
+    ),
     "7b": dict(hidden_size=4096, intermediate_size=11008, num_attention_heads=32, num_key_value_heads=32, vocab_size=32000),
+    "qwen2.5-7b": dict(
+        architectures=["Qwen2ForCausalLM"],
+        model_type="qwen2",
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        vocab_size=152064,
+    ),
+    "qwen3-32b": dict(
+        architectures=["Qwen3ForCausalLM"],
+        model_type="qwen3",
+        hidden_size=5120,
+        intermediate_size=25600,
+        num_hidden_layers=64,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=151936,
+    ),
+    "qwen3-30b-a3b": dict(
+        architectures=["Qwen3MoeForCausalLM"],
+        model_type="qwen3_moe",
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        vocab_size=151936,
+        num_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=768,
+        norm_topk_prob=True,
+    ),
 }
 # A public model of the same vocabulary that people draft with.
 DRAFTS = {
@@ -72,7 +125,6 @@ LLAMA = dict(
     architectures=["LlamaForCausalLM"],
     model_type="llama",
     num_hidden_layers=32,
-    max_position_embeddings=1 << 20,
     rms_norm_eps=1e-5,
     rope_theta=500000.0,
     hidden_act="silu",
@@ -89,6 +141,8 @@ ACCEPTANCE = {
     "draft": 0.8,  # assumed: that of a good small draft; books-30m has none of its vocabulary to measure one with
     "self": 1.0,
 }
+# Longer than any context here; a step's time does not depend on it.
+MAX_POSITIONS = 1 << 20
 CONFIGS = ["bf16", "fp8", "cache", "3", "5", "draft-5", "ngram-5"]
 POINTS = [f"{kilo * 1024}x{batch}" for batch in (1, 4, 16) for kilo in (4, 8, 16, 32, 64, 128)]
 WARM_UP = 16
@@ -96,6 +150,27 @@ WARM_UP = 16
 MAX_TOKENS = 2048
 # A batch of at least so many tokens is a prompt, not a decode step.
 PREFILL_TOKENS = 512
+
+
+def model_config(shape: str) -> dict:
+    """The config.json of a shape: a name among ``SHAPES``, or the path of such a file or of its folder.
+
+    Raises:
+        ValueError: one sentence, where it is neither.
+    """
+    if shape in SHAPES:
+        return LLAMA | {"max_position_embeddings": MAX_POSITIONS} | SHAPES[shape]
+    path = Path(shape).expanduser()
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"--shape {shape}: neither one of {', '.join(SHAPES)} nor a config.json or its folder.")
+    return json.loads(path.read_text()) | {"max_position_embeddings": MAX_POSITIONS}
+
+
+def shape_name(shape: str) -> str:
+    """What results are called by: the name of a shape, or of the folder that its config.json is in."""
+    path = Path(shape).expanduser().resolve()
+    return shape if shape in SHAPES else path.name if path.is_dir() else path.parent.name
 
 
 def drafted(config: str) -> int:
@@ -311,11 +386,11 @@ def child(args) -> None:
     batches = {batch for _, batch in points}
     longest = max(context for context, _ in points)
     query_len = 1 + drafted(args.child)
-    shape = LLAMA | SHAPES[args.shape] | ({"num_hidden_layers": args.layers} if args.layers else {})
+    shape = model_config(args.shape) | ({"num_hidden_layers": args.layers} if args.layers else {})
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         folders = {"self": f"{folder}/self", "draft": f"{folder}/draft"}
-        for name, config in (("self", shape), ("draft", shape | DRAFTS[args.shape])):
+        for name, config in (("self", shape), ("draft", shape | DRAFTS.get(args.shape, {}))):
             Path(folders[name]).mkdir()
             Path(folders[name], "config.json").write_text(json.dumps(config))
         llm = LLM(
@@ -386,7 +461,7 @@ def start(config: str) -> subprocess.Popen:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="8b")
+    parser.add_argument("--shape", default="8b", help=f"{', '.join(SHAPES)}, or a config.json or its folder")
     parser.add_argument("--layers", type=int, help="fewer layers, to try the script out")
     parser.add_argument("--points", nargs="+", default=POINTS, help="CONTEXTxBATCH, e.g. 131072x1")
     parser.add_argument("--configs", nargs="+", default=CONFIGS, help="added to what the JSON has, see above")
@@ -400,7 +475,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    path = args.json or RESULTS / f"end_to_end-{args.shape}.json"
+    try:
+        model_config(args.shape)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.shape not in DRAFTS and any(drafter(config) == "draft" for config in args.configs):
+        parser.error(f"draft-N needs a second model's shape, which there is for {', '.join(DRAFTS)}, not for {args.shape}.")
+    path = args.json or RESULTS / f"end_to_end-{shape_name(args.shape)}.json"
     if args.child:
         return child(args)
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
@@ -420,7 +501,7 @@ def main() -> None:
                 print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
                 # After every row: a run that is cut off keeps what it has.
                 add_derived(rows, args.acceptance)
-                sizes = {"shape": args.shape, "tensor_parallel_size": args.tensor_parallel_size}
+                sizes = {"shape": shape_name(args.shape), "tensor_parallel_size": args.tensor_parallel_size}
                 write_json(path, rows, **sizes, acceptance=args.acceptance, options=json.loads(args.options))
         if process.wait():
             print(f"{config} failed:\n" + "".join(tail), flush=True)

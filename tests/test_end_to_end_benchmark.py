@@ -12,6 +12,8 @@ import end_to_end  # noqa: E402
 import end_to_end_report as report  # noqa: E402
 import serve_bench  # noqa: E402
 
+from vllm_quantspec import estimate  # noqa: E402
+
 BF16 = {"config": "bf16", "context": 32768, "batch": 4, "ms_per_step": 10.0, "ms_per_token": 10.0}
 BF16 |= {"other_peak_gib": 20.0, "kv_gib": 16.0}
 
@@ -92,8 +94,41 @@ def test_report(tmp_path, capsys, monkeypatch):
 def test_tokenizer_of_random_weights(tmp_path):
     from transformers import AutoTokenizer
 
-    serve_bench.write_model(tmp_path, end_to_end.SHAPES["tiny"])
+    serve_bench.write_model(tmp_path, end_to_end.model_config("tiny"))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     tokens = [17, 3, 3, 511]
     assert tokenizer.decode(tokens, skip_special_tokens=True) == "<17><3><3><511>"
     assert tokenizer.encode("<17><3><3><511>", add_special_tokens=False) == tokens
+
+
+@pytest.mark.parametrize(
+    ("shape", "billions"), [("8b", 8.03), ("7b", 6.74), ("qwen2.5-7b", 7.6), ("qwen3-32b", 32.8), ("qwen3-30b-a3b", 30.5)]
+)
+def test_shapes_are_those_of_the_models_they_name(shape, billions):
+    assert estimate.model_from(end_to_end.model_config(shape), shape).weights / 1e9 == pytest.approx(billions, rel=0.01)
+
+
+def test_a_shape_from_a_configuration(tmp_path):
+    folder = tmp_path / "some-model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2", "max_position_embeddings": 40}))
+    for given in (str(folder), str(folder / "config.json")):
+        assert end_to_end.model_config(given) == {"model_type": "qwen2", "max_position_embeddings": 1 << 20}
+        assert end_to_end.shape_name(given) == "some-model"
+    assert end_to_end.shape_name("qwen3-32b") == "qwen3-32b"
+    with pytest.raises(ValueError, match="neither one of 8b, "):
+        end_to_end.model_config(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["--shape", "9b"], "--shape 9b: neither"),
+        (["--shape", "qwen3-32b", "--configs", "draft-5"], "which there is for 8b"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_sentence(arguments, what, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["end_to_end.py", *arguments])
+    with pytest.raises(SystemExit):
+        end_to_end.main()
+    assert what in capsys.readouterr().err
