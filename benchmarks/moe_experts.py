@@ -1,7 +1,8 @@
-"""A mixture's experts at decode sizes: vLLM's kernels for INT4 weights against its kernel for BF16 ones. Needs a CUDA GPU.
+"""A mixture's experts at decode sizes: INT4 on our kernel and on vLLM's, against BF16 on vLLM's. Needs a CUDA GPU.
 
     python benchmarks/moe_experts.py --json OUT.json
     python benchmarks/moe_experts.py --shapes qwen3-30b-a3b --tokens 1 8
+    python benchmarks/moe_experts.py --shapes qwen3-30b-a3b --tokens 1 4 8 --tune    # launches of our kernel
 
 One layer's experts behind the router (sorting tokens by expert, both products, the activation, the sum), random weights, and
 experts chosen evenly. Times are medians of CUDA graph replays; every launch reads another layer's weights, more than the L2
@@ -9,6 +10,7 @@ cache holds in turn. ``gb_s`` are the weights of the experts that were chosen ov
 """
 
 import argparse
+import itertools
 from pathlib import Path
 
 import torch
@@ -32,7 +34,7 @@ def median(run, rep=60):
 
 
 class Bf16:
-    name = "bf16"
+    name = layout = "bf16"
     bytes_per_weight = 2
 
     def __init__(self, shape):
@@ -49,13 +51,14 @@ class Bf16:
 
 
 class Int4:
-    """A method of the draft's, on codes that were made up."""
+    """A method of the draft's, on codes that were made up; ``most`` tokens run on our own kernel."""
 
     bytes_per_weight = 0.5 + 2.5 / 128
 
-    def __init__(self, method_class, name, shape):
+    def __init__(self, method_class, name, shape, most=0, launch=()):
         from vllm_quantspec.integration.draft.experts import ExpertShapes
 
+        self.most, self.launch, self.layout = most, launch, method_class.__name__
         self.name, (number, hidden, width, _) = name, shape
         self.method = method_class(None, ExpertShapes(number, hidden, width, DTYPE), {"w13": 128, "w2": 128})
 
@@ -67,27 +70,36 @@ class Int4:
         layer = torch.nn.Module()
         layer.activation = MoEActivation.SILU
         for name, group in self.method.groups.items():
-            rows, channels = self.method.shapes.of(name)
-            for expert in range(self.method.shapes.number):
-                codes = torch.randint(0, 16, (rows, channels), dtype=torch.uint8, device=DEVICE)
-                scales = torch.empty(rows, channels // group, device=DEVICE).uniform_(0.001, 0.002).to(DTYPE)
+            (rows, channels), number = self.method.shapes.of(name), self.method.shapes.number
+            step = min(number, max(1, (1 << 26) // (rows * channels)))
+            for first in range(0, number, step):
+                shape = (min(step, number - first) * rows, channels)
+                codes = torch.randint(0, 16, shape, dtype=torch.uint8, device=DEVICE)
+                scales = torch.empty(shape[0], channels // group, device=DEVICE).uniform_(0.001, 0.002).to(DTYPE)
                 zeros = torch.randint(6, 10, scales.shape, dtype=torch.uint8, device=DEVICE)
-                self.method.write(layer, name, expert, QuantizedWeight(codes, scales, zeros, group))
+                self.method.write(layer, name, first, QuantizedWeight(codes, scales, zeros, group))
         return layer
 
     def __call__(self, x, weights, ids, layer):
+        from vllm_quantspec.kernels import int4_experts
+
+        int4_experts.MAX_TOKENS = self.most
+        if self.launch:
+            int4_experts.PARTS, int4_experts.CHANNELS, int4_experts.WARPS = self.launch
         return self.method.apply(layer, x, weights, ids)
 
 
-def contestants(shape):
+def contestants(shape, tune):
     from vllm_quantspec.integration.draft.experts import MarlinExpertsMethod, Wna16ExpertsMethod
 
+    if tune:
+        for launch in itertools.product((1, 2, 4, 8), (128, 256, 512, 1024), (2, 4, 8)):
+            yield Int4(MarlinExpertsMethod, f"ours {launch}", shape, most=1 << 20, launch=launch)
+        return
     yield Bf16(shape)
-    for name, method in (("marlin", MarlinExpertsMethod), ("wna16", Wna16ExpertsMethod)):
-        try:
-            yield Int4(method, name, shape)
-        except ValueError as error:
-            print(f"{name}: {error}")
+    yield Int4(MarlinExpertsMethod, "ours", shape, most=1 << 20)
+    yield Int4(MarlinExpertsMethod, "marlin", shape)
+    yield Int4(Wna16ExpertsMethod, "wna16", shape)
 
 
 def choices(shape, tokens):
@@ -102,12 +114,14 @@ def choices(shape, tokens):
     return drawn, sum(ids.unique().numel() for _, ids in drawn) / CHOICES
 
 
-def rows_of(name, all_tokens):
+def rows_of(name, all_tokens, tune):
     shape = SHAPES[name]
-    one_expert = 3 * shape[1] * shape[2]
-    for contestant in contestants(shape):
+    one_expert, made = 3 * shape[1] * shape[2], {}
+    for contestant in contestants(shape, tune):
         layer_bytes = shape[0] * one_expert * contestant.bytes_per_weight
-        layers = [contestant.make() for _ in range(max(2, min(6, int(12e9 / layer_bytes))))]
+        if contestant.layout not in made:
+            made[contestant.layout] = [contestant.make() for _ in range(max(2, min(6, int(12e9 / layer_bytes))))]
+        layers = made[contestant.layout]
         for tokens in all_tokens:
             drawn, read = choices(shape, tokens)
             x = torch.randn(tokens, shape[1], dtype=DTYPE, device=DEVICE)
@@ -121,13 +135,13 @@ def rows_of(name, all_tokens):
             num_bytes = read * one_expert * contestant.bytes_per_weight
             row = {"shape": name, "kernel": contestant.name, "tokens": tokens, "us": time, "experts_read": read}
             yield row | {"gb_s": num_bytes / time / 1e3}
-        del layers
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
+    parser.add_argument("--tune", action="store_true", help="our kernel alone, by (PARTS, CHANNELS, WARPS)")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     from vllm.config import VllmConfig, set_current_vllm_config
@@ -135,7 +149,7 @@ def main() -> None:
     rows = []
     with set_current_vllm_config(VllmConfig()), torch.inference_mode():
         for name in args.shapes:
-            for row in rows_of(name, args.tokens):
+            for row in rows_of(name, args.tokens, args.tune):
                 rows.append(row)
                 print({k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
                 if args.json:

@@ -11,6 +11,7 @@ from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
 from vllm_quantspec.integration.draft import experts
 from vllm_quantspec.integration.draft.experts import ExpertShapes, MarlinExpertsMethod, Wna16ExpertsMethod
+from vllm_quantspec.kernels import int4_experts
 from vllm_quantspec.weights import fit_group_size, quantize_weight
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -34,9 +35,14 @@ def rank():
 
 
 @pytest.mark.parametrize("method_class", METHODS)
+@pytest.mark.parametrize("own_kernel", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_experts_are_their_dequantized_weights(rank, method_class, dtype, shape):
+def test_experts_are_their_dequantized_weights(rank, method_class, own_kernel, dtype, shape, monkeypatch):
+    if not own_kernel:
+        if method_class is Wna16ExpertsMethod:
+            pytest.skip("has none")
+        monkeypatch.setattr(int4_experts, "MAX_TOKENS", 0)
     number, hidden, width, chosen, group_size = shape
     shapes = ExpertShapes(number, hidden, width, dtype)
     groups = {name: fit_group_size(shapes.of(name)[1], group_size) for name in experts.WEIGHTS}
@@ -55,8 +61,10 @@ def test_experts_are_their_dequantized_weights(rank, method_class, dtype, shape)
         assert error < 0.01
 
 
+@pytest.mark.parametrize("most", [0, 8])
 @pytest.mark.parametrize("method_class", METHODS)
-def test_a_graph_reads_new_inputs_and_new_weights(rank, method_class):
+def test_a_graph_reads_new_inputs_and_new_weights(rank, method_class, most, monkeypatch):
+    monkeypatch.setattr(int4_experts, "MAX_TOKENS", most)
     shapes, groups = ExpertShapes(8, 256, 128, torch.bfloat16), {"w13": 128, "w2": 64}
     method = method_class(None, shapes, groups)
     weights = random_experts(shapes, method.groups, "cuda")

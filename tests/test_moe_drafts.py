@@ -34,6 +34,7 @@ from vllm_quantspec.integration.draft import experts
 from vllm_quantspec.integration.draft import model as draft_model
 from vllm_quantspec.integration.draft.experts import CpuExpertsMethod, ExpertShapes, Wna16ExpertsMethod
 from vllm_quantspec.integration.draft.model import DRAFT_PREFIX, build_draft_model
+from vllm_quantspec.kernels import int4_experts
 
 TIE = 0.125  # nats, as in test_lossless.py
 
@@ -74,7 +75,7 @@ def test_marlins_layout_is_that_of_vllm():
     codes, zeros = levels(number, out, channels), levels(number, out, channels // group)
     scales = torch.randn(number, out, channels // group, generator=generator)
     order = marlin_utils_test.get_weight_perm(4)
-    packed = experts.marlin_codes(codes), experts.marlin_scales(scales), experts.marlin_zeros(zeros)
+    packed = int4_experts.pack(codes, scales, zeros)
     for i in range(number):
         one, groups = codes[i].t().int(), channels // group
         assert torch.equal(packed[0][i], marlin_utils_test.marlin_weights(one, channels, out, 4, order))

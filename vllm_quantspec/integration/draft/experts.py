@@ -5,8 +5,8 @@ token chose. The draft has a layer of its own (`model._Builder`) with the target
 Weights are rounded as linears are (`vllm_quantspec.weights`), some experts at a time, so that what this takes beside the
 copy is bounded; weights that are exchanged later are written into the same tensors, which CUDA graphs read.
 
-On a GPU vLLM's kernels for 4-bit checkpoints run them: Marlin's, or where it does not take the shape those of `moe_wna16`.
-On a CPU `kernels/cpu_int4_experts` does.
+On a GPU a few tokens run on `kernels/int4_experts`, more on vLLM's Marlin kernel, which reads the same tensors; where Marlin
+does not take the shape, all of them on vLLM's kernels of `moe_wna16`. On a CPU `kernels/cpu_int4_experts` does it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 from vllm.platforms import current_platform
 from vllm.scalar_type import scalar_types
 
+from vllm_quantspec.kernels import int4_experts
 from vllm_quantspec.weights import QuantizedWeight, fit_group_size, quantize_weight
 
 logger = init_logger("vllm.quantspec.experts")
@@ -111,9 +112,9 @@ class Int4ExpertsMethod(FusedMoEMethodBase):
 
 
 class MarlinExpertsMethod(Int4ExpertsMethod):
-    """On vLLM's Marlin kernel, the one that it runs 4-bit checkpoints on."""
+    """On vLLM's Marlin kernel, the one that it runs 4-bit checkpoints on; a few tokens on ``kernels/int4_experts``."""
 
-    runs_on = "vLLM's Marlin kernel"
+    runs_on = f"this package's GPU kernel, beyond {int4_experts.MAX_TOKENS} tokens vLLM's Marlin kernel"
 
     def __init__(self, moe, shapes: ExpertShapes, groups: dict[str, int]) -> None:
         # A weight with one group has another layout of its scales, that of one scale per row.
@@ -130,11 +131,14 @@ class MarlinExpertsMethod(Int4ExpertsMethod):
             )
 
     def _pack(self, codes, scales, zeros, group):
-        return marlin_codes(codes), marlin_scales(scales), marlin_zeros(zeros)
+        return int4_experts.pack(codes, scales, zeros)
 
     def apply(self, layer, x, topk_weights, topk_ids, shared_experts=None, shared_experts_input=None) -> torch.Tensor:
         from vllm.model_executor.layers.fused_moe.experts.marlin_moe import fused_marlin_moe
 
+        if x.shape[0] <= int4_experts.MAX_TOKENS:
+            weights = (int4_experts.Packed(*self.parts(layer, name)) for name in WEIGHTS)
+            return int4_experts.int4_experts(x, topk_weights, topk_ids, *weights, layer.activation.value)
         (w13, w13_scales, w13_zeros), (w2, w2_scales, w2_zeros) = (self.parts(layer, name) for name in WEIGHTS)
         return fused_marlin_moe(
             hidden_states=x,
@@ -336,48 +340,3 @@ _AS_LOADED: dict[UnquantizedMoeBackend, Callable[[RoutedExperts, str, torch.Tens
     UnquantizedMoeBackend.FLASHINFER_CUTLASS: _gate_last,
     UnquantizedMoeBackend.CPU: _cpu_order,
 }
-
-
-# --- Marlin's layout --------------------------------------------------------------------------------------------------
-# Tensor operations alone: vLLM's repacking kernel takes one expert of GPTQ's layout at a time.
-
-
-def marlin_codes(codes: torch.Tensor) -> torch.Tensor:
-    """uint8 [n, out, in] -> int32 [n, in / 16, 2 * out]: tiles of 16 x 64 in the order of an mma's B fragments."""
-    number, out_features, in_features = codes.shape
-    tiles = codes.transpose(1, 2).reshape(number, in_features // 16, 16, out_features // 16, 16)
-    tiles = tiles.transpose(2, 3).reshape(number, in_features // 16, out_features // 64, 1024)
-    return _nibbles(tiles[..., _marlin_order(codes.device)]).flatten(2)
-
-
-def marlin_scales(scales: torch.Tensor) -> torch.Tensor:
-    """[n, out, in / group] -> [n, in / group, out], each 64 outputs transposed as 8 x 8."""
-    return _eights(scales).contiguous()
-
-
-def marlin_zeros(zeros: torch.Tensor) -> torch.Tensor:
-    """uint8 [n, out, in / group] -> int32 [n, in / group, out / 8], in the order of the scales."""
-    return _nibbles(_eights(zeros).unflatten(-1, (-1, 8))[..., _INTERLEAVE]).flatten(2)
-
-
-# Order of eight codes in a word: those that become floats together lie 16 bits apart.
-_INTERLEAVE = [0, 2, 4, 6, 1, 3, 5, 7]
-
-
-def _eights(x: torch.Tensor) -> torch.Tensor:
-    return x.transpose(1, 2).unflatten(2, (-1, 8, 8)).transpose(3, 4).flatten(2)
-
-
-@cache
-def _marlin_order(device: torch.device) -> torch.Tensor:
-    """int64 [1024]: the place, in four 16 x 16 tiles one behind the other, of each code of a Marlin tile."""
-    lane, tile, block, register = torch.meshgrid(*(torch.arange(n) for n in (32, 4, 2, 4)), indexing="ij")
-    row = 2 * (lane % 4) + torch.tensor([0, 1, 8, 9])[register]
-    order = 256 * tile + 16 * row + lane // 4 + 8 * block
-    return order.reshape(-1, 8)[:, _INTERLEAVE].flatten().to(device)
-
-
-def _nibbles(codes: torch.Tensor) -> torch.Tensor:
-    """uint8 [..., 8 * n] -> int32 [..., n], the first code in the lowest bits."""
-    pairs = codes[..., 0::2] | codes[..., 1::2] << 4
-    return pairs.contiguous().view(torch.int32)
