@@ -231,8 +231,10 @@ def _add_strip(
     tile, first = strip // (8 // PARTS), strip % (8 // PARTS) * PARTS
     x += 16 * row + 2 * q
     codes += tile * 128 + first * 16 + word
-    scales += tile * 64 + (first + c) * 8 + 2 * j
-    zeros += tile * 8 + first + c
+    # For every row, though rows of a group have the same: a smaller tensor would go through shared memory, and the barriers
+    # would keep the loads of the next channels back.
+    scales += tile * 64 + (first + c) * 8 + 2 * j + 0 * row
+    zeros += tile * 8 + first + c + 0 * row
     for start in tl.static_range(0, IN // GROUP, GROUPS):
         group = start + tl.arange(0, GROUPS)[:, None, None]
         there = group < IN // GROUP
