@@ -141,7 +141,7 @@ def plot(path: Path, results: dict, best: dict, kinds: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="8b")
+    parser.add_argument("--shape", default="8b", help=f"{', '.join(SHAPES)}, or what the JSON is called by")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     path = args.json or RESULTS / f"end_to_end-{args.shape}.json"

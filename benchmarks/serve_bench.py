@@ -26,7 +26,7 @@ import urllib.parse
 from pathlib import Path
 
 from common import write_json
-from end_to_end import LLAMA, RESULTS, SHAPES, synthetic
+from end_to_end import RESULTS, SHAPES, model_config, synthetic
 from serve_load import VLLM, Load, start_server, stop_server
 
 BENCH_SECONDS = 3600  # longest that `vllm bench serve` may take
@@ -42,10 +42,10 @@ CONFIGS = {
 
 
 def write_model(folder: Path, shape: dict) -> None:
-    """config.json of a Llama and a tokenizer of words."""
+    """The config.json ``shape`` and a tokenizer of words."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    (folder / "config.json").write_text(json.dumps(LLAMA | shape))
+    (folder / "config.json").write_text(json.dumps(shape))
     tokenizer = Tokenizer(models.WordLevel({f"<{i}>": i for i in range(shape["vocab_size"])}, unk_token="<0>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"<\d+>"), "isolated")
     tokenizer.decoder = decoders.Fuse()  # no spaces: a server does not send one before the first word
@@ -92,7 +92,7 @@ def bench(url: str, folder: Path, args) -> dict:
 
 def serve(config: str, folder: Path, args) -> dict:
     """One server from start to end; what was seen."""
-    vocabulary = SHAPES[args.shape]["vocab_size"]
+    vocabulary = model_config(args.shape)["vocab_size"]
     tokens = random.Random(0).choices(range(3, vocabulary), k=args.max_prompt + 1)
     log = Path(tempfile.gettempdir()) / f"serve_bench-{config}-{os.getpid()}.log"
     longest = max(args.max_prompt, args.input + args.output) + 128
@@ -130,7 +130,7 @@ def main() -> None:
     path = args.json or RESULTS / f"serve_bench-{args.shape}.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     with tempfile.TemporaryDirectory() as folder:
-        write_model(Path(folder), SHAPES[args.shape])
+        write_model(Path(folder), model_config(args.shape))
         for config in args.configs:
             row = serve(config, Path(folder), args)
             print(json.dumps(row, indent=1), flush=True)

@@ -34,6 +34,7 @@ LONG = (
     "test_sparse_drafts",
     "test_serve",
     "test_models",
+    "test_moe_drafts",
     "test_ray",
     "test_int4_cache",
     "test_scheduling",
@@ -83,10 +84,11 @@ def triton_kernels_fit(request):
     yield
     if not request.config.getoption("--emulate-gpu"):
         return
-    from vllm_quantspec.kernels import cache_update, gather_context, rescore_logits
+    from vllm_quantspec.kernels import cache_update, gather_context, int4_experts, rescore_logits
 
     limit = device.device_properties(0).shared_memory_per_block
-    for kernel in (cache_update._store, cache_update._quantize, gather_context._gather, rescore_logits._rescore_logits):
+    kernels = [cache_update._store, cache_update._quantize, gather_context._gather, rescore_logits._rescore_logits]
+    for kernel in (*kernels, int4_experts._gate_up, int4_experts._down):
         for cached in kernel.device_caches.values():
             for compiled in cached[0].values():
                 assert compiled.metadata.shared <= limit, f"{kernel.__name__}: {compiled.metadata.shared} bytes"

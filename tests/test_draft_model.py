@@ -55,7 +55,8 @@ def run(runner, model: torch.nn.Module, token_ids: torch.Tensor, monkeypatch) ->
     """Logits [tokens, vocabulary] of ``model``, and the names of the attention layers it called."""
     calls: list[str] = []
     for layer in runner.vllm_config.compilation_config.static_forward_context.values():
-        monkeypatch.setattr(layer.impl, "forward", causal_attention(layer, calls))
+        if hasattr(layer, "impl"):  # layers of experts have none
+            monkeypatch.setattr(layer.impl, "forward", causal_attention(layer, calls))
     positions = torch.arange(len(token_ids))
     with torch.inference_mode(), set_forward_context(None, runner.vllm_config, num_tokens=len(token_ids)):
         hidden_states = model(input_ids=token_ids, positions=positions, inputs_embeds=None)

@@ -96,9 +96,12 @@ def test_sizes_of_known_mixtures_of_experts(config, all_weights, not_linear):
     model = estimate.model_from(config, "moe")
     assert model.weights == all_weights - not_linear
     heads = 2 * config["num_attention_heads"] + 2 * config["num_key_value_heads"]
-    assert model.linear_weights == config["num_hidden_layers"] * 2048 * 128 * heads  # attention: no expert has an INT4 copy
+    assert model.linear_weights == config["num_hidden_layers"] * 2048 * 128 * heads  # attention
     m = estimate.memory(model, 140 * estimate.GIB, 0.9, 1, 128, 0)
-    assert m.weights == 2 * model.weights and m.int4_weights < 0.06 * m.weights
+    assert m.weights == 2 * model.weights
+    routers = model.experts.num_layers * model.experts.router_weights
+    in_int4 = model.weights - model.embedding_weights - routers
+    assert m.int4_weights == in_int4 * 4.25 / 8 and 0.25 * m.weights < m.int4_weights < 0.27 * m.weights
 
 
 def test_dense_layers_beside_experts():
@@ -109,20 +112,38 @@ def test_dense_layers_beside_experts():
     deepseek_like = QWEN3_30B_A3B | {"num_experts": None, "n_routed_experts": 64, "first_k_dense_replace": 1}
     experts = estimate.model_from(deepseek_like | {"n_shared_experts": 2}, "moe").experts
     assert (experts.num_layers, experts.number) == (47, 64)
-    assert experts.common_weights == 2048 * 64 + 2 * 3 * 2048 * 768
+    assert experts.router_weights == 2048 * 64 and experts.shared_weights == 2 * 3 * 2048 * 768
+    gated = estimate.model_from(QWEN2_MOE, "moe").experts
+    assert gated.router_weights == 2048 * 61 and gated.shared_weights == 3 * 2048 * 5632
 
 
 def test_experts_that_a_step_chooses():
     experts = estimate.model_from(QWEN3_30B_A3B, "moe").experts
     assert experts.chosen(1) == pytest.approx(8) and experts.chosen(1000) == pytest.approx(128)
+    assert experts.chosen(4) == pytest.approx(29.12, abs=0.005)  # 128 * (1 - (120 / 128) ** 4)
     assert 8 < experts.chosen(1, 4) < experts.chosen(4) < 32  # a sequence's tokens choose alike
 
 
 @pytest.mark.parametrize(("context", "batch", "measured"), [(8192, 1, 1.01), (131072, 1, 1.28), (32768, 8, 1.07)])
 def test_speed_of_experts_is_what_was_measured(context, batch, measured):
+    """With drafts that read the target's experts."""
     model = estimate.model_from(QWEN3_30B_A3B, "moe")
-    s = estimate.speed(model, 4.26e12, context, batch, 1, 128, 0.938, 3)
+    s = estimate.speed(model, 4.26e12, context, batch, 1, 128, 0.938, 3, int4_experts=False)
     assert s.exact / s.quantspec == pytest.approx(measured, rel=0.01)
+
+
+def test_a_draft_reads_its_experts_in_4_bits():
+    """By hand: 48 layers of 8 experts, 3 x 2048 x 768 weights each: 4.25 bits at 0.6 of the bandwidth, or 16 at 0.9."""
+    model = estimate.model_from(QWEN3_30B_A3B, "moe")
+    weights = 48 * 8 * 3 * 2048 * 768
+    assert model.experts.int4_weights_read(1) == pytest.approx(weights)
+    assert model.experts.weights_read(1) == pytest.approx(weights + 48 * 2048 * 128)
+    in_4, in_16 = (estimate.speed(model, 4.26e12, 8192, 1, 1, 128, 0.938, 3, int4_experts=yes) for yes in (True, False))
+    saved = weights * 2 / (4.26e12 * 0.9) - weights * 4.25 / 8 / (4.26e12 * 0.6)
+    assert in_16.draft_step - in_4.draft_step == pytest.approx(saved * 1e3) == pytest.approx(0.5686, abs=1e-4)
+    assert in_4.exact == in_16.exact and in_16.cycle - in_4.cycle == pytest.approx(3 * saved * 1e3)
+    # 8 sequences choose 128 * (1 - (120 / 128) ** 8) experts
+    assert model.experts.int4_weights_read(8) == pytest.approx(weights / 8 * 51.62, rel=1e-4)
 
 
 @pytest.mark.parametrize(("group_size", "tp", "bits"), [(128, 1, 8), (64, 1, 8), (128, 2, 8), (128, 16, 8), (128, 2, 4)])
@@ -264,7 +285,7 @@ def test_report_of_sparse_drafts(tmp_path, capsys):
 def test_report_of_experts(tmp_path, capsys):
     assert run(tmp_path, QWEN3_30B_A3B, "--num-speculative-tokens", "3") == 0
     text = capsys.readouterr().out
-    for expected in ("56.87 GiB", "the draft reads the target's, in 16 bits", "8 of 128 per layer by a draft step, 20 by"):
+    for expected in ("56.87 GiB", "of it 14.34 GiB for the experts", "8 of 128 per layer by a draft step, in 4 bits; 20 by"):
         assert expected in text
 
 

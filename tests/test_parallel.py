@@ -5,7 +5,10 @@ import sys
 from importlib.util import find_spec
 
 import pytest
-from engine_tools import assert_same_or_tied, engine, generate, quantspec, speculation_counts
+import torch
+from engine_tools import QUANTSPEC_CACHE, assert_same_or_tied, engine, generate, quantspec, speculation_counts
+from moe_tools import save_mixture
+from test_models import ENGINE
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
@@ -44,6 +47,19 @@ def check(model, expected, what, **kwargs):
 
 def test_processes(books_4m, expected):
     check(books_4m, expected, "mp")
+
+
+def test_a_mixture_of_experts(tmp_path):
+    """Each worker rounds its own half of every expert, and of the shared one."""
+    save_mixture("qwen2_moe", tmp_path, torch.float32)
+    prompts = [torch.randint(3, 1000, (length,)).tolist() for length in (5, 300)]
+    with engine(str(tmp_path), dtype="float32", **ENGINE, **QUANTSPEC_CACHE) as llm:
+        expected = generate(llm, prompts, MAX_TOKENS)
+    with engine(str(tmp_path), dtype="float32", tensor_parallel_size=2, **ENGINE, **quantspec(3)) as llm:
+        actual = generate(llm, prompts, MAX_TOKENS)
+        drafts, accepted = speculation_counts(llm)
+    assert_same_or_tied(expected, actual, TIE, "two workers")
+    assert accepted[0] > 0.1 * drafts
 
 
 def place_workers_by_cpu(setattr=setattr):

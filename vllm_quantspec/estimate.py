@@ -3,7 +3,8 @@
 Memory is counted, speed is modelled: a step reads its bytes at a fraction of the GPU's bandwidth, and each layer costs a
 fixed time on top. The constants below reproduce benchmarks/results/end_to_end-8b.json and end_to_end-7b.json (an H200; one
 to 16 sequences of 4k to 128k tokens) within 4 %. Of a mixture of experts a step reads those that its tokens choose, in the
-draft as in the target in 16 bits; three speed-ups measured with the shape of Qwen3-30B-A3B come out within 1 %.
+target in 16 bits and in the draft in 4. Three speed-ups that were measured with the shape of Qwen3-30B-A3B while the draft
+read them in 16 bits come out within 1 %; INT4 experts are not measured, and expected to be read as INT4 linears are.
 
 What the engine would refuse is refused here first, with the engine's sentence.
 """
@@ -55,6 +56,8 @@ TOKEN_US = 0.2
 # verification after the first counts as this much of a token. Fitted to 1.01x at 8k, 1.28x at 128k and 1.07x at 8 x 32k,
 # measured on an H200 with the shape of Qwen3-30B-A3B, 3 tokens drafted, 0.938 accepted per token.
 EXPERT_TOKEN = 0.55
+# Fraction of the bandwidth at which INT4 experts are read: assumed, that of INT4 linear layers of a few tokens.
+INT4_EXPERTS = INT4_LINEAR[0][1]
 # Microseconds that adding up over two GPUs costs, twice per layer, in target and draft alike [e, -8b-tp2].
 ALL_REDUCE_US = 9
 
@@ -64,35 +67,47 @@ class Experts:
     """The mixture of experts in some of a model's layers; weights are numbers of weights in one layer.
 
     active: experts that a token chooses, of ``number``.
-    expert_weights: of one expert. common_weights: of the router and of shared experts, which every token needs.
+    expert_weights: of one expert. Every token needs router_weights, of the router and a shared expert's gate, which stay in
+    16 bits in a draft, and shared_weights, of shared experts.
     """
 
     num_layers: int
     number: int
     active: int
     expert_weights: int
-    common_weights: int
+    router_weights: int
+    shared_weights: int
+
+    @property
+    def int4_weights(self) -> int:
+        """Those of which the draft has a copy in INT4, in all layers."""
+        return self.num_layers * (self.number * self.expert_weights + self.shared_weights)
 
     @property
     def weights(self) -> int:
         """All of them, in all layers."""
-        return self.num_layers * (self.number * self.expert_weights + self.common_weights)
+        return self.int4_weights + self.num_layers * self.router_weights
 
     def chosen(self, sequences: int, tokens: int = 1) -> float:
         """Different experts per layer that ``tokens`` tokens of each of ``sequences`` choose, on average."""
         effective = sequences * (1 + EXPERT_TOKEN * (tokens - 1))
         return self.number * (1 - (1 - self.active / self.number) ** effective)
 
+    def int4_weights_read(self, sequences: int) -> float:
+        """Weights that a draft step of so many sequences reads in 4 bits, in all layers."""
+        return self.num_layers * (self.chosen(sequences) * self.expert_weights + self.shared_weights)
+
     def weights_read(self, sequences: int, tokens: int = 1) -> float:
-        """Weights that such a step reads, in all layers."""
-        return self.num_layers * (self.chosen(sequences, tokens) * self.expert_weights + self.common_weights)
+        """Weights that a step of the target reads, in all layers."""
+        every = self.shared_weights + self.router_weights
+        return self.num_layers * (self.chosen(sequences, tokens) * self.expert_weights + every)
 
 
 @dataclass(frozen=True)
 class Model:
     """Sizes of a decoder-only transformer; ``*_weights`` are numbers of weights.
 
-    ``linear_weights``, those of which the draft has a copy in INT4, are without experts.
+    ``linear_weights`` are without experts. Of these, the experts and the head the draft has a copy in INT4.
     """
 
     name: str
@@ -111,6 +126,11 @@ class Model:
     def weights(self) -> int:
         experts = self.experts.weights if self.experts else 0
         return self.linear_weights + self.head_weights + self.embedding_weights + experts
+
+    @property
+    def int4_weights(self) -> int:
+        """Those of which the draft has a copy in INT4."""
+        return self.linear_weights + self.head_weights + (self.experts.int4_weights if self.experts else 0)
 
 
 def read_config(path: str) -> dict:
@@ -202,8 +222,8 @@ def experts_of(text: dict, name: str) -> Experts | None:
     sparse = [i for i in layers if i not in dense and (i + 1) % every == 0 and i >= text.get("first_k_dense_replace", 0)]
     gated = text.get("shared_expert_intermediate_size") or 0  # Qwen 2: one shared expert, with a gate of its own
     shared = gated or width * (first("n_shared_experts", "num_shared_experts", "moe_num_shared_experts") or 0)
-    common = hidden * (number + 3 * shared + (1 if gated else 0))
-    return Experts(len(sparse), number, active, 3 * hidden * width, common)
+    router = hidden * (number + (1 if gated else 0))
+    return Experts(len(sparse), number, active, 3 * hidden * width, router, 3 * hidden * shared)
 
 
 @dataclass(frozen=True)
@@ -254,7 +274,7 @@ def memory(
         raise ValueError(f"{model.num_kv_heads} KV heads do not divide among {tp} GPUs; choose another number.")
     fmt = PageFormat(max(1, model.num_kv_heads // tp), model.head_size, group_size, model.dtype, page_bits)
     weights = model.weights * model.dtype.itemsize / tp
-    int4 = (model.linear_weights + model.head_weights) * INT4_BITS / 8 / tp
+    int4 = model.int4_weights * INT4_BITS / 8 / tp
     free = gpu_memory * utilization - weights - overhead
     max_num_seqs = max_num_seqs or default_max_num_seqs(gpu_memory)
     logits = draft_logits_bytes(max_num_seqs, num_speculative_tokens, model.vocab_size, model.dtype.itemsize)
@@ -341,6 +361,7 @@ def speed(
     num_speculative_tokens: int,
     *,
     quantize_lm_head: bool = True,
+    int4_experts: bool = True,
     page_bits: int = 8,
     draft_context: str | int | float = "all",
 ) -> Speed:
@@ -351,6 +372,7 @@ def speed(
 
     Args:
         bandwidth: bytes per second that a copy on this GPU reads and writes (an H200: 4.26e12).
+        int4_experts: whether the draft has experts in INT4, as it has unless an engine says at its start why not.
         page_bits: as of `memory`; the constants are fitted to measurements with 8.
         acceptance: probability that a draft is accepted, given that those before it were.
         draft_context: as of `QuantSpecOptions`, parsed. Drafts that read less are accepted less often: that is the caller's
@@ -380,9 +402,16 @@ def speed(
     linears = read_ms(model.linear_weights * model.dtype.itemsize / tp, LINEAR)
 
     def experts_ms(tokens: int) -> float:
-        """Of ``tokens`` tokens per request; 16 bits in target and draft."""
+        """Of ``tokens`` tokens per request, in 16 bits."""
         read = model.experts.weights_read(batch, tokens) if model.experts else 0
         return read_ms(read * model.dtype.itemsize / tp, LINEAR)
+
+    def draft_experts_ms() -> float:
+        if not (model.experts and int4_experts):
+            return experts_ms(1)
+        in_int4 = read_ms(model.experts.int4_weights_read(batch) * INT4_BITS / 8 / tp, INT4_EXPERTS)
+        routers = model.experts.num_layers * model.experts.router_weights
+        return in_int4 + read_ms(routers * model.dtype.itemsize / tp, LINEAR)
 
     def int4_ms(weights: int, fractions) -> float | None:
         return next((read_ms(weights * INT4_BITS / 8 / tp, f) for most, f in fractions if batch <= most), None)
@@ -391,7 +420,7 @@ def speed(
     int4_head = int4_ms(model.head_weights, INT4_HEAD) if quantize_lm_head else None
     draft_head = int4_head + (RESCORE_US + RESCORE_TOKEN_US * batch) / 1e3 if int4_head else head
     base = head + linears + experts_ms(1)
-    draft_step = draft_head + draft_linears + experts_ms(1) + layers_ms("draft", batch, draft, per_head)
+    draft_step = draft_head + draft_linears + draft_experts_ms() + layers_ms("draft", batch, draft, per_head)
     verify = head + linears + experts_ms(rows) + layers_ms("target", batch * rows, target, rows * per_head)
     return Speed(
         exact=base + layers_ms("exact", batch, exact_bytes),
@@ -457,7 +486,8 @@ def report(arguments, file=None) -> None:
     if not no_drafts:
         line("INT4 copy for drafting", f"{m.int4_weights / GIB:.2f} GiB (none with draft_weights=target)")
         if model.experts:
-            line("", "without the experts: the draft reads the target's, in 16 bits")
+            part = model.experts.int4_weights / model.int4_weights
+            line("", f"of it {part * m.int4_weights / GIB:.2f} GiB for the experts")
         line("logits of drafts", f"{m.draft_logits / GIB:.2f} GiB ({seqs} sequences: --max-num-seqs; {best} drafts each)")
     line("KV cache, 16 bits", f"{m.kv_bytes_per_token / 1024:.1f} KiB per token")
     line(f"KV cache, {arguments.kv_cache_dtype}", f"{m.quantspec_bytes_per_token / 1024:.1f} KiB per token")
@@ -499,8 +529,9 @@ def report(arguments, file=None) -> None:
     if model.experts:
         step, verification = model.experts.chosen(batch), model.experts.chosen(batch, best + 1)
         line(
-            "experts read, in 16 bits",
-            f"{step:.0f} of {model.experts.number} per layer by a draft step, {verification:.0f} by a verification",
+            "experts read",
+            f"{step:.0f} of {model.experts.number} per layer by a draft step, in 4 bits; "
+            f"{verification:.0f} by a verification, in 16",
         )
     if t.quantspec > min(t.exact, t.cache):
         cache = f"--kv-cache-dtype {arguments.kv_cache_dtype}" if page_bits == 4 else "--attention-backend QUANTSPEC"

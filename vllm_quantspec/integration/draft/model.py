@@ -1,8 +1,8 @@
 """The draft model: a second view of the loaded target, with INT4 linears and attention layers of its own.
 
-The module tree of the target is *cloned structurally*: every module that has a linear or an attention layer below it
-becomes a new object of the same class whose attributes are the target's, by reference; the modules without any (norms,
-embeddings, rotary caches, activations, MoE experts) are the target's own objects. Building a second model from the
+The module tree of the target is *cloned structurally*: every module that has a linear, an attention layer or experts below
+it becomes a new object of the same class whose attributes are the target's, by reference; the modules without any (norms,
+embeddings, rotary caches, activations) are the target's own objects. Building a second model from the
 configuration would need to allocate it first, would run constructors with side effects (registering layers, reading
 the configuration of a checkpoint), and would have to find the counterpart of each tensor by name; a clone keeps what
 the target became after loading, for any architecture made of vLLM's linears and under any tensor or pipeline
@@ -28,6 +28,8 @@ from vllm.logger import init_logger
 from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+from vllm.model_executor.layers.fused_moe.runner.moe_runner_interface import MoERunnerInterface
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
@@ -36,8 +38,15 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.model_executor.models.interfaces import supports_multimodal
 from vllm.platforms import current_platform
+from vllm.utils import torch_utils
 
 from vllm_quantspec.integration.draft.calibration import calibrate
+from vllm_quantspec.integration.draft.experts import (
+    Int4ExpertsMethod,
+    choose_experts_method,
+    experts_bytes,
+    round_experts,
+)
 from vllm_quantspec.integration.draft.finite import with_finite_logits
 from vllm_quantspec.integration.draft.head import RescoringHeadMethod
 from vllm_quantspec.integration.draft.linears import choose_int4_method, int4_bytes
@@ -61,9 +70,10 @@ class DraftModel:
 
     model: called like the target (``input_ids``, ``positions``, ``inputs_embeds``) and has its ``compute_logits``.
     attention_layers: name of each of the draft's attention layers -> the target's layer whose KV cache it reads.
-    int4_bytes: device bytes of the INT4 weights, scales and zero points; target_bytes: of the same linears as loaded.
-    quantized, shared: names of the linears that run in INT4, and of those that are the target's (with the reason).
-    updates: each rounds one linear's weight again, as the target has it now; stale: they are due (`weight_updates`).
+    int4_bytes: device bytes of the INT4 weights, scales and zero points; target_bytes: of the same weights as loaded.
+    quantized: names of the linears that run in INT4; experts: of the mixtures' layers whose experts do.
+    shared: names of the linears, and of the layers of experts, that are the target's, with the reason.
+    updates: each rounds some weights again, as the target has them now; stale: they are due (`weight_updates`).
     """
 
     model: nn.Module | None = None
@@ -71,6 +81,7 @@ class DraftModel:
     int4_bytes: int = 0
     target_bytes: int = 0
     quantized: list[str] = field(default_factory=list)
+    experts: list[str] = field(default_factory=list)
     shared: dict[str, str] = field(default_factory=dict)
     updates: list[Callable[[], None]] = field(default_factory=list)
     stale: bool = False
@@ -120,14 +131,17 @@ def build_draft_model(
                 "'target' in the speculative config."
             )
         logger.info(
-            "INT4 draft weights: %.2f GiB (%.0f%% of the target's linears), %d linears, took %.1f s",
+            "INT4 draft weights: %.2f GiB (%.0f%% of the target's), %d linears%s, took %.1f s",
             draft.int4_bytes / 2**30,
             100 * draft.int4_bytes / max(draft.target_bytes, 1),
             len(draft.quantized),
+            f" and the experts of {len(draft.experts)} layers" if draft.experts else "",
             time.perf_counter() - started,
         )
         for name, reason in draft.shared.items():
             logger.debug("%s stays in the target's precision: %s", name, reason)
+        for reason in dict.fromkeys(builder.kept_experts.values()):
+            logger.warning("quantspec: the draft reads the target's experts as they are: %s", reason)
     return draft
 
 
@@ -184,13 +198,27 @@ class _Builder:
         self.clones: dict[int, nn.Module] = {}
         # Other modules found in the static forward context are called by name, and what they hold through them (a
         # mixture's shared experts, say, which the model's block has as well): clones of these would never run.
+        # The draft's layers of experts have names of their own, where it has INT4 experts.
         by_name = [m for m in self.layers.values() if not isinstance(m, AttentionLayerBase | BaseLayerWithLoRA)]
+        self.own_experts: dict[int, Int4ExpertsMethod] = {}
+        self.kept_experts: dict[int, str] = {}
+        if self.quantize:
+            self._choose_experts([m for m in by_name if isinstance(m, MoERunnerInterface)])
+        by_name = [m for m in by_name if id(m) not in self.own_experts]
         self.called_by_name = {id(m) for m in by_name}
         self.held_by_those = {id(m) for module in by_name for m in module.modules()} - self.called_by_name
         # Drafting is text: a vision or audio tower stays the target's.
         text_model = target_model.get_language_model() if supports_multimodal(target_model) else target_model
         self.scope = {id(m) for m in text_model.modules()}
         self.scope |= {id(m) for m in target_model.modules() if any(c is text_model for c in m.modules())}
+
+    def _choose_experts(self, layers: list[nn.Module]) -> None:
+        for layer in layers:
+            method, reason = choose_experts_method(layer, self.dtype, self.group_size)
+            if method is None:
+                self.kept_experts[id(layer)] = reason
+            else:
+                self.own_experts[id(layer)] = method
 
     def build(self, target_model: nn.Module) -> DraftModel:
         self.draft.model = self._visit(target_model, "")
@@ -234,6 +262,8 @@ class _Builder:
             # The draft has no adapters: which adapter a token has is set for the rows of the target's step.
             self.clones[id(module)] = self._visit(module.base_layer, name)
             return self.clones[id(module)]
+        if id(module) in self.kept_experts:
+            return self._share(module, name, self.kept_experts[id(module)])
         if id(module) not in self.scope or id(module) in self.called_by_name:
             return module
         if id(module) in self.held_by_those:
@@ -245,13 +275,23 @@ class _Builder:
             counterpart = self._attention(module)
         elif isinstance(module, LinearBase):
             counterpart = self._linear(module, name)
+        elif id(module) in self.own_experts:
+            counterpart = self._experts(module, name)
         else:
             counterpart = self._container(module, name)
         self.clones[id(module)] = counterpart
         return counterpart
 
     def _container(self, module: nn.Module, name: str) -> nn.Module:
-        children = {}
+        children = self._children(module, name)
+        if all(children[n] is c for n, c in module._modules.items()):
+            return module
+        clone = _shallow_clone(module)
+        clone._modules = children
+        return clone
+
+    def _children(self, module: nn.Module, name: str) -> dict[str, nn.Module | None]:
+        children: dict[str, nn.Module | None] = {}
         for child_name, child in module._modules.items():
             path = f"{name}.{child_name}".lstrip(".")
             own_head = child.base_layer if isinstance(child, BaseLayerWithLoRA) else child
@@ -264,11 +304,7 @@ class _Builder:
                 children[child_name] = self._head(own_head, path)
             else:
                 children[child_name] = self._visit(child, path)
-        if all(children[n] is c for n, c in module._modules.items()):
-            return module
-        clone = _shallow_clone(module)
-        clone._modules = children
-        return clone
+        return children
 
     def _attention(self, layer: nn.Module) -> nn.Module:
         if not isinstance(layer, Attention):
@@ -340,6 +376,43 @@ class _Builder:
             round_weight(None)
         return clone
 
+    def _experts(self, layer: MoERunner, name: str) -> nn.Module:
+        """A layer of experts that has a name of its own, INT4 weights, and the target's router."""
+        method = self.own_experts[id(layer)]
+        clone = _shallow_clone(layer)
+        clone._modules = self._children(layer, name)
+        clone.layer_name = DRAFT_PREFIX + layer.layer_name
+        if not torch_utils._USE_LAYERNAME:
+            # vLLM would count the calls of a step instead, in the order of the target's layers.
+            clone._encode_layer_name = functools.partial(str, clone.layer_name)
+        clone.router = copy.copy(layer.router)
+        clone.router.capture_fn = None  # which experts were chosen is recorded of the target
+        experts = self.clones[id(layer.routed_experts)] = _shallow_clone(layer.routed_experts)
+        experts._parameters, experts._modules = {}, {}  # the target's method is a module
+        experts.quant_method = method
+        clone._modules["routed_experts"] = experts
+        if (shared := layer._shared_experts) is not None:
+            own = self.clones[id(shared)]
+            own = self.clones[id(shared)] = _shallow_clone(shared) if own is shared else own
+            own._output = [None, None]
+            own._mk_can_overlap_shared_experts = lambda: method.mk_can_overlap_shared_experts
+            clone._modules["_shared_experts"] = own
+        if clone.layer_name in self.layers:
+            raise ValueError(f"Duplicate layer name: {clone.layer_name}")
+        self.layers[clone.layer_name] = clone
+        self.draft.experts.append(name)
+
+        def round_again() -> None:
+            # No moments of single experts are taken: GPTQ's stay with search.
+            rounding = "nearest" if self.rounding == "nearest" else "search"
+            round_experts(method, layer.routed_experts, experts, rounding)
+
+        round_again()
+        self.draft.int4_bytes += experts_bytes(experts)
+        self.draft.target_bytes += sum(p.nbytes for p in layer.routed_experts.parameters(recurse=False))
+        self.draft.updates.append(round_again)
+        return clone
+
     def _head(self, layer: VocabParallelEmbedding, name: str) -> nn.Module:
         if not self.quantize_lm_head:
             return self._share(layer, name, "quantize_lm_head=False")
@@ -378,7 +451,9 @@ class _Builder:
         config = copy.copy(self.vllm_config)
         extra = config.additional_config
         base = dict(extra) if isinstance(extra, dict) else {"additional_config": extra.compute_hash()}
-        config.additional_config = base | {"quantspec_draft": [self.quantize, self.group_size, self.quantize_lm_head]}
+        config.additional_config = base | {
+            "quantspec_draft": [self.quantize, self.group_size, self.quantize_lm_head, len(self.own_experts)]
+        }
         return config
 
     def _reset_compilation(self, module: nn.Module, config: VllmConfig) -> None:
