@@ -67,14 +67,15 @@ def run(runner, model: torch.nn.Module, token_ids: torch.Tensor, monkeypatch) ->
     "in_features, out_features, group_size", [(256, 512, 128), (640, 256, 128), (320, 96, 64), (96, 64, 32), (128, 64, 128)]
 )
 @pytest.mark.parametrize("tokens", [1, 7, 64])
-def test_int4_linear(runner, monkeypatch, in_features, out_features, group_size, tokens, int8_activations):
+@pytest.mark.parametrize("rotated", [False, True])
+def test_int4_linear(runner, monkeypatch, in_features, out_features, group_size, tokens, int8_activations, rotated):
     monkeypatch.setattr("vllm.envs.VLLM_CPU_INT4_W4A8", int8_activations, raising=False)
     generator = torch.Generator().manual_seed(in_features + tokens)
     weight = (torch.randn(out_features, in_features, generator=generator) * 0.05).bfloat16()
     bias = torch.randn(out_features, generator=generator).bfloat16()
     x = torch.randn(tokens, in_features, generator=generator).bfloat16()
-    quantized = quantize_weight(weight, group_size)
-    method, reason = choose_int4_method(in_features, out_features, torch.bfloat16, 128)
+    quantized = quantize_weight(weight, group_size, rotated=rotated)
+    method, reason = choose_int4_method(in_features, out_features, torch.bfloat16, 128, rotated)
     assert method is not None, reason
     assert method.group_size == group_size
     layer = torch.nn.Module()
@@ -96,14 +97,21 @@ def test_shapes_without_a_kernel_say_why(runner):
     assert "float64" in reason
 
 
+def test_a_rotated_weight_does_not_fit_a_linear_that_does_not_rotate(runner):
+    method, _ = choose_int4_method(128, 64, torch.bfloat16, 128)
+    with pytest.raises(ValueError, match="rotated"):
+        method.install(torch.nn.Module(), quantize_weight(torch.randn(64, 128).bfloat16(), 128, rotated=True))
+
+
 @pytest.mark.parametrize("tokens", [1, 6, 40])
-def test_int4_linear_in_float32(runner, tokens):
+@pytest.mark.parametrize("rotated", [False, True])
+def test_int4_linear_in_float32(runner, tokens, rotated):
     """No kernel of vLLM's takes float32: this package's does."""
     weight, x = torch.randn(64, 128) * 0.05, torch.randn(tokens, 128)
-    method, reason = choose_int4_method(128, 64, torch.float32, 128)
+    method, reason = choose_int4_method(128, 64, torch.float32, 128, rotated)
     assert method is not None, reason
     layer = torch.nn.Module()
-    quantized = quantize_weight(weight, 128, scale_dtype=torch.float32)
+    quantized = quantize_weight(weight, 128, scale_dtype=torch.float32, rotated=rotated)
     method.install(layer, quantized)
     assert torch.allclose(method.apply(layer, x), F.linear(x, quantized.dequantize()), rtol=1e-4, atol=1e-5)
 
@@ -154,7 +162,7 @@ def test_linears_apply_the_dequantized_weight(runner, build):
         weight, _ = _effective_weight(runner.get_model().get_submodule(name), torch.bfloat16)
         linear = draft.model.get_submodule(name)
         applied, _ = _effective_weight(linear, torch.bfloat16)
-        expected = quantize_weight(weight, linear.quant_method.group_size).dequantize()
+        expected = quantize_weight(weight, linear.quant_method.group_size, rotated=True).dequantize()
         assert (applied.float() - expected).norm() < 0.005 * expected.norm()
         assert (applied.float() - weight.float()).norm() < 0.15 * weight.float().norm()
 
@@ -195,8 +203,8 @@ def test_moments_choose_gptq(runner, build, monkeypatch):
     for linear in (name, other):
         weight, _ = _effective_weight(runner.get_model().get_submodule(linear), torch.bfloat16)
         applied, _ = _effective_weight(draft.model.get_submodule(linear), torch.bfloat16)
-        gptq = quantize_weight(weight, method="gptq", second_moments=moments).dequantize()
-        search = quantize_weight(weight).dequantize()
+        gptq = quantize_weight(weight, method="gptq", second_moments=moments, rotated=True).dequantize()
+        search = quantize_weight(weight, rotated=True).dequantize()
         expected, unexpected = (gptq, search) if linear == name else (search, gptq)
         assert (applied.float() - expected).norm() < 0.005 * expected.norm()
         assert (applied.float() - unexpected).norm() > 0.02 * unexpected.norm()
@@ -274,6 +282,8 @@ def test_target_weights(runner, build, monkeypatch):
 def test_options_are_checked(build):
     with pytest.raises(ValueError, match="draft_weights"):
         build(draft_weights="int8")
+    with pytest.raises(ValueError, match="weight_rotation"):
+        build(weight_rotation="random")
     with pytest.raises(ValueError, match="weight_group_size"):
         build(weight_group_size=100)
     with pytest.raises(ValueError, match="Duplicate"):
@@ -297,20 +307,22 @@ def test_a_cache_that_cannot_be_shared_is_refused(runner):
         build_draft_model(config, torch.nn.Sequential(StateSpace()))
 
 
+@pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize("num_tokens", [4, 100])
-def test_many_rows_take_the_targets_weight(num_tokens):
+def test_many_rows_take_the_targets_weight(num_tokens, rotated):
     """The GPU's operator, on its CPU twin: INT4 for a few rows, the loaded weight where that is faster, if it is there."""
     from vllm_quantspec.integration.draft.linears import draft_linear
     from vllm_quantspec.kernels import int4_linear
 
     weight = torch.randn(64, 256).bfloat16()
-    quantized = quantize_weight(weight, 128)
+    quantized = quantize_weight(weight, 128, rotated=rotated)
     packed = int4_linear.pack(quantized.codes, quantized.scales, quantized.zeros, 128)
     x = torch.randn(num_tokens, 256).bfloat16()
     in_int4 = (x.float() @ quantized.dequantize().t()).bfloat16()
     exact = torch.nn.functional.linear(x, weight)
-    torch.testing.assert_close(draft_linear(x, packed.codes, packed.scales_zeros, None, None), in_int4)
+    close = {"rtol": 0.02, "atol": 0.15}  # rotated inputs are rounded
+    torch.testing.assert_close(draft_linear(x, packed.codes, packed.scales_zeros, None, None, rotated), in_int4, **close)
     expected = exact if num_tokens > int4_linear.MAX_FASTER_TOKENS else in_int4
     operator = torch.ops.vllm_quantspec.draft_linear
-    torch.testing.assert_close(operator(x, packed.codes, packed.scales_zeros, None, weight), expected)
-    torch.library.opcheck(operator, (x, packed.codes, packed.scales_zeros, None, weight))
+    torch.testing.assert_close(operator(x, packed.codes, packed.scales_zeros, None, weight, rotated), expected, **close)
+    torch.library.opcheck(operator, (x, packed.codes, packed.scales_zeros, None, weight, rotated))

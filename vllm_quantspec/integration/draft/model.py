@@ -84,6 +84,7 @@ def build_draft_model(
     weight_group_size: int = 128,
     quantize_lm_head: bool = True,
     weight_rounding: str = "search",
+    weight_rotation: str = "hadamard",
 ) -> DraftModel:
     """Build the draft model out of ``target_model``, whose weights are loaded and processed.
 
@@ -98,6 +99,7 @@ def build_draft_model(
         quantize_lm_head: also run the output projection in INT4, see `draft.head`.
         weight_rounding: ``"search"``, ``"nearest"`` or ``"gptq"``, see `vllm_quantspec.weights.quantize_weight`; GPTQ
             goes by the inputs that the linears have while the model writes texts of its own, see `calibration`.
+        weight_rotation: ``"hadamard"`` for weights of rotated inputs, see `vllm_quantspec.rotation`, or ``"none"``.
 
     Raises:
         ValueError: an unknown option, or a layer whose cache cannot be shared (MLA, Mamba, linear attention).
@@ -107,7 +109,17 @@ def build_draft_model(
     if weight_group_size not in (128, 64, 32):
         raise ValueError(f"weight_group_size must be 128, 64 or 32, not {weight_group_size}.")
     started = time.perf_counter()
-    builder = _Builder(vllm_config, target_model, draft_weights, weight_group_size, quantize_lm_head, weight_rounding)
+    if weight_rotation not in ("hadamard", "none"):
+        raise ValueError(f"weight_rotation must be 'hadamard' or 'none', not {weight_rotation!r}.")
+    builder = _Builder(
+        vllm_config,
+        target_model,
+        draft_weights,
+        weight_group_size,
+        quantize_lm_head,
+        weight_rounding,
+        weight_rotation == "hadamard",
+    )
     with torch.no_grad():
         draft = builder.build(target_model)
     if not draft.attention_layers:
@@ -144,6 +156,7 @@ def build_configured_draft(vllm_config: VllmConfig, target_model: nn.Module) -> 
             weight_group_size=config.weight_group_size,
             quantize_lm_head=config.quantize_lm_head,
             weight_rounding=config.weight_rounding,
+            weight_rotation=config.weight_rotation,
         )
 
 
@@ -170,6 +183,7 @@ class _Builder:
         weight_group_size: int,
         quantize_lm_head: bool,
         weight_rounding: str,
+        rotated: bool,
     ) -> None:
         self.vllm_config = vllm_config
         self.layers = vllm_config.compilation_config.static_forward_context
@@ -177,7 +191,7 @@ class _Builder:
         self.quantize = draft_weights == "int4"
         self.group_size = weight_group_size
         self.quantize_lm_head = quantize_lm_head
-        self.rounding = weight_rounding
+        self.rounding, self.rotated = weight_rounding, rotated
         # Linears that wait for the moments of their inputs.
         self.waiting: dict[nn.Module, Callable[[torch.Tensor | None], None]] = {}
         self.draft = DraftModel()
@@ -297,7 +311,7 @@ class _Builder:
         if name.rpartition(".")[2] in _KEPT_LINEARS:
             return self._share(layer, name, "a router")
         in_features, out_features = _local_shape(layer)
-        method, reason = choose_int4_method(in_features, out_features, self.dtype, self.group_size)
+        method, reason = choose_int4_method(in_features, out_features, self.dtype, self.group_size, self.rotated)
         if method is None:
             return self._share(layer, name, reason)
         clone = _shallow_clone(layer)
@@ -311,6 +325,7 @@ class _Builder:
                 method="search" if self.rounding == "gptq" and second_moments is None else self.rounding,
                 scale_dtype=self.dtype,
                 second_moments=second_moments,
+                rotated=method.rotated,
             )
 
         def round_weight(second_moments: torch.Tensor | None) -> None:
@@ -378,7 +393,9 @@ class _Builder:
         config = copy.copy(self.vllm_config)
         extra = config.additional_config
         base = dict(extra) if isinstance(extra, dict) else {"additional_config": extra.compute_hash()}
-        config.additional_config = base | {"quantspec_draft": [self.quantize, self.group_size, self.quantize_lm_head]}
+        config.additional_config = base | {
+            "quantspec_draft": [self.quantize, self.group_size, self.rotated, self.quantize_lm_head]
+        }
         return config
 
     def _reset_compilation(self, module: nn.Module, config: VllmConfig) -> None:
