@@ -11,7 +11,10 @@ vllm = pytest.importorskip("vllm")
 from vllm.forward_context import set_forward_context  # noqa: E402
 from vllm.model_executor.layers.linear import LinearBase  # noqa: E402
 
-from vllm_quantspec.integration.draft import calibration  # noqa: E402
+from vllm_quantspec.integration.draft import (
+    calibration,  # noqa: E402
+    stored,  # noqa: E402
+)
 from vllm_quantspec.integration.draft import model as draft_model  # noqa: E402
 from vllm_quantspec.integration.draft.linears import choose_int4_method, int4_bytes  # noqa: E402
 from vllm_quantspec.integration.draft.model import DRAFT_PREFIX, _effective_weight, build_draft_model  # noqa: E402
@@ -24,6 +27,13 @@ def runner(books_4m):
     llm = vllm.LLM(books_4m, enforce_eager=True, max_model_len=2048)
     yield llm.llm_engine.collective_rpc(lambda worker: worker.model_runner)[0]
     llm.llm_engine.engine_core.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def cache_root(tmp_path, monkeypatch):
+    """Rounded weights that a test keeps are its own."""
+    monkeypatch.setattr("vllm.envs.VLLM_CACHE_ROOT", str(tmp_path), raising=False)
+    return tmp_path
 
 
 @pytest.fixture
@@ -236,6 +246,109 @@ def test_moments_are_of_texts_that_the_model_writes(runner, monkeypatch):
         assert x.shape[0] == texts.numel()
         assert (moments[name] - x.T @ x / len(x)).norm() < 0.02 * moments[name].norm()
     assert torch.cat(surprise).mean().abs() < 0.4  # nats: a sampled token is as likely as tokens are on average
+
+
+def test_a_forward_pass_has_no_more_tokens_than_a_step_of_the_engine(runner, monkeypatch):
+    """Moments that are added up over parts of texts, some linears at a time, are those of all texts at once."""
+    model = runner.get_model()
+    linears = {name: module for name, module in model.named_modules() if name.endswith("proj")}
+
+    def moments() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        found = {}
+        takes = {linear: lambda m, name=name: found.update({name: m}) for name, linear in linears.items()}
+        return calibration.calibrate(runner.vllm_config, model, takes, texts=6, length=40), found
+
+    most = []
+    forward = calibration._Forward.__call__
+    monkeypatch.setattr(
+        calibration._Forward, "__call__", lambda self, ids, *at: most.append(ids.numel()) or forward(self, ids, *at)
+    )
+    texts, whole = moments()
+    assert max(most) == 240
+    monkeypatch.setattr(calibration, "MOMENTS", 3 * 4 * 256**2)
+    for limit, longest in ((100, 80), (16, 16)):
+        monkeypatch.setattr(runner.vllm_config.scheduler_config, "max_num_batched_tokens", limit)
+        most.clear()
+        same, parts = moments()
+        assert max(most) == longest and torch.equal(same, texts)
+        assert parts.keys() == whole.keys() == linears.keys()
+        for name, m in whole.items():
+            assert (parts[name] - m).norm() < 0.01 * m.norm()
+
+
+def test_what_gptq_has_rounded_is_kept(runner, build, cache_root, monkeypatch, caplog):
+    """The next start reads it; another one that differs, or a file that is damaged, rounds again."""
+    calls, layers = [], runner.vllm_config.compilation_config.static_forward_context
+    before = dict(layers)
+
+    def calibrate(config, model, linears):
+        calls.append(len(linears))
+        for linear, take in list(linears.items()):
+            if hasattr(linear, "input_size_per_partition") or hasattr(linear, "input_size"):
+                take(torch.eye(linear.weight.shape[1] if linear.weight.dim() == 2 else linear.input_size))
+
+    def start(**options) -> dict[str, torch.Tensor]:
+        for name in layers.keys() - before.keys():
+            del layers[name]
+        draft = build(**{"weight_rounding": "gptq"} | options)
+        return {n: p.clone() for n, p in draft.model.named_parameters() if "int4" in n}
+
+    monkeypatch.setattr(draft_model, "calibrate", calibrate)
+    first = start()
+    (file,) = cache_root.rglob("*.safetensors")
+    content = file.read_bytes()
+    again = start()
+    assert calls == [21] and first.keys() == again.keys()
+    assert all(torch.equal(first[n], again[n]) for n in first)
+    start(weight_rotation="none")
+    assert len(calls) == 2 and len(list(cache_root.rglob("*.safetensors"))) == 2
+    warnings = []
+    monkeypatch.setattr(stored.logger, "warning", lambda message, *values: warnings.append(message % values))
+    foreign = content.replace(b'"ranks', b'"tanks').replace(b'\\"ranks', b'\\"tanks')
+    for damaged in (content[:-5], content[:50], b"", b"x" * 1000, foreign):
+        file.write_bytes(damaged)
+        number = len(calls)
+        start()
+        assert len(calls) == number + 1 and "made again" in warnings[-1] and len(warnings) == number - 1
+        assert file.read_bytes() == content and len(list(cache_root.rglob("*"))) == 5  # two folders in one, a file in each
+    weight = runner.get_model().model.norm.weight
+    weight.data[7] += 0.25
+    start()
+    weight.data[7] -= 0.25
+    assert len(calls) == 8 and len(warnings) == 5
+
+
+def test_a_disk_that_fails_costs_the_file_only(runner, build, cache_root, monkeypatch):
+    (cache_root / "quantspec").write_text("a file where a folder is to be")
+    warnings = []
+    monkeypatch.setattr(stored.logger, "warning", lambda message, *values: warnings.append(message % values))
+    monkeypatch.setattr(draft_model, "calibrate", lambda config, model, linears: None)
+    assert len(build(weight_rounding="gptq").quantized) == 21
+    assert len(warnings) == 1 and "cannot be kept" in warnings[0]
+
+
+def test_an_interrupted_start_leaves_nothing(runner, build, cache_root, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(draft_model, "calibrate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build(weight_rounding="gptq")
+    assert not [path for path in cache_root.rglob("*") if path.is_file()]
+
+
+def test_moments_that_gptq_cannot_use(runner, build, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(draft_model.logger, "warning", lambda message, *values: warnings.append(message % values))
+    name = "model.layers.3.mlp.down_proj"
+    reached = runner.get_model().get_submodule(name)
+    monkeypatch.setattr(draft_model, "calibrate", lambda config, model, all: all[reached](torch.zeros(640, 640)))
+    draft = build(weight_rounding="gptq")
+    assert len(warnings) == 1 and name in warnings[0] and "search" in warnings[0]
+    weight, _ = _effective_weight(reached, torch.bfloat16)
+    applied, _ = _effective_weight(draft.model.get_submodule(name), torch.bfloat16)
+    expected = quantize_weight(weight, rotated=True).dequantize()
+    assert (applied.float() - expected).norm() < 0.005 * expected.norm()
 
 
 def test_gptq_drafts_are_nearer_to_the_target(runner, build, books_4m, passage, monkeypatch):

@@ -12,12 +12,15 @@ parallelism, since it only ever sees local shards.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
+import itertools
 import time
 import types
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -40,8 +43,9 @@ from vllm.platforms import current_platform
 from vllm_quantspec.integration.draft.calibration import calibrate
 from vllm_quantspec.integration.draft.finite import with_finite_logits
 from vllm_quantspec.integration.draft.head import RescoringHeadMethod
-from vllm_quantspec.integration.draft.linears import choose_int4_method, int4_bytes
-from vllm_quantspec.memory import draft_logits_bytes, gptq_bytes
+from vllm_quantspec.integration.draft.linears import Int4LinearMethod, choose_int4_method, int4_bytes
+from vllm_quantspec.integration.draft.stored import Stored, fingerprint
+from vllm_quantspec.memory import LENGTH, TEXTS, draft_logits_bytes, gptq_bytes
 from vllm_quantspec.weights import QuantizedWeight, quantize_weight
 
 logger = init_logger("vllm.quantspec.draft_model")
@@ -174,6 +178,20 @@ def log_draft_logits(vllm_config: VllmConfig) -> None:
     )
 
 
+class _Waiting(NamedTuple):
+    """A linear of the target whose counterpart waits for its weight.
+
+    shape: (out, in, group size) and the dtype of scales. rounded: the weight in 4 bits, by the moments of its inputs if
+    there are any; put: gives it to the counterpart.
+    """
+
+    name: str
+    layer: nn.Module
+    shape: tuple[int, int, int, torch.dtype]
+    rounded: Callable[[torch.Tensor | None], QuantizedWeight]
+    put: Callable[[QuantizedWeight], None]
+
+
 class _Builder:
     def __init__(
         self,
@@ -193,7 +211,7 @@ class _Builder:
         self.quantize_lm_head = quantize_lm_head
         self.rounding, self.rotated = weight_rounding, rotated
         # Linears that wait for the moments of their inputs.
-        self.waiting: dict[nn.Module, Callable[[torch.Tensor | None], None]] = {}
+        self.waiting: dict[nn.Module, _Waiting] = {}
         self.draft = DraftModel()
         self.clones: dict[int, nn.Module] = {}
         # Other modules found in the static forward context are called by name, and what they hold through them (a
@@ -216,16 +234,52 @@ class _Builder:
                 clone.__dict__[name] = self._redirect(clone.__dict__[name])
             self._reset_compilation(clone, config)
         if self.waiting:
-            logger.info(
-                "Rounding INT4 draft weights by GPTQ, on texts that the model writes for it; takes up to about %.1f GiB "
-                "beside the weights until it is done",
-                self._gptq_bytes() / 2**30,
-            )
-            calibrate(self.vllm_config, target_model, self.waiting)
-        for round_weight in list(self.waiting.values()):
-            round_weight(None)  # it was not called: the output layer, say, which is never called as a module
+            self._round_by_gptq(target_model)
         with_finite_logits(self.draft.model)
         return self.draft
+
+    def _round_by_gptq(self, target_model: nn.Module) -> None:
+        """Put the weights of all linears that wait, as the last start has left them on disk or newly rounded."""
+        stored = Stored(self._what_decides(target_model), {w.name: w.shape for w in self.waiting.values()})
+        device = next(target_model.parameters()).device
+        if (weights := stored.load(device)) is not None:
+            logger.info("INT4 draft weights as GPTQ rounded them at an earlier start: %s", stored.path)
+            for waiting in self.waiting.values():
+                waiting.put(dataclasses.replace(weights[waiting.name], rotated=self.rotated))
+            return
+        logger.info(
+            "Rounding INT4 draft weights by GPTQ, on texts that the model writes for it; takes up to about %.1f GiB "
+            "beside the weights until it is done",
+            self._gptq_bytes() / 2**30,
+        )
+        with stored.writer() as writer:
+
+            def take(layer: nn.Module, moments: torch.Tensor | None) -> None:
+                waiting = left.pop(layer)
+                weight = waiting.rounded(moments)
+                writer.put(waiting.name, weight)
+                waiting.put(weight)
+
+            left = dict(self.waiting)
+            calibrate(self.vllm_config, target_model, {layer: functools.partial(take, layer) for layer in left})
+            for layer in list(left):
+                take(layer, None)  # it was not called: the output layer, say, which is never called as a module
+
+    def _what_decides(self, target_model: nn.Module) -> dict:
+        """All that GPTQ's result depends on, but for versions."""
+        linears = {w.name: w for w in self.waiting.values()}
+        others = ((n, p) for n, p in target_model.named_parameters() if n.rpartition(".")[0] not in linears)
+        weights = ((name, _effective_weight(w.layer, self.dtype)[0]) for name, w in linears.items())
+        config = self.vllm_config
+        return {
+            "weights": fingerprint(itertools.chain(others, weights)),
+            "options": [self.group_size, self.rotated, self.quantize_lm_head, str(self.dtype)],
+            "texts": [
+                min(TEXTS, config.scheduler_config.max_num_batched_tokens),
+                min(LENGTH, config.model_config.max_model_len),
+            ],
+            "kernels": [[w.name, *w.shape[:3]] for w in linears.values()],
+        }
 
     def _gptq_bytes(self) -> int:
         shapes = [_local_shape(linear) for linear in self.waiting]
@@ -237,6 +291,7 @@ class _Builder:
             head_size=layer.head_size,
             widest=max(in_features for in_features, _ in shapes),
             largest_weight=max(in_features * out_features for in_features, out_features in shapes),
+            tokens=self.vllm_config.scheduler_config.max_num_batched_tokens,
             itemsize=self.dtype.itemsize,
         )
 
@@ -318,42 +373,48 @@ class _Builder:
         self.draft.quantized.append(name)
         self.draft.target_bytes += _loaded_bytes(layer)
 
-        def rounded(weight: torch.Tensor, second_moments: torch.Tensor | None) -> QuantizedWeight:
-            return quantize_weight(
-                weight,
-                method.group_size,
-                method="search" if self.rounding == "gptq" and second_moments is None else self.rounding,
-                scale_dtype=self.dtype,
-                second_moments=second_moments,
-                rotated=method.rotated,
-            )
-
-        def round_weight(second_moments: torch.Tensor | None) -> None:
-            self.waiting.pop(layer, None)
+        def rounded(second_moments: torch.Tensor | None = None) -> QuantizedWeight:
             if second_moments is not None and len(second_moments) != in_features:
                 second_moments = None  # a linear that splits its input among ranks itself
+            return self._rounded(name, _effective_weight(layer, self.dtype)[0], method, second_moments)
+
+        def put(quantized: QuantizedWeight) -> None:
             weight, bias = _effective_weight(layer, self.dtype)
             clone._parameters = {"bias": bias}
             original = weight if weight.data_ptr() == _data_ptr(layer) else None
-            method.install(clone, rounded(weight, second_moments), original)
+            method.install(clone, quantized, original)
             if isinstance(layer, VocabParallelEmbedding):
                 clone.quant_method = RescoringHeadMethod(method, weight)
             self.draft.int4_bytes += int4_bytes(clone)
 
         def round_again() -> None:
-            weight, bias = _effective_weight(layer, self.dtype)
+            _, bias = _effective_weight(layer, self.dtype)
             fresh = nn.Module()
             fresh.register_parameter("bias", bias)
-            method.install(fresh, rounded(weight, None))
+            method.install(fresh, rounded())
             for name, parameter in fresh.named_parameters():
                 getattr(clone, name).copy_(parameter)
 
         self.draft.updates.append(round_again)
         if self.rounding == "gptq":
-            self.waiting[layer] = round_weight
+            shape = (out_features, in_features, method.group_size, self.dtype)
+            self.waiting[layer] = _Waiting(name, layer, shape, rounded, put)
         else:
-            round_weight(None)
+            put(rounded())
         return clone
+
+    def _rounded(
+        self, name: str, weight: torch.Tensor, method: Int4LinearMethod, second_moments: torch.Tensor | None
+    ) -> QuantizedWeight:
+        options = {"scale_dtype": self.dtype, "rotated": method.rotated}
+        if self.rounding != "gptq":
+            return quantize_weight(weight, method.group_size, method=self.rounding, **options)
+        if second_moments is not None:
+            try:
+                return quantize_weight(weight, method.group_size, method="gptq", second_moments=second_moments, **options)
+            except (torch.linalg.LinAlgError, torch.OutOfMemoryError) as error:
+                logger.warning("%s is rounded by search, as GPTQ cannot: %s", name, " ".join(str(error).split()))
+        return quantize_weight(weight, method.group_size, **options)
 
     def _head(self, layer: VocabParallelEmbedding, name: str) -> nn.Module:
         if not self.quantize_lm_head:
