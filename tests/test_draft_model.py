@@ -11,10 +11,7 @@ vllm = pytest.importorskip("vllm")
 from vllm.forward_context import set_forward_context  # noqa: E402
 from vllm.model_executor.layers.linear import LinearBase  # noqa: E402
 
-from vllm_quantspec.integration.draft import (
-    calibration,  # noqa: E402
-    stored,  # noqa: E402
-)
+from vllm_quantspec.integration.draft import calibration, stored  # noqa: E402
 from vllm_quantspec.integration.draft import model as draft_model  # noqa: E402
 from vllm_quantspec.integration.draft.linears import choose_int4_method, int4_bytes  # noqa: E402
 from vllm_quantspec.integration.draft.model import DRAFT_PREFIX, _effective_weight, build_draft_model  # noqa: E402
