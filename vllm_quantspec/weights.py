@@ -193,13 +193,18 @@ def _error_feedback(second_moments: torch.Tensor) -> torch.Tensor:
     """Upper Cholesky factor of the inverse of the damped moments: row i spreads channel i's error over later ones."""
     moments = second_moments.clone()
     moments.diagonal().add_(0.01 * moments.diagonal().mean())
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moments)), upper=True)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments))
+    return torch.linalg.cholesky(inverse, upper=True).contiguous()  # LAPACK's order is by columns
 
 
 def _gptq(
     x: torch.Tensor, feedback: torch.Tensor, importance: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes [rows, groups, group_size], scales and zeros [rows, groups, 1] of weights x, which are overwritten."""
+    # Here, because kernels import this module.
+    from vllm_quantspec.kernels import gptq_round
+
+    round_group = gptq_round.round_group if x.is_cuda else gptq_round.reference
     _, groups, size = x.shape
     rest = x.view(len(x), -1)
     codes, scales, zeros = torch.empty_like(x), x.new_empty(len(x), groups, 1), x.new_empty(len(x), groups, 1)
@@ -208,14 +213,7 @@ def _gptq(
         block = x[:, group : group + 1]
         weights = importance[start:end].float().clamp_min(1e-12)
         scale, zero = (t[:, 0] for t in _search(block, *_full_range(block, dtype), weights, dtype))
-        errors = x.new_empty(len(x), size)
-        for i in range(start, end):
-            column = rest[:, i : i + 1]
-            code = _round(column, scale, zero)
-            codes[:, group, i - start : i - start + 1] = code
-            error = (column - (code - zero) * scale) / feedback[i, i]
-            rest[:, i + 1 : end].addmm_(error, feedback[i : i + 1, i + 1 : end], alpha=-1)
-            errors[:, i - start : i - start + 1] = error
+        codes[:, group], errors = round_group(rest[:, start:end], feedback[start:end, start:end], scale, zero)
         rest[:, end:].addmm_(errors, feedback[start:end, end:], alpha=-1)
         scales[:, group], zeros[:, group] = scale, zero
     return codes, scales, zeros
