@@ -175,8 +175,10 @@ def _moments(
 
     def add(linear: nn.Module, args: tuple) -> None:
         x = args[0].reshape(-1, args[0].shape[-1]).float()
-        product = x.t() @ x
-        sums[linear] = sums[linear].add_(product) if linear in sums else product
+        if linear in sums:
+            sums[linear].addmm_(x.t(), x)
+        else:
+            sums[linear] = x.t() @ x
         seen[linear] += len(x)
 
     handles = [linear.register_forward_pre_hook(add) for linear in linears]

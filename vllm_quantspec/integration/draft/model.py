@@ -242,10 +242,10 @@ class _Builder:
         """Put the weights of all linears that wait, as the last start has left them on disk or newly rounded."""
         stored = Stored(self._what_decides(target_model), {w.name: w.shape for w in self.waiting.values()})
         device = next(target_model.parameters()).device
-        if (weights := stored.load(device)) is not None:
+        if (kept := stored.load(device)) is not None:
             logger.info("INT4 draft weights as GPTQ rounded them at an earlier start: %s", stored.path)
             for waiting in self.waiting.values():
-                waiting.put(dataclasses.replace(weights[waiting.name], rotated=self.rotated))
+                waiting.put(dataclasses.replace(kept(waiting.name), rotated=self.rotated))
             return
         logger.info(
             "Rounding INT4 draft weights by GPTQ, on texts that the model writes for it; takes up to about %.1f GiB "

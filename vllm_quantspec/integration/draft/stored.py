@@ -9,11 +9,12 @@ write the texts together.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -74,39 +75,38 @@ class Stored:
         folder = Path(envs.VLLM_CACHE_ROOT, "quantspec", key)
         self.path = folder / f"rank_{group.rank_in_group}.safetensors"
 
-    def load(self, device: torch.device) -> dict[str, QuantizedWeight] | None:
-        """The weights by name, or None where some rank has none that fit; the log says why, if there is a file."""
-        weights = self._read(device)
+    def load(self, device: torch.device) -> Callable[[str], QuantizedWeight] | None:
+        """A function that reads a weight by name, or None where some rank has none that fit; the log says why."""
+        read = self._open(device)
         group = get_tp_group()
         if group.world_size > 1:
-            missing = torch.tensor([int(weights is None)])
+            missing = torch.tensor([int(read is None)])
             torch.distributed.all_reduce(missing, group=group.cpu_group)
-            weights = None if missing.item() else weights
-        return weights
+            read = None if missing.item() else read
+        return read
 
-    def _read(self, device: torch.device) -> dict[str, QuantizedWeight] | None:
+    def _open(self, device: torch.device) -> Callable[[str], QuantizedWeight] | None:
         if not self.path.exists():
             return None
         try:
-            with safe_open(self.path, framework="pt", device=str(device)) as file:
-                if (file.metadata() or {}).get("quantspec") != self.what:
-                    raise ValueError("it is of other weights, options or versions")
-                return {name: self._weight(file, name) for name in self.shapes}
+            file = safe_open(self.path, framework="pt", device=str(device))
+            if (file.metadata() or {}).get("quantspec") != self.what:
+                raise ValueError("it is of other weights, options or versions")
+            for name in self.shapes:
+                for part, (dtype, shape) in self._layout(name).items():
+                    found = file.get_slice(f"{name}.{part}")
+                    if (found.get_dtype(), tuple(found.get_shape())) != (_DTYPES[dtype], shape):
+                        raise ValueError(f"{name}.{part} is {found.get_dtype()} {found.get_shape()}")
         except (OSError, ValueError, SafetensorError) as error:
             logger.warning("Rounded weights in %s are not used, and are made again: %s", self.path, error)
             return None
+        return functools.partial(self._weight, file)
 
     def _weight(self, file, name: str) -> QuantizedWeight:
         out_features, in_features, group_size, _ = self.shapes[name]
-        tensors = {part: file.get_tensor(f"{name}.{part}") for part in _PARTS}
-        for part, (dtype, shape) in self._layout(name).items():
-            if tensors[part].shape != shape or tensors[part].dtype != dtype:
-                raise ValueError(f"{name}.{part} is {tensors[part].dtype} {list(tensors[part].shape)}")
-        packed = tensors["codes"]
+        packed, scales, zeros = (file.get_tensor(f"{name}.{part}") for part in _PARTS)
         codes = torch.stack((packed & 15, packed >> 4), -1).view(out_features, in_features)
-        if tensors["zeros"].numel() and tensors["zeros"].max() > 15:
-            raise ValueError(f"{name}.zeros are not those of 4 bits")
-        return QuantizedWeight(codes, tensors["scales"], tensors["zeros"], group_size)
+        return QuantizedWeight(codes, scales, zeros & 15, group_size)
 
     def _layout(self, name: str) -> dict[str, tuple[torch.dtype, tuple[int, int]]]:
         out_features, in_features, group_size, dtype = self.shapes[name]
