@@ -14,6 +14,7 @@ that were drafted, "tokens_per_step" counts steps without a draft, too, which n-
     python benchmarks/acceptance.py --jobs 3                     # three engines at a time on one GPU
     python benchmarks/acceptance.py --configs drafted-4 --contexts 4096 16384 --temperatures 0      # enough for a CPU
     python benchmarks/acceptance.py --configs drafted-4 --options '{"draft_kv": "int8"}' --json OUT
+    python benchmarks/acceptance.py --chat --model CHAT_MODEL --configs drafted-4 --temperatures 0.7
     python benchmarks/acceptance.py --plot                       # the plot again, from the JSON
     python benchmarks/acceptance.py --kl                         # what the 8-bit cache costs instead
     python benchmarks/acceptance.py --configs drafted-4 --contexts 32768 --temperatures 0.7 --planted 512 \\
@@ -22,6 +23,9 @@ that were drafted, "tokens_per_step" counts steps without a draft, too, which n-
 Sparse drafts: each --draft-context but "all" with each --draft-selection is an engine of its own; at the end comes a table
 of the first draft's acceptance against "all" of the same run. --planted N adds texts in whose middle N tokens of another
 excerpt were planted and whose end begins to repeat them ("planted", which is not in "all"): what must be retrieved.
+
+--chat: the 20 instructions of instructions.json, each in the model's chat template, answered until the model ends; a row is
+of all of them, its context is 0.
 
 KL: of the next-token distributions of the QUANTSPEC cache from those of vLLM's exact cache, over the same text.
 """
@@ -75,15 +79,34 @@ def counts(llm) -> list[int]:
     return [int(metrics["vllm:spec_decode_num_drafts"].value), *map(int, accepted)]
 
 
-def measure(llm, prompts: list[list[int]], num_tokens: int, temperature: float, seeded: bool) -> list[int]:
-    """Continue the prompts; the drafts of it, and how many were accepted at each position."""
+def measure(
+    llm, prompts: list[list[int]], num_tokens: int, temperature: float, seeded: bool, ends: bool = False
+) -> tuple[list[int], int]:
+    """Continue the prompts; the drafts of it and how many were accepted at each position, and the tokens written.
+
+    ``ends``: an answer may end before ``num_tokens``.
+    """
     from vllm import SamplingParams
 
     before = counts(llm)
-    sampling = {"temperature": temperature, "max_tokens": num_tokens, "ignore_eos": True, "detokenize": False}
+    sampling = {"temperature": temperature, "max_tokens": num_tokens, "ignore_eos": not ends, "detokenize": False}
     params = [SamplingParams(seed=i if seeded else None, **sampling) for i in range(len(prompts))]
-    llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-    return [a - b for a, b in zip(counts(llm), before, strict=True)]
+    answers = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    written = sum(len(answer.outputs[0].token_ids) for answer in answers)
+    return [a - b for a, b in zip(counts(llm), before, strict=True)], written
+
+
+def chat_prompts(tokenizer) -> list[list[int]]:
+    """The instructions in the model's chat template.
+
+    Raises:
+        SystemExit: one sentence, where the model has none.
+    """
+    if not tokenizer.chat_template:
+        raise SystemExit("--chat: this model has no chat template; give a chat model, or leave --chat out.")
+    instructions = json.loads(Path(__file__).with_name("instructions.json").read_text(encoding="utf-8"))
+    chats = [[{"role": "user", "content": text}] for text in instructions]
+    return [tokenizer.apply_chat_template(c, add_generation_prompt=True, tokenize=True, return_dict=False) for c in chats]
 
 
 def read_of_cache(llm) -> tuple[int, int]:
@@ -125,39 +148,46 @@ def run_config(name: str, sparse: dict, novels: dict[str, list[int]], args) -> l
     """One engine: a row for each context, temperature and batch of prompts."""
     options = CONFIGS[name] | args.options | sparse
     drafted = options["num_speculative_tokens"]
-    batch = len(novels) * args.excerpts if torch.cuda.is_available() else args.excerpts
+    batch = len(novels) * args.excerpts if torch.cuda.is_available() and not args.chat else args.excerpts
     arguments = {"max_num_seqs": batch, "enable_prefix_caching": False}
     arguments |= small_model_on_gpu(args.kv_gib, batch, 1 + drafted)
     started, rows = time.perf_counter(), []
     seeded = "method" not in options  # vLLM's CPU engine itself fails at a seed and a prompt of several chunks
     # Room for a draft beyond the last token: drafts are cut short at the model's length, and would count as rejected.
-    longest = max(args.contexts) + args.tokens + 2 * drafted
+    # Of a chat the longest prompt counts.
+    contexts = [0] if args.chat else args.contexts
+    longest = max(contexts) + args.tokens + 2 * drafted
+    if args.chat:
+        longest += max(len(p) for p in novels["chat"])
     with engine(str(args.model), longest, **arguments, speculative_config={"method": "quantspec", **options}) as llm:
         print(f"{name}: engine ready in {time.perf_counter() - started:.0f} s", flush=True)
-        for context in args.contexts:
-            prompts = {novel: excerpts(tokens, context, args.excerpts) for novel, tokens in novels.items()}
-            if torch.cuda.is_available():
+        for context in contexts:
+            prompts = (
+                {"all": novels["chat"]}
+                if args.chat
+                else {novel: excerpts(tokens, context, args.excerpts) for novel, tokens in novels.items()}
+            )
+            if torch.cuda.is_available() and not args.chat:
                 prompts = {"all": sum(prompts.values(), [])}
             if args.planted:
                 texts = [excerpt for tokens in novels.values() for excerpt in excerpts(tokens, context, args.excerpts)]
                 prompts["planted"] = planted(texts, args.planted)
             for temperature in args.temperatures:
-                numbers, read = {}, {}
+                numbers, read, written = {}, {}, {}
                 for novel, p in prompts.items():
                     before = read_of_cache(llm)
-                    numbers[novel] = measure(llm, p, args.tokens, temperature, seeded)
+                    numbers[novel], written[novel] = measure(llm, p, args.tokens, temperature, seeded, args.chat)
                     read[novel] = [b - a for a, b in zip(before, read_of_cache(llm), strict=True)]
                 for sums in (numbers, read):
                     of_novels = [n for novel, n in sums.items() if novel != "planted"]
                     sums.setdefault("all", [sum(n) for n in zip(*of_novels, strict=True)])
+                written.setdefault("all", sum(n for novel, n in written.items() if novel != "planted"))
                 for novel, n in numbers.items():
                     row = {"config": name, "context": context, "temperature": temperature, "novel": novel}
                     row |= {"drafts": n[0], "per_position": rates(n), "accepted": sum(rates(n))}
                     if sparse:
                         row |= sparse | {"read_share": read[novel][0] / max(1, read[novel][1])}
-                    of_all = novel == "all"
-                    of_row = [p for text, p in prompts.items() if text == novel or of_all and text != "planted"]
-                    tokens = args.tokens * sum(len(p) for p in of_row)
+                    tokens = written[novel]
                     row["tokens_per_step"] = tokens / (tokens - sum(n[1:]))
                     rows.append(row | {"mean": sum(rates(n)) / drafted, "options": options})
                     show(rows[-1])
@@ -367,10 +397,12 @@ def main() -> None:
     parser.add_argument("--kl-tokens", type=int, default=16384)
     parser.add_argument("--kl-decode-tokens", type=int, default=2048, help="of these through the decode path")
     parser.add_argument("--json", type=Path, help="default: benchmarks/results/acceptance-MODEL.json")
+    parser.add_argument("--chat", action="store_true", help="answer instructions in the model's chat template, no novels")
     parser.add_argument("--plot", action="store_true", help="only draw the plot from the JSON")
     args = parser.parse_args()
     is_sparse = args.draft_context != ["all"]
-    kind = "cache_error" if args.kl else "sparse_acceptance" if is_sparse else "acceptance"
+    names = {"cache_error": args.kl, "acceptance-chat": args.chat, "sparse_acceptance": is_sparse, "acceptance": True}
+    kind = next(name for name, applies in names.items() if applies)
     path = args.json or ROOT / f"benchmarks/results/{kind}-{args.model.name}.json"
     if args.plot:
         return plot(path)
@@ -380,12 +412,15 @@ def main() -> None:
         write_json(path, rows, **sizes)
         if is_sparse:
             print(sparse_table(rows))
-        return plot(path)
+        return None if args.chat else plot(path)
 
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    novels = {name: tokenizer.encode(text) for name, text in read_texts(args.text).items()}
+    if args.chat:
+        novels = {"chat": chat_prompts(tokenizer)}
+    else:
+        novels = {name: tokenizer.encode(text) for name, text in read_texts(args.text).items()}
     rows = []
     if args.kl:
         speculating = {"speculative_config": {"method": "quantspec", "num_speculative_tokens": 4}}
@@ -407,7 +442,8 @@ def main() -> None:
         write_json(path, rows, **sizes)
     if is_sparse:
         print(sparse_table(rows))
-    plot(path)
+    if not args.chat:
+        plot(path)
 
 
 if __name__ == "__main__":

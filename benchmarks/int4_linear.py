@@ -24,7 +24,7 @@ LAYERS = 32
 SHAPES = {"qkv": (4096, 6144), "o": (4096, 4096), "gate_up": (4096, 28672), "down": (14336, 4096)}
 LM_HEAD = {"lm_head": (4096, 128256)}
 TOKENS = (1, 2, 4, 5, 8, 16, 32, 64)
-PRINTED = ("bf16", "machete", "tinygemm", "ours", "rescored")
+PRINTED = ("bf16", "machete", "tinygemm", "ours", "rotated", "rescored")
 
 
 def median(run, rep=60):
@@ -51,18 +51,27 @@ class Ours:
     name = "ours"
     bytes_per_weight = 0.5 + 4 / GROUP
 
-    def __init__(self, plan=None):
-        self.plan = plan
+    def __init__(self, plan=None, rotated=False):
+        self.plan, self.rotated = plan, rotated
 
     def make(self, shape):
         return random_packed(shape)
 
     def __call__(self, x, weight):
         if self.plan is None:
-            return torch.ops.vllm_quantspec.int4_linear(x, *weight)
+            return torch.ops.vllm_quantspec.int4_linear(x, *weight, None, self.rotated)
         from vllm_quantspec.kernels import int4_linear
 
         return int4_linear.launch(x, *weight, None, x.new_empty(len(x), weight[0].shape[0] * 16), self.plan)
+
+
+class Rotated(Ours):
+    """As drafts run it by default: the inputs are rotated in the kernel."""
+
+    name = "rotated"
+
+    def __init__(self):
+        super().__init__(rotated=True)
 
 
 class Rescored(Ours):
@@ -271,7 +280,7 @@ def main():
     bandwidth = copy_bandwidth()
     print(f"copy: {bandwidth / 1e12:.2f} TB/s")
     rows, kernels = {}, {}
-    for method in (Bf16(), Ours(), Rescored(), Machete(), TinyGemm()):
+    for method in (Bf16(), Ours(), Rotated(), Rescored(), Machete(), TinyGemm()):
         if args.methods and method.name not in args.methods:
             continue
         try:
@@ -300,15 +309,21 @@ def main():
         for name in PRINTED[1:]:
             if row.get(f"{name}_us") and row.get("bf16_us"):
                 row[f"{name}_speedup"] = row["bf16_us"] / row[f"{name}_us"]
+        if row.get("ours_us") and row.get("rotated_us"):
+            row["rotation_cost"] = row["rotated_us"] / row["ours_us"] - 1
         if row.get("ours_us"):
             row["ours_tb_per_s"] = row["int4_bytes"] / row["ours_us"] / 1e6
     rows = [{k: round(v, 3) if isinstance(v, float) else v for k, v in r.items()} for r in rows.values()]
-    print(f"{'weights':15}{'M':>4}" + "".join(f"{name:>9}" for name in PRINTED) + f"{'floor':>8}{'ratio':>7}{'TB/s':>6}")
+    print(
+        f"{'weights':15}{'M':>4}"
+        + "".join(f"{name:>9}" for name in PRINTED)
+        + f"{'floor':>8}{'ratio':>7}{'TB/s':>6}{'rotation':>10}"
+    )
     for r in sorted(rows, key=lambda r: r["weights"]):
         times = "".join(f"{r.get(name + '_us', float('nan')):9.1f}" for name in PRINTED)
         print(
             f"{r['weights']:15}{r['tokens']:4}{times}{r['floor_us']:8.1f}{r.get('ours_speedup', 0):7.2f}"
-            f"{r.get('ours_tb_per_s', 0):6.2f}"
+            f"{r.get('ours_tb_per_s', 0):6.2f}{r.get('rotation_cost', float('nan')):10.1%}"
         )
     if args.json:
         write_json(args.json, rows, copy_bandwidth_tb_s=round(bandwidth / 1e12, 3), kernels=kernels)

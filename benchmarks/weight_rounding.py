@@ -3,8 +3,10 @@
 
 Plain PyTorch, weights only (the KV cache is exact), teacher-forced over the first tokens of three novels:
 greedy agreement, expected acceptance when sampling (sum of min(p, q)), and KL of the draft from the target.
+A group that does not divide a linear's input is the largest smaller one that does, as in the engine.
 
     python benchmarks/weight_rounding.py [--model DIR] [--text DIR] [--context 4096] [--methods NAME ...]
+    python benchmarks/weight_rounding.py --rotation --model DIR --context 512       # rotated weights; minutes on a CPU
 """
 
 import argparse
@@ -15,9 +17,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from common import machine
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
+from vllm_quantspec import rotation
 from vllm_quantspec import weights as rounding
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -155,10 +159,35 @@ def second_moments(model: Llama, ids: torch.Tensor) -> dict[str, torch.Tensor]:
 def self_sampled(model: Llama, rows: int, length: int) -> torch.Tensor:
     """int64 [rows, length] sampled by the model itself at temperature 1, from random first tokens."""
     ids = torch.randint(model.embedding.shape[0], (rows, 1), device=model.embedding.device)
-    while ids.shape[1] < length:
-        p = model.logits(ids, model.linears)[:, -1].softmax(-1)
-        ids = torch.cat([ids, p.multinomial(1)], 1)
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if layer == len(kept):
+            kept.append((k, v))
+        else:
+            kept[layer] = tuple(torch.cat(pair, -2) for pair in zip(kept[layer], (k, v), strict=True))
+        return F.scaled_dot_product_attention(q, *kept[layer], enable_gqa=True)
+
+    for at in range(length - 1):
+        hidden = model.hidden_states(ids[:, at : at + 1], model.linears, attend=attend, first=at)[:, -1]
+        ids = torch.cat([ids, F.linear(hidden, model.head).softmax(-1).multinomial(1)], 1)
     return ids
+
+
+def in_blocks(w: torch.Tensor, size: int, moments: torch.Tensor) -> torch.Tensor:
+    """GPTQ in groups of 128 of a weight whose inputs are rotated in blocks of ``size``; the weight of inputs as they are."""
+    while w.shape[1] % size:
+        size //= 2
+    matrix = torch.ones(1, 1, device=w.device)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        return (x.unflatten(-1, (-1, size)) @ (matrix / size**0.5)).flatten(-2)
+
+    g, moments = rounding.fit_group_size(w.shape[1]), rotate(rotate(moments).T.contiguous()).T.contiguous()
+    options = {"method": "gptq", "scale_dtype": torch.bfloat16, "second_moments": moments}
+    return rotate(rounding.quantize_weight(rotate(w), g, **options).dequantize())
 
 
 def main() -> None:
@@ -168,6 +197,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--skip", type=int, default=20000, help="characters left out at the start of each novel")
     parser.add_argument("--methods", nargs="*")
+    parser.add_argument("--rotation", action="store_true", help="ways to rotate, not ways to round")
     parser.add_argument("--json", type=Path, help="default: benchmarks/results/weight_rounding-MODEL.json")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -193,12 +223,17 @@ def main() -> None:
         ids = torch.randint(model.embedding.shape[0], (32, 128), device=device)
         return moments.setdefault("random", second_moments(model, ids))
 
-    def ours(method: str, g: int, data: Callable[[], dict] | None = None) -> Callable[[], dict]:
+    def ours(method: str, g: int, data: Callable[[], dict] | None = None, rotated: bool = False) -> Callable[[], dict]:
         def run() -> dict[str, torch.Tensor]:
             moments = data() if data is not None else {}
             return {
                 k: rounding.quantize_weight(
-                    w, g, method=method, scale_dtype=torch.bfloat16, second_moments=moments.get(k)
+                    w,
+                    rounding.fit_group_size(w.shape[1], g),
+                    method=method,
+                    scale_dtype=torch.bfloat16,
+                    second_moments=moments.get(k),
+                    rotated=rotated,
                 ).dequantize()
                 for k, w in linears.items()
             }
@@ -227,36 +262,52 @@ def main() -> None:
         "gptq g128, 64 x 256 sampled tokens": ours("gptq", 128, lambda: sampled(64, 256)),
         "gptq g64, 64 x 256 sampled tokens": ours("gptq", 64, lambda: sampled(64, 256)),
     }
-    targets = [model.logits(ids, linears).log_softmax(-1) for ids in texts]
+    if args.rotation:
+        methods = {
+            "search g128": ours("search", 128),
+            "search g128, rotated": ours("search", 128, rotated=True),
+            "gptq g128": ours("gptq", 128, lambda: sampled(64, 256)),
+            "gptq g128, rotated": ours("gptq", 128, lambda: sampled(64, 256), rotated=True),
+            "gptq g32, rotated": ours("gptq", 32, lambda: sampled(64, 256), rotated=True),
+        } | {
+            f"gptq g128, rotated in blocks of {size}": lambda size=size: {
+                k: in_blocks(w, size, sampled(64, 256)[k]) for k, w in linears.items()
+            }
+            for size in (8, 16, rotation.SIZE, 128, 512)
+        }
+    targets = [model.logits(ids, linears) for ids in texts]
     results = []
-    print(f"{'method':48s} {'greedy':>7s} {'sampling':>8s} {'KL':>8s} {'error':>8s} {'seconds':>8s}")
+    print(f"{'method':48s} {'greedy':>7s} {'sampling':>8s} {'T=0.7':>8s} {'KL':>8s} {'error':>8s} {'seconds':>8s}")
     for name in args.methods or methods:
         started = time.perf_counter()
         quantized = methods[name]()
         if device == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
-        sums, tokens = torch.zeros(3, dtype=torch.float64), 0
-        for ids, target in zip(texts, targets, strict=True):
-            draft = model.logits(ids, quantized).log_softmax(-1)
+        sums, tokens = torch.zeros(4, dtype=torch.float64), 0
+        for ids, exact in zip(texts, targets, strict=True):
+            logits = model.logits(ids, quantized)
+            sums[3] += torch.minimum((logits / 0.7).softmax(-1), (exact / 0.7).softmax(-1)).sum().item()
+            draft, target = logits.log_softmax(-1), exact.log_softmax(-1)
             sums[0] += (draft.argmax(-1) == target.argmax(-1)).sum().item()
             sums[1] += torch.minimum(draft, target).exp().sum().item()
             sums[2] += (draft.exp() * (draft - target)).sum().item()
             tokens += len(ids)
-        greedy, sampling, kl = (sums / tokens).tolist()
+        greedy, sampling, kl, cold = (sums / tokens).tolist()
         error = sum((quantized[k] - w).square().sum() for k, w in linears.items()) / sum(
             w.square().sum() for w in linears.values()
         )
-        row = {"method": name, "greedy": greedy, "sampling": sampling, "kl": kl, "error": float(error)}
+        row = {"method": name, "greedy": greedy, "sampling": sampling, "sampling_0.7": cold, "kl": kl, "error": float(error)}
         results.append(row | {"seconds": seconds})
-        print(f"{name:48s} {greedy:7.4f} {sampling:8.4f} {kl:8.5f} {error:8.5f} {seconds:8.2f}", flush=True)
-    output = args.json or ROOT / f"benchmarks/results/weight_rounding-{args.model.name}.json"
+        print(f"{name:48s} {greedy:7.4f} {sampling:8.4f} {cold:8.4f} {kl:8.5f} {error:8.5f} {seconds:8.2f}", flush=True)
+    kind = "weight_rotation" if args.rotation else "weight_rounding"
+    output = args.json or ROOT / f"benchmarks/results/{kind}-{args.model.name}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "model": args.model.name,
         "context": args.context,
         "tokens": sum(len(t) for t in texts),
-        "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
+        "machine": machine(),
         "results": results,
     }
     output.write_text(json.dumps(record, indent=1) + "\n")

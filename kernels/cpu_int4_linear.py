@@ -20,6 +20,7 @@ import torch
 
 from vllm_quantspec.kernels.cpu_threads import split
 from vllm_quantspec.kernels.numba_jit import jit
+from vllm_quantspec.rotation import rotate_inputs
 
 GROUP_SIZES = (32, 64, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -154,7 +155,12 @@ def _dequantize(begin, end, codes, scales, zeros, half, out):
 
 
 def cpu_int4_linear(
-    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bias: torch.Tensor | None = None
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    rotated: bool = False,
 ) -> torch.Tensor:
     """``x @ weight.T + bias`` for any number of rows.
 
@@ -162,6 +168,7 @@ def cpu_int4_linear(
         x: bfloat16, float16 or float32 [rows, in].
         codes, scales, zeros: as of `pack`.
         bias: [out], any float dtype, or None.
+        rotated: the weight is that of rotated inputs: x is rotated here, in float32 (`vllm_quantspec.rotation`).
 
     Returns:
         [rows, out] in x's dtype, rounded once. The last bits may depend on how many rows there are.
@@ -171,7 +178,7 @@ def cpu_int4_linear(
     if in_features != 2 * codes.shape[1] or x.dtype not in DTYPES:
         raise ValueError(f"cpu_int4_linear: x is {x.dtype} {tuple(x.shape)}, the codes are {tuple(codes.shape)}.")
     group = in_features // groups
-    inputs = x.float().contiguous()
+    inputs = rotate_inputs(x) if rotated else x.float().contiguous()
     out = torch.empty(rows, out_features, dtype=torch.float32)
     weight = codes.numpy(), scales.numpy(), zeros.numpy()
     if rows >= MANY_ROWS:
@@ -199,13 +206,15 @@ def _many_rows(weight: tuple[np.ndarray, ...], group: int, x: torch.Tensor, out:
         out[:, here] = x @ written[:number].t()
 
 
-def _fake(x, codes, scales, zeros, bias=None):
+def _fake(x, codes, scales, zeros, bias=None, rotated=False):
     return x.new_empty(x.shape[0], codes.shape[0])
 
 
 # One operator, because torch.compile must not see a choice that depends on the number of rows.
 _library = torch.library.Library("vllm_quantspec", "FRAGMENT")
-_library.define("cpu_int4_linear(Tensor x, Tensor codes, Tensor scales, Tensor zeros, Tensor? bias=None) -> Tensor")
+_library.define(
+    "cpu_int4_linear(Tensor x, Tensor codes, Tensor scales, Tensor zeros, Tensor? bias=None, bool rotated=False) -> Tensor"
+)
 _library.impl("cpu_int4_linear", cpu_int4_linear, "CPU")
 torch.library.register_fake("vllm_quantspec::cpu_int4_linear", _fake, lib=_library)
 

@@ -16,6 +16,7 @@
 //
 // Macros: GROUP_SIZE IS_BF16 WARPS STAGES TILES (row tiles per pass) BATCH (tiles of a stage) TOKEN_TILES (of 8 tokens)
 //         SPLITS MIN_CTAS (CTAs that registers allow on a multiprocessor) WIDE (the kernel for more tokens)
+//         ROTATED (the weight is that of rotated inputs: x is rotated in registers)
 
 #include "ptx.cuh"
 
@@ -174,6 +175,35 @@ DEV void load_x(uint4 (&x)[NT][4], const Params& p, const u16* const (&rows)[NT]
     for (int j = 0; j < 4; j++) x[n][j] = ldg128(rows[n] + chunk * 128 + (j * 32 < left ? j * 32 : 0));
 }
 
+#if ROTATED
+// Rotation of 32 channels, x H / 8 (rotation.py). A quadruple of a lane has the channels 8*t + 0..7 of token g. As an A operand
+// (rows 0..7: channels 0..3 of each lane, rows 8..15: channels 4..7 of the same tokens) two products mix 16 channels and leave
+// them where they were, since columns of the result lie in lanes as channels do; the sums of both halves are the rest.
+DEV u32 pack_16bit(float low, float high) {
+  u32 r;
+#if IS_BF16
+  asm("cvt.rn.bf16x2.f32 %0,%1,%2;" : "=r"(r) : "f"(high), "f"(low));
+#else
+  asm("cvt.rn.f16x2.f32 %0,%1,%2;" : "=r"(r) : "f"(high), "f"(low));
+#endif
+  return r;
+}
+// A lane's part of H / 8 as a B operand: channels 2*t and 2*t + 1 of column g.
+DEV u32 signs_of_lane(int lane) {
+  const int g = lane >> 2, k = (lane & 3) * 2;
+  const u32 eighths = IS_BF16 ? 0x3e003e00 : 0x30003000;
+  return eighths | (u32)(__popc(g & k) & 1) << 15 | (u32)(__popc(g & (k + 1)) & 1) << 31;
+}
+DEV void rotate(uint4& x, u32 signs) {
+  const u32 a[4] = {x.x, x.z, x.y, x.w};
+  float c[4] = {0.f, 0.f, 0.f, 0.f}, d[4] = {0.f, 0.f, 0.f, 0.f};
+  mma(c, a, signs, signs);
+  mma(d, a, signs, signs ^ 0x80008000);
+  x.x = pack_16bit(c[0] + c[2], c[1] + c[3]), x.y = pack_16bit(d[0] + d[2], d[1] + d[3]);
+  x.z = pack_16bit(c[0] - c[2], c[1] - c[3]), x.w = pack_16bit(d[0] - d[2], d[1] - d[3]);
+}
+#endif
+
 DEV void store(const Params& p, float4 v, int tile, int token0, int lane) {
   const int row = tile * 16 + (lane >> 2), token = token0 + (lane & 3) * 2;
   const i64 stride = (i64)p.tiles * 16;
@@ -242,6 +272,9 @@ extern "C" __global__ void __launch_bounds__(32 * NW + 32, MIN_CTAS) int4_linear
   for (int n = 0; n < NT; n++)
     rows[n] = p.x + min(token0 + n * 8 + (lane >> 2), p.tokens - 1) * p.x_stride + (lane & 3) * 8;
   load_x(next_x, p, rows, min(first, p.chunks - 1));
+#if ROTATED
+  const u32 signs = signs_of_lane(lane);
+#endif
   int slot = 0;
   u32 parity = 0;
 
@@ -265,6 +298,12 @@ extern "C" __global__ void __launch_bounds__(32 * NW + 32, MIN_CTAS) int4_linear
       if (NT > 1) load_x(next_x, p, rows, min(c + 1 < num_chunks ? first + (c + 1) * NW : first, p.chunks - 1));
       else if (c + 1 < num_chunks) load_x(next_x, p, rows, min(first + (c + 1) * NW, p.chunks - 1));
       else if (tile0 + T < tile_end) load_x(next_x, p, rows, min(first, p.chunks - 1));
+#if ROTATED
+#pragma unroll
+      for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) rotate(x[n][j], signs);
+#endif
       float sum_x[GROUPS][NT][4];  // [0..1] the sums of the channels of tokens 2*t, 2*t + 1
       const u32 one = IS_BF16 ? 0x3f803f80 : 0x3c003c00;
       const u32 ones[4] = {one, one, one, one};
@@ -444,6 +483,9 @@ extern "C" __global__ void __launch_bounds__(32 * (NW + PRODUCERS), MIN_CTAS) in
 #pragma unroll
       for (int e = 0; e < 4; e++) acc[i][n][e] = 0.f;
   const int mine = tile0 + warp * T;
+#if ROTATED
+  const u32 signs = signs_of_lane(lane);
+#endif
   int slot = 0;
   u32 parity = 0;
 #pragma unroll 1
@@ -462,6 +504,10 @@ extern "C" __global__ void __launch_bounds__(32 * (NW + PRODUCERS), MIN_CTAS) in
 #pragma unroll
           for (int n = 0; n < NT; n++)
             x[n] = lds128(stage + X_AT + (n * 8 + (lane >> 2)) * X_ROW + j * 64 + (lane & 3) * 16);
+#if ROTATED
+#pragma unroll
+          for (int n = 0; n < NT; n++) rotate(x[n], signs);
+#endif
 #pragma unroll
           for (int i = 0; i < T; i++) {
             const uint2 sz = lds64(stage + CTA_TILES * CODES + (warp * T + i) * SCALES + j * 32 / GROUP_SIZE * 64 +

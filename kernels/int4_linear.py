@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from vllm_quantspec.kernels import nvrtc
 from vllm_quantspec.kernels.device import MIN_CAPABILITY, device_properties
 from vllm_quantspec.kernels.workspace import Workspace
+from vllm_quantspec.rotation import rotate_inputs
 from vllm_quantspec.weights import WEIGHT_GROUP_SIZES
 
 SOURCE = Path(__file__).with_suffix(".cu")
@@ -160,6 +161,7 @@ def int4_linear(
     codes: torch.Tensor,
     scales_zeros: torch.Tensor,
     bias: torch.Tensor | None = None,
+    rotated: bool = False,
 ) -> torch.Tensor:
     """``x W^T + bias`` with the weight of a `PackedLinear`, in fp32 sums.
 
@@ -173,6 +175,8 @@ def int4_linear(
         x: [M, in] in the dtype of scales_zeros; rows may be strided.
         codes, scales_zeros: the tensors of a `PackedLinear`.
         bias: [out] in the same dtype, or None.
+        rotated: the weight is that of rotated inputs: x is rotated here (`vllm_quantspec.rotation`), in fp32, and rounded to
+            its dtype once.
 
     Returns:
         [M, out] in the same dtype.
@@ -181,18 +185,23 @@ def int4_linear(
         ValueError: an argument does not fit the above.
         RuntimeError: on a GPU older than compute capability 8.0, or where a shape is first seen during a capture.
     """
-    return torch.ops.vllm_quantspec.int4_linear(x, codes, scales_zeros, bias)
+    return torch.ops.vllm_quantspec.int4_linear(x, codes, scales_zeros, bias, rotated)
 
 
 def reference(
-    x: torch.Tensor, codes: torch.Tensor, scales_zeros: torch.Tensor, bias: torch.Tensor | None = None
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales_zeros: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    rotated: bool = False,
 ) -> torch.Tensor:
     """`int4_linear` in plain PyTorch, accumulated in fp32."""
     _check(x, codes, scales_zeros, bias)
     levels, scales, zeros = _unpack(codes, scales_zeros)
     levels = levels.view(*scales.shape, -1).float() - zeros.unsqueeze(-1).float()
     weight = (levels * scales.unsqueeze(-1).float()).view(len(scales), -1)[:, : x.shape[1]]
-    out = x.float() @ weight.t()
+    inputs = rotate_inputs(x).to(x.dtype) if rotated else x
+    out = inputs.float() @ weight.t()
     return (out if bias is None else out + bias.float()).to(x.dtype)
 
 
@@ -215,23 +224,31 @@ def _check(x: torch.Tensor, codes: torch.Tensor, scales_zeros: torch.Tensor, bia
 
 
 def _cuda(
-    x: torch.Tensor, codes: torch.Tensor, scales_zeros: torch.Tensor, bias: torch.Tensor | None = None
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales_zeros: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    rotated: bool = False,
 ) -> torch.Tensor:
     _check(x, codes, scales_zeros, bias)
     out = x.new_empty(x.shape[0], codes.shape[0] * ROWS)
     if x.shape[0] == 0:
         return out
-    return launch(x, codes, scales_zeros, bias, out)
+    return launch(x, codes, scales_zeros, bias, out, rotated=rotated)
 
 
 def _fake(
-    x: torch.Tensor, codes: torch.Tensor, scales_zeros: torch.Tensor, bias: torch.Tensor | None = None
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales_zeros: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    rotated: bool = False,
 ) -> torch.Tensor:
     return x.new_empty(x.shape[0], codes.shape[0] * ROWS)
 
 
 _library = torch.library.Library("vllm_quantspec", "FRAGMENT")
-_library.define("int4_linear(Tensor x, Tensor codes, Tensor scales_zeros, Tensor? bias=None) -> Tensor")
+_library.define("int4_linear(Tensor x, Tensor codes, Tensor scales_zeros, Tensor? bias=None, bool rotated=False) -> Tensor")
 _library.impl("int4_linear", reference, "CPU")
 _library.impl("int4_linear", _cuda, "CUDA")
 torch.library.register_fake("vllm_quantspec::int4_linear", _fake, lib=_library)
@@ -276,6 +293,7 @@ def launch(
     bias: torch.Tensor | None,
     out: torch.Tensor,
     plan: Plan | None = None,
+    rotated: bool = False,
 ) -> torch.Tensor:
     """The kernel on checked arguments, into a contiguous ``out``; ``plan`` overrides the launch, for tuning."""
     if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
@@ -288,7 +306,7 @@ def launch(
     with torch.cuda.device(device):
         if plan is None:
             plan = choose_plan(tiles, chunks, scales_zeros.shape[2], tokens, device)
-        kernel = _kernel(plan, CHUNK // scales_zeros.shape[2], x.dtype == torch.bfloat16, device)
+        kernel = _kernel(plan, CHUNK // scales_zeros.shape[2], x.dtype == torch.bfloat16, device, rotated)
         token_blocks = -(-tokens // (8 * plan.token_tiles))
         partial, arrived = 0, 0
         if plan.splits > 1:
@@ -354,7 +372,7 @@ def _wide_plan(tiles: int, chunks: int, groups: int, tokens: int, sms: int, shar
     return plan(min((o for o in options if plan(o).stages >= 2), key=cost))
 
 
-def macros_of(plan: Plan, group_size: int, bf16: bool) -> dict[str, int]:
+def macros_of(plan: Plan, group_size: int, bf16: bool, rotated: bool = False) -> dict[str, int]:
     """What the kernel's source is compiled with."""
     return {
         "GROUP_SIZE": group_size,
@@ -367,11 +385,12 @@ def macros_of(plan: Plan, group_size: int, bf16: bool) -> dict[str, int]:
         "BATCH": plan.batch,
         "WIDE": int(plan.wide),
         "MIN_CTAS": plan.min_ctas,
+        "ROTATED": int(rotated),
     }
 
 
 @cache
-def _kernel(plan: Plan, group_size: int, bf16: bool, device: int) -> nvrtc.Kernel:
+def _kernel(plan: Plan, group_size: int, bf16: bool, device: int, rotated: bool = False) -> nvrtc.Kernel:
     capability = device_properties(device).capability
     if capability < MIN_CAPABILITY:
         raise RuntimeError(supported(128, 16, 128, torch.bfloat16, capability))
@@ -379,7 +398,7 @@ def _kernel(plan: Plan, group_size: int, bf16: bool, device: int) -> nvrtc.Kerne
         raise RuntimeError("Run int4_linear once with these shapes before capturing it in a CUDA graph.")
     return nvrtc.load(
         SOURCE,
-        macros_of(plan, group_size, bf16),
+        macros_of(plan, group_size, bf16, rotated),
         device,
         grid=(plan.blocks, plan.splits),
         threads=32 * (plan.warps + (4 if plan.wide else 1)),

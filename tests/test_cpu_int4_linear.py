@@ -18,11 +18,11 @@ ERROR = {torch.bfloat16: 2.5e-3, torch.float16: 3e-4, torch.float32: 1e-6}
 ROWS = [1, 2, 3, 4, 5, 7, 8, MANY_ROWS - 1, MANY_ROWS, 100]
 
 
-def problem(in_features, out_features, group, dtype, rows):
+def problem(in_features, out_features, group, dtype, rows, rotated=False):
     torch.manual_seed(in_features + rows)
     # Weights off zero, so that zero points differ and matter.
     weight = (torch.randn(out_features, in_features) * 0.05 + torch.randn(out_features, 1) * 0.03).to(dtype)
-    quantized = quantize_weight(weight, group, scale_dtype=dtype)
+    quantized = quantize_weight(weight, group, scale_dtype=dtype, rotated=rotated)
     packed = pack(quantized.codes, quantized.scales, quantized.zeros, group)
     return torch.randn(rows, in_features).to(dtype), quantized.dequantize(), packed
 
@@ -42,6 +42,14 @@ def test_is_the_dequantized_weight(in_features, out_features, group, dtype, rows
     bias = torch.randn(out_features).to(dtype)
     assert_right(cpu_int4_linear(x, *packed), x, weight)
     assert_right(cpu_int4_linear(x, *packed, bias), x, weight, bias)
+
+
+@pytest.mark.parametrize("rows", [1, 6, MANY_ROWS])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("in_features, out_features, group", [(512, 96, 128), (320, 160, 64), (96, 32, 32)])
+def test_rotates_inputs(in_features, out_features, group, dtype, rows):
+    x, weight, packed = problem(in_features, out_features, group, dtype, rows, rotated=True)
+    assert_right(cpu_int4_linear(x, *packed, None, True), x, weight)
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -73,7 +81,7 @@ def test_split_over_threads(threads, rows, monkeypatch):
 def test_as_an_operator():
     """torch.compile sees one operator, whose shapes it can know without running it, for any number of rows."""
     x, _, packed = problem(256, 64, 128, torch.bfloat16, 3)
-    torch.library.opcheck(torch.ops.vllm_quantspec.cpu_int4_linear.default, (x, *packed, torch.randn(64).bfloat16()))
+    torch.library.opcheck(torch.ops.vllm_quantspec.cpu_int4_linear.default, (x, *packed, torch.randn(64).bfloat16(), True))
 
 
 def test_refused_inputs():

@@ -11,7 +11,7 @@ vllm = pytest.importorskip("vllm")
 from vllm.forward_context import set_forward_context  # noqa: E402
 from vllm.model_executor.layers.linear import LinearBase  # noqa: E402
 
-from vllm_quantspec.integration.draft import calibration  # noqa: E402
+from vllm_quantspec.integration.draft import calibration, stored  # noqa: E402
 from vllm_quantspec.integration.draft import model as draft_model  # noqa: E402
 from vllm_quantspec.integration.draft.linears import choose_int4_method, int4_bytes  # noqa: E402
 from vllm_quantspec.integration.draft.model import DRAFT_PREFIX, _effective_weight, build_draft_model  # noqa: E402
@@ -24,6 +24,13 @@ def runner(books_4m):
     llm = vllm.LLM(books_4m, enforce_eager=True, max_model_len=2048)
     yield llm.llm_engine.collective_rpc(lambda worker: worker.model_runner)[0]
     llm.llm_engine.engine_core.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def cache_root(tmp_path, monkeypatch):
+    """Rounded weights that a test keeps are its own."""
+    monkeypatch.setattr("vllm.envs.VLLM_CACHE_ROOT", str(tmp_path), raising=False)
+    return tmp_path
 
 
 @pytest.fixture
@@ -68,14 +75,15 @@ def run(runner, model: torch.nn.Module, token_ids: torch.Tensor, monkeypatch) ->
     "in_features, out_features, group_size", [(256, 512, 128), (640, 256, 128), (320, 96, 64), (96, 64, 32), (128, 64, 128)]
 )
 @pytest.mark.parametrize("tokens", [1, 7, 64])
-def test_int4_linear(runner, monkeypatch, in_features, out_features, group_size, tokens, int8_activations):
+@pytest.mark.parametrize("rotated", [False, True])
+def test_int4_linear(runner, monkeypatch, in_features, out_features, group_size, tokens, int8_activations, rotated):
     monkeypatch.setattr("vllm.envs.VLLM_CPU_INT4_W4A8", int8_activations, raising=False)
     generator = torch.Generator().manual_seed(in_features + tokens)
     weight = (torch.randn(out_features, in_features, generator=generator) * 0.05).bfloat16()
     bias = torch.randn(out_features, generator=generator).bfloat16()
     x = torch.randn(tokens, in_features, generator=generator).bfloat16()
-    quantized = quantize_weight(weight, group_size)
-    method, reason = choose_int4_method(in_features, out_features, torch.bfloat16, 128)
+    quantized = quantize_weight(weight, group_size, rotated=rotated)
+    method, reason = choose_int4_method(in_features, out_features, torch.bfloat16, 128, rotated)
     assert method is not None, reason
     assert method.group_size == group_size
     layer = torch.nn.Module()
@@ -97,14 +105,21 @@ def test_shapes_without_a_kernel_say_why(runner):
     assert "float64" in reason
 
 
+def test_a_rotated_weight_does_not_fit_a_linear_that_does_not_rotate(runner):
+    method, _ = choose_int4_method(128, 64, torch.bfloat16, 128)
+    with pytest.raises(ValueError, match="rotated"):
+        method.install(torch.nn.Module(), quantize_weight(torch.randn(64, 128).bfloat16(), 128, rotated=True))
+
+
 @pytest.mark.parametrize("tokens", [1, 6, 40])
-def test_int4_linear_in_float32(runner, tokens):
+@pytest.mark.parametrize("rotated", [False, True])
+def test_int4_linear_in_float32(runner, tokens, rotated):
     """No kernel of vLLM's takes float32: this package's does."""
     weight, x = torch.randn(64, 128) * 0.05, torch.randn(tokens, 128)
-    method, reason = choose_int4_method(128, 64, torch.float32, 128)
+    method, reason = choose_int4_method(128, 64, torch.float32, 128, rotated)
     assert method is not None, reason
     layer = torch.nn.Module()
-    quantized = quantize_weight(weight, 128, scale_dtype=torch.float32)
+    quantized = quantize_weight(weight, 128, scale_dtype=torch.float32, rotated=rotated)
     method.install(layer, quantized)
     assert torch.allclose(method.apply(layer, x), F.linear(x, quantized.dequantize()), rtol=1e-4, atol=1e-5)
 
@@ -155,7 +170,7 @@ def test_linears_apply_the_dequantized_weight(runner, build):
         weight, _ = _effective_weight(runner.get_model().get_submodule(name), torch.bfloat16)
         linear = draft.model.get_submodule(name)
         applied, _ = _effective_weight(linear, torch.bfloat16)
-        expected = quantize_weight(weight, linear.quant_method.group_size).dequantize()
+        expected = quantize_weight(weight, linear.quant_method.group_size, rotated=True).dequantize()
         assert (applied.float() - expected).norm() < 0.005 * expected.norm()
         assert (applied.float() - weight.float()).norm() < 0.15 * weight.float().norm()
 
@@ -196,8 +211,8 @@ def test_moments_choose_gptq(runner, build, monkeypatch):
     for linear in (name, other):
         weight, _ = _effective_weight(runner.get_model().get_submodule(linear), torch.bfloat16)
         applied, _ = _effective_weight(draft.model.get_submodule(linear), torch.bfloat16)
-        gptq = quantize_weight(weight, method="gptq", second_moments=moments).dequantize()
-        search = quantize_weight(weight).dequantize()
+        gptq = quantize_weight(weight, method="gptq", second_moments=moments, rotated=True).dequantize()
+        search = quantize_weight(weight, rotated=True).dequantize()
         expected, unexpected = (gptq, search) if linear == name else (search, gptq)
         assert (applied.float() - expected).norm() < 0.005 * expected.norm()
         assert (applied.float() - unexpected).norm() > 0.02 * unexpected.norm()
@@ -229,6 +244,109 @@ def test_moments_are_of_texts_that_the_model_writes(runner, monkeypatch):
         assert x.shape[0] == texts.numel()
         assert (moments[name] - x.T @ x / len(x)).norm() < 0.02 * moments[name].norm()
     assert torch.cat(surprise).mean().abs() < 0.4  # nats: a sampled token is as likely as tokens are on average
+
+
+def test_a_forward_pass_has_no_more_tokens_than_a_step_of_the_engine(runner, monkeypatch):
+    """Moments that are added up over parts of texts, some linears at a time, are those of all texts at once."""
+    model = runner.get_model()
+    linears = {name: module for name, module in model.named_modules() if name.endswith("proj")}
+
+    def moments() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        found = {}
+        takes = {linear: lambda m, name=name: found.update({name: m}) for name, linear in linears.items()}
+        return calibration.calibrate(runner.vllm_config, model, takes, texts=6, length=40), found
+
+    most = []
+    forward = calibration._Forward.__call__
+    monkeypatch.setattr(
+        calibration._Forward, "__call__", lambda self, ids, *at: most.append(ids.numel()) or forward(self, ids, *at)
+    )
+    texts, whole = moments()
+    assert max(most) == 240
+    monkeypatch.setattr(calibration, "MOMENTS", 3 * 4 * 256**2)
+    for limit, longest in ((100, 80), (16, 16)):
+        monkeypatch.setattr(runner.vllm_config.scheduler_config, "max_num_batched_tokens", limit)
+        most.clear()
+        same, parts = moments()
+        assert max(most) == longest and torch.equal(same, texts)
+        assert parts.keys() == whole.keys() == linears.keys()
+        for name, m in whole.items():
+            assert (parts[name] - m).norm() < 0.01 * m.norm()
+
+
+def test_what_gptq_has_rounded_is_kept(runner, build, cache_root, monkeypatch, caplog):
+    """The next start reads it; another one that differs, or a file that is damaged, rounds again."""
+    calls, layers = [], runner.vllm_config.compilation_config.static_forward_context
+    before = dict(layers)
+
+    def calibrate(config, model, linears):
+        calls.append(len(linears))
+        for linear, take in list(linears.items()):
+            if hasattr(linear, "input_size_per_partition") or hasattr(linear, "input_size"):
+                take(torch.eye(linear.weight.shape[1] if linear.weight.dim() == 2 else linear.input_size))
+
+    def start(**options) -> dict[str, torch.Tensor]:
+        for name in layers.keys() - before.keys():
+            del layers[name]
+        draft = build(**{"weight_rounding": "gptq"} | options)
+        return {n: p.clone() for n, p in draft.model.named_parameters() if "int4" in n}
+
+    monkeypatch.setattr(draft_model, "calibrate", calibrate)
+    first = start()
+    (file,) = cache_root.rglob("*.safetensors")
+    content = file.read_bytes()
+    again = start()
+    assert calls == [21] and first.keys() == again.keys()
+    assert all(torch.equal(first[n], again[n]) for n in first)
+    start(weight_rotation="none")
+    assert len(calls) == 2 and len(list(cache_root.rglob("*.safetensors"))) == 2
+    warnings = []
+    monkeypatch.setattr(stored.logger, "warning", lambda message, *values: warnings.append(message % values))
+    foreign = content.replace(b'"ranks', b'"tanks').replace(b'\\"ranks', b'\\"tanks')
+    for damaged in (content[:-5], content[:50], b"", b"x" * 1000, foreign):
+        file.write_bytes(damaged)
+        number = len(calls)
+        start()
+        assert len(calls) == number + 1 and "made again" in warnings[-1] and len(warnings) == number - 1
+        assert file.read_bytes() == content and len(list(cache_root.rglob("*"))) == 5  # two folders in one, a file in each
+    weight = runner.get_model().model.norm.weight
+    weight.data[7] += 0.25
+    start()
+    weight.data[7] -= 0.25
+    assert len(calls) == 8 and len(warnings) == 5
+
+
+def test_a_disk_that_fails_costs_the_file_only(runner, build, cache_root, monkeypatch):
+    (cache_root / "quantspec").write_text("a file where a folder is to be")
+    warnings = []
+    monkeypatch.setattr(stored.logger, "warning", lambda message, *values: warnings.append(message % values))
+    monkeypatch.setattr(draft_model, "calibrate", lambda config, model, linears: None)
+    assert len(build(weight_rounding="gptq").quantized) == 21
+    assert len(warnings) == 1 and "cannot be kept" in warnings[0]
+
+
+def test_an_interrupted_start_leaves_nothing(runner, build, cache_root, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(draft_model, "calibrate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build(weight_rounding="gptq")
+    assert not [path for path in cache_root.rglob("*") if path.is_file()]
+
+
+def test_moments_that_gptq_cannot_use(runner, build, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(draft_model.logger, "warning", lambda message, *values: warnings.append(message % values))
+    name = "model.layers.3.mlp.down_proj"
+    reached = runner.get_model().get_submodule(name)
+    monkeypatch.setattr(draft_model, "calibrate", lambda config, model, all: all[reached](torch.zeros(640, 640)))
+    draft = build(weight_rounding="gptq")
+    assert len(warnings) == 1 and name in warnings[0] and "search" in warnings[0]
+    weight, _ = _effective_weight(reached, torch.bfloat16)
+    applied, _ = _effective_weight(draft.model.get_submodule(name), torch.bfloat16)
+    expected = quantize_weight(weight, rotated=True).dequantize()
+    assert (applied.float() - expected).norm() < 0.005 * expected.norm()
 
 
 def test_gptq_drafts_are_nearer_to_the_target(runner, build, books_4m, passage, monkeypatch):
@@ -275,6 +393,8 @@ def test_target_weights(runner, build, monkeypatch):
 def test_options_are_checked(build):
     with pytest.raises(ValueError, match="draft_weights"):
         build(draft_weights="int8")
+    with pytest.raises(ValueError, match="weight_rotation"):
+        build(weight_rotation="random")
     with pytest.raises(ValueError, match="weight_group_size"):
         build(weight_group_size=100)
     with pytest.raises(ValueError, match="Duplicate"):
@@ -298,20 +418,22 @@ def test_a_cache_that_cannot_be_shared_is_refused(runner):
         build_draft_model(config, torch.nn.Sequential(StateSpace()))
 
 
+@pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize("num_tokens", [4, 100])
-def test_many_rows_take_the_targets_weight(num_tokens):
+def test_many_rows_take_the_targets_weight(num_tokens, rotated):
     """The GPU's operator, on its CPU twin: INT4 for a few rows, the loaded weight where that is faster, if it is there."""
     from vllm_quantspec.integration.draft.linears import draft_linear
     from vllm_quantspec.kernels import int4_linear
 
     weight = torch.randn(64, 256).bfloat16()
-    quantized = quantize_weight(weight, 128)
+    quantized = quantize_weight(weight, 128, rotated=rotated)
     packed = int4_linear.pack(quantized.codes, quantized.scales, quantized.zeros, 128)
     x = torch.randn(num_tokens, 256).bfloat16()
     in_int4 = (x.float() @ quantized.dequantize().t()).bfloat16()
     exact = torch.nn.functional.linear(x, weight)
-    torch.testing.assert_close(draft_linear(x, packed.codes, packed.scales_zeros, None, None), in_int4)
+    close = {"rtol": 0.02, "atol": 0.15}  # rotated inputs are rounded
+    torch.testing.assert_close(draft_linear(x, packed.codes, packed.scales_zeros, None, None, rotated), in_int4, **close)
     expected = exact if num_tokens > int4_linear.MAX_FASTER_TOKENS else in_int4
     operator = torch.ops.vllm_quantspec.draft_linear
-    torch.testing.assert_close(operator(x, packed.codes, packed.scales_zeros, None, weight), expected)
-    torch.library.opcheck(operator, (x, packed.codes, packed.scales_zeros, None, weight))
+    torch.testing.assert_close(operator(x, packed.codes, packed.scales_zeros, None, weight, rotated), expected, **close)
+    torch.library.opcheck(operator, (x, packed.codes, packed.scales_zeros, None, weight, rotated))

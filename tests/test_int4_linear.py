@@ -5,9 +5,11 @@ import torch
 
 from vllm_quantspec.kernels import int4_linear as module
 from vllm_quantspec.kernels.int4_linear import PackedLinear, int4_linear, pack, reference, supported, unpack
+from vllm_quantspec.rotation import rotate_inputs
 from vllm_quantspec.weights import QuantizedWeight, quantize_weight
 
 BF16, FP16 = torch.bfloat16, torch.float16
+TOLERANCE = {BF16: 6e-3, FP16: 1.5e-3}  # a row may be 16 numbers, rounded to 8 bits
 
 
 def random_weight(out_features, in_features, group_size, dtype=BF16, device="cpu", seed=0) -> QuantizedWeight:
@@ -63,22 +65,24 @@ def test_packed_weights_take_at_most_30_percent_of_bf16():
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize("group", [32, 64, 128])
-def test_cpu_operator_multiplies_by_the_dequantized_weight(group, dtype):
+@pytest.mark.parametrize("rotated", [False, True])
+def test_cpu_operator_multiplies_by_the_dequantized_weight(group, dtype, rotated):
     original = torch.randn(64, 384, generator=torch.Generator().manual_seed(2)) * 0.05
-    weight = quantize_weight(original, group, scale_dtype=dtype)
+    weight = quantize_weight(original, group, scale_dtype=dtype, rotated=rotated)
     packed, x = packed_of(weight), random_inputs(7, 384, dtype)
     bias = torch.linspace(-1, 1, 64).to(dtype)
     expected = x.float() @ weight.dequantize().t() + bias.float()
-    out = int4_linear(x, packed.codes, packed.scales_zeros, bias)
+    out = int4_linear(x, packed.codes, packed.scales_zeros, bias, rotated)
     assert out.dtype == dtype and out.shape == (7, 64)
-    torch.testing.assert_close(out.float(), expected, rtol=1e-2, atol=1e-2)
+    for row, right in zip(out, expected, strict=True):
+        assert relative_error(row, right) < TOLERANCE[dtype]
 
 
 def test_operator_can_be_traced():
     packed = packed_of(random_weight(32, 256, 128))
     x = random_inputs(3, 256)
-    for bias in (None, torch.ones(32, dtype=BF16)):
-        arguments = (x, packed.codes, packed.scales_zeros, bias)
+    for bias, rotated in ((None, False), (torch.ones(32, dtype=BF16), True)):
+        arguments = (x, packed.codes, packed.scales_zeros, bias, rotated)
         torch.library.opcheck(torch.ops.vllm_quantspec.int4_linear.default, arguments)
 
 
@@ -126,17 +130,17 @@ def test_bad_arguments_are_refused():
 # --- GPU --------------------------------------------------------------------------------------------------------------
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-TOLERANCE = {BF16: 6e-3, FP16: 1.5e-3}  # a row may be 16 numbers, rounded to 8 bits
 
 
-def check(out_features, in_features, group, tokens, dtype=BF16, bias=False, x=None):
+def check(out_features, in_features, group, tokens, dtype=BF16, bias=False, x=None, rotated=False):
     weight = random_weight(out_features, in_features, group, dtype, "cuda")
     packed = packed_of(weight)
     x = random_inputs(tokens, in_features, dtype, "cuda") if x is None else x
     bias = torch.randn(out_features, device="cuda").to(dtype) if bias else None
-    expected = reference(x.cpu(), packed.codes.cpu(), packed.scales_zeros.cpu(), None if bias is None else bias.cpu())
+    on_cpu = (None if t is None else t.cpu() for t in (x, packed.codes, packed.scales_zeros, bias))
+    expected = reference(*on_cpu, rotated)
     torch.empty(tokens, out_features, dtype=dtype, device="cuda").fill_(float("nan"))  # what a reused block may hold
-    out = int4_linear(x, packed.codes, packed.scales_zeros, bias)
+    out = int4_linear(x, packed.codes, packed.scales_zeros, bias, rotated)
     torch.cuda.synchronize()
     assert out.shape == expected.shape and out.isfinite().all()
     for row, right in zip(out.cpu(), expected, strict=True):
@@ -155,6 +159,32 @@ def test_kernel_any_number_of_tokens(tokens):
 @pytest.mark.parametrize("tokens", [1, 5, 16, 65])
 def test_kernel_groups_and_dtypes(group, dtype, tokens):
     check(272, 640, group, tokens, dtype, bias=True)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("tokens", [1, 5, 8, 16, 17, 32, 65])
+def test_kernel_rotates_its_inputs(group, dtype, tokens):
+    """Also where the last chunk of channels is not a whole one, and where CTAs split the channels."""
+    check(272, 640, group, tokens, dtype, bias=True, rotated=True)
+    check(48, 576 if group < 128 else 384, group, tokens, dtype, rotated=True)
+    check(16, 4096, group, tokens, dtype, rotated=True)
+
+
+@gpu
+@pytest.mark.parametrize("tokens", [1, 16, 40])
+def test_rotated_inputs_are_those_of_the_reference(tokens):
+    """The weight is 1 on its diagonal and 0 elsewhere, so that the result is what the kernel multiplies by."""
+    channels = 256
+    codes = torch.full((channels, channels), 8, dtype=torch.uint8, device="cuda")
+    codes.fill_diagonal_(9)
+    groups = torch.ones(channels, channels // 32, device="cuda")
+    packed = pack(codes, groups.bfloat16(), (8 * groups).to(torch.uint8), 32)
+    x = torch.randn(tokens, channels, generator=torch.Generator().manual_seed(7)).bfloat16()
+    out = int4_linear(x.cuda(), packed.codes, packed.scales_zeros, None, True)
+    # What remains of zero points times sums is an error of fp32 sums.
+    torch.testing.assert_close(out.cpu(), rotate_inputs(x).bfloat16(), rtol=2**-7, atol=4e-3)
 
 
 @gpu
@@ -185,13 +215,14 @@ def test_kernel_survives_large_sums_and_outliers():
 
 
 @gpu
-def test_kernel_is_deterministic_and_a_token_does_not_depend_on_its_batch():
+@pytest.mark.parametrize("rotated", [False, True])
+def test_kernel_is_deterministic_and_a_token_does_not_depend_on_its_batch(rotated):
     packed = packed_of(random_weight(3072, 4096, 128, device="cuda"))
     x = random_inputs(64, 4096, device="cuda")
-    whole = int4_linear(x[:16], packed.codes, packed.scales_zeros)
+    whole = int4_linear(x[:16], packed.codes, packed.scales_zeros, None, rotated)
     for tokens in (1, 3, 8, 16, 33, 64):
-        out = int4_linear(x[:tokens], packed.codes, packed.scales_zeros)
-        assert torch.equal(out, int4_linear(x[:tokens], packed.codes, packed.scales_zeros))
+        out = int4_linear(x[:tokens], packed.codes, packed.scales_zeros, None, rotated)
+        assert torch.equal(out, int4_linear(x[:tokens], packed.codes, packed.scales_zeros, None, rotated))
         assert tokens > 16 or torch.equal(out, whole[:tokens])
 
 

@@ -25,12 +25,15 @@ def test_the_runner_allocates_what_the_formula_says():
 
 def test_gptq_is_a_matter_of_the_widest_linear():
     llama = dict(num_layers=32, num_heads=32, num_kv_heads=8, head_size=128, widest=14336, largest_weight=2 * 14336 * 4096)
-    total = memory.gptq_bytes(**llama)
+    total = memory.gptq_bytes(**llama, tokens=8192)
     assert 8 < total / 2**30 < 10
-    moments = 16 * 14336**2
-    assert total > moments
-    assert memory.gptq_bytes(**llama | {"widest": 2 * 14336}) > total + 3 * moments
-    assert memory.gptq_bytes(**llama, texts=8, length=64) < total - 2 * 2**30
+    assert total > memory.MOMENTS + 16 * 14336**2
+    assert memory.gptq_bytes(**llama | {"widest": 2 * 14336}, tokens=8192) > total + 3 * 16 * 14336**2
+    assert memory.gptq_bytes(**llama, tokens=8192, texts=8, length=64) < total - 2**30
+    # A forward pass counts where it takes more than a linear does, up to all tokens of the texts.
+    many = memory.gptq_bytes(**llama | {"widest": 4096}, tokens=1 << 20)
+    assert many == memory.gptq_bytes(**llama | {"widest": 4096}, tokens=memory.TEXTS * memory.LENGTH)
+    assert many > memory.gptq_bytes(**llama | {"widest": 4096}, tokens=2048)
 
 
 def test_the_engine_says_what_its_draft_logits_take(books_4m, monkeypatch):

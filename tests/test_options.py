@@ -22,7 +22,7 @@ def registered():
 
 def test_defaults():
     options, vllm_options = parse_options("quantspec")
-    assert options == QuantSpecOptions(4, 128, "int4", "int4", 128, "search", True, "all", "attention")
+    assert options == QuantSpecOptions(4, 128, "int4", "int4", 128, "search", "hadamard", True, "all", "attention")
     assert vllm_options == {}
 
 
@@ -48,6 +48,7 @@ def test_dashes_and_vllm_options_are_taken():
         ({"draft_weights": "int3"}, "must be 'int4' or 'target'"),
         ({"draft_kv": "fp8"}, "must be 'int4' or 'int8'"),
         ({"weight_group_size": 48}, "must be 32 or 64 or 128"),
+        ({"weight_rotation": "random"}, "must be 'hadamard' or 'none'"),
         ({"weight_rounding": "nearest"}, "must be 'search' or 'gptq'"),
         ({"weight_rounding": "gptq", "draft_weights": "target"}, "drop one of them"),
         ({"quantize_lm_head": "yes"}, "must be False or True"),

@@ -62,6 +62,27 @@ def test_a_mixture_of_experts(tmp_path):
     assert accepted[0] > 0.1 * drafts
 
 
+def test_workers_agree_on_rounded_weights(books_4m, expected, tmp_path, monkeypatch):
+    """Each keeps its own half. One whose file is gone cannot write texts alone: both round again."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+
+    def start() -> dict[str, int]:
+        prompts, answers = expected
+        with engine(books_4m, tensor_parallel_size=2, **quantspec(weight_rounding="gptq")) as llm:
+            actual = generate(llm, prompts[:1], MAX_TOKENS)
+            drafts, accepted = speculation_counts(llm)
+        assert_same_or_tied(answers[:1], actual, TIE)
+        assert accepted[0] > drafts / 2
+        return {path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("rank_*.safetensors")}
+
+    first = start()
+    assert sorted(first) == ["rank_0.safetensors", "rank_1.safetensors"]
+    assert start() == first
+    next(tmp_path.rglob("rank_1.safetensors")).unlink()
+    again = start()
+    assert sorted(again) == sorted(first) and again["rank_0.safetensors"] > first["rank_0.safetensors"]
+
+
 def place_workers_by_cpu(setattr=setattr):
     """vLLM's Ray executor asks for an accelerator per worker and its CPU platform names none: let it ask for a CPU."""
     import ray

@@ -50,6 +50,9 @@ class QuantSpecOptions:
     weight_rounding: str = "search"
     """``search``: each group's range is the one of least error. ``gptq``: channels also make up for one another's errors, by
     the inputs of texts that the model writes when the engine starts."""
+    weight_rotation: str = "hadamard"
+    """``hadamard``: INT4 weights are those of inputs rotated in blocks of 32 channels, which spreads what is far larger than
+    its neighbours. ``none``: as they are."""
     quantize_lm_head: bool = True
     """Whether the draft's output layer is INT4 as well; its largest logits are computed again exactly."""
     draft_context: str | int | float = "all"
@@ -72,6 +75,7 @@ class QuantSpecOptions:
             ("draft_kv", ("int4", "int8")),
             ("weight_group_size", (32, 64, 128)),
             ("weight_rounding", ("search", "gptq")),
+            ("weight_rotation", ("hadamard", "none")),
             ("quantize_lm_head", (False, True)),
             ("draft_selection", DRAFT_SELECTIONS),
         ):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 # The texts that GPTQ rounds by: how many, and their tokens (`integration/draft/calibration.py`).
 TEXTS, LENGTH = 64, 256
+# Bytes of the moments of linears' inputs that are added up at a time; a single linear's may be more.
+MOMENTS = 2 << 30
 
 
 def draft_logits_bytes(max_num_seqs: int, num_speculative_tokens: int, vocab_size: int, itemsize: int = 2) -> int:
@@ -27,6 +29,7 @@ def gptq_bytes(
     head_size: int,
     widest: int,
     largest_weight: int,
+    tokens: int,
     texts: int = TEXTS,
     length: int = LENGTH,
     itemsize: int = 2,
@@ -36,19 +39,21 @@ def gptq_bytes(
     Only while the engine loads: all of it is free again before vLLM measures what is left for the KV cache. It is the sum of
 
     - the texts' keys and values, ``2 * num_layers * texts * length * num_kv_heads * head_size * itemsize``;
-    - one linear at a time: its inputs in float32, ``4 * texts * length * widest``, the moments of these and what their
-      inverse takes, ``4 * 4 * widest ** 2``, and its weight in float32 three times over, ``12 * largest_weight``
-      (parts of 2^28 weights are rounded at a time);
-    - or, where that is more, one attention layer's scores: ``2 * 4 * texts * num_heads * length ** 2``;
-    - activations of a forward pass of all texts, about ``4 * texts * length * widest * itemsize``.
+    - moments of linears' inputs, `MOMENTS`, or ``4 * widest ** 2`` where a linear has more;
+    - one linear at a time: its moments' inverse, ``4 * 4 * widest ** 2``, and its weight in float32 three times over,
+      ``12 * largest_weight`` (parts of 2^28 weights are rounded at a time);
+    - or, where that is more, a forward pass of ``tokens``: an input in float32, ``4 * tokens * widest``, activations of
+      about ``4 * tokens * widest * itemsize``, and one attention layer's scores, ``8 * tokens * num_heads * length``.
 
     Args:
         num_heads, num_kv_heads, widest, largest_weight: of this rank: heads, the most input channels of a linear, and the
             elements of the largest weight.
+        tokens: of a step of the engine, ``max_num_batched_tokens``: no forward pass has more.
         itemsize: bytes of the model's dtype.
     """
-    tokens = texts * length
-    caches = 2 * num_layers * tokens * num_kv_heads * head_size * itemsize
-    linear = 4 * tokens * widest + 16 * widest**2 + 12 * min(largest_weight, 1 << 28)
-    scores = 8 * texts * num_heads * length**2
-    return caches + max(linear, scores) + 4 * tokens * widest * itemsize
+    caches = 2 * num_layers * texts * length * num_kv_heads * head_size * itemsize
+    moments = max(MOMENTS, 4 * widest**2)
+    linear = 16 * widest**2 + 12 * min(largest_weight, 1 << 28)
+    tokens = min(tokens, texts * length)
+    forward = 4 * tokens * (widest * (1 + itemsize) + 2 * num_heads * length)
+    return caches + moments + max(linear, forward)

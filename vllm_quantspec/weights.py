@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_quantspec import rotation
+
 METHODS = ("search", "nearest", "gptq")
 WEIGHT_GROUP_SIZES = (128, 64, 32)
 _MAX_CODE = 15
@@ -26,19 +28,22 @@ class QuantizedWeight:
     codes: uint8 [out, in], 0..15.
     scales: 16-bit float [out, in / group_size].
     zeros: uint8 [out, in / group_size], 0..15.
+    rotated: whether it is the weight of rotated inputs, see `vllm_quantspec.rotation`.
     """
 
     codes: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor
     group_size: int
+    rotated: bool = False
 
     def dequantize(self) -> torch.Tensor:
-        """float32 [out, in]: ``(code - zero) * scale``."""
+        """float32 [out, in]: ``(code - zero) * scale``, rotated back: the weight of inputs as they are."""
         out_features, in_features = self.codes.shape
         codes = self.codes.view(out_features, -1, self.group_size).float()
         weight = (codes - self.zeros.unsqueeze(-1).float()) * self.scales.unsqueeze(-1).float()
-        return weight.view(out_features, in_features)
+        weight = weight.view(out_features, in_features)
+        return rotation.rotate_weight_back(weight) if self.rotated else weight
 
 
 def fit_group_size(in_features: int, group_size: int = 128) -> int | None:
@@ -53,6 +58,7 @@ def quantize_weight(
     method: str = "search",
     scale_dtype: torch.dtype | None = None,
     second_moments: torch.Tensor | None = None,
+    rotated: bool = False,
 ) -> QuantizedWeight:
     """Round ``weight`` to 4 bits.
 
@@ -64,15 +70,19 @@ def quantize_weight(
             the channels still to be rounded make up for the error of those that are.
         scale_dtype: dtype of the stored scales, by default the weight's (float16 if that is not a 16-bit dtype).
         second_moments: float32 [in, in], the mean of ``x x^T`` over inputs x of the layer: needed by ``"gptq"`` only.
+        rotated: round the weight of rotated inputs (`vllm_quantspec.rotation`). Weight and moments are given as they are.
 
     Raises:
-        ValueError: an unknown method, a group size that does not divide ``in``, or ``"gptq"`` without moments.
+        ValueError: an unknown method, a group size that does not divide ``in`` (or, rotated, is not divisible by 32), or
+            ``"gptq"`` without moments.
     """
     if method not in METHODS:
         raise ValueError(f"Unknown rounding method {method!r}; use one of {METHODS}.")
     out_features, in_features = weight.shape
     if group_size <= 0 or in_features % group_size:
         raise ValueError(f"group_size {group_size} does not divide the weight's {in_features} input channels.")
+    if rotated and group_size % rotation.SIZE:
+        raise ValueError(f"group_size {group_size} is not made of the {rotation.SIZE} channels that are rotated together.")
     if method == "gptq" and (second_moments is None or second_moments.shape != (in_features, in_features)):
         raise ValueError(f"method 'gptq' needs second_moments of shape [{in_features}, {in_features}].")
     if scale_dtype is None:
@@ -82,25 +92,34 @@ def quantize_weight(
     codes = torch.empty(out_features, in_features, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(out_features, groups, dtype=scale_dtype, device=weight.device)
     zeros = torch.empty(out_features, groups, dtype=torch.uint8, device=weight.device)
-    feedback = _error_feedback(second_moments) if method == "gptq" else None
+    if method == "gptq":
+        second_moments = second_moments.float()
+        second_moments = rotation.rotate_moments(second_moments) if rotated else second_moments
+        # All groups that come later make up for a group's error: those with the largest inputs go first.
+        order = second_moments.diagonal().view(groups, group_size).sum(-1).argsort(descending=True, stable=True)
+        channels = (order[:, None] * group_size + torch.arange(group_size, device=order.device)).flatten()
+        second_moments = second_moments[channels][:, channels]
+        feedback = _error_feedback(second_moments)
 
     # GPTQ goes channel by channel, so that its time is that of a chunk, whatever the number of rows.
     rows = max(1, (1 << 28 if method == "gptq" else _chunk_elements(weight)) // in_features)
     for start in range(0, out_features, rows):
         part = slice(start, min(start + rows, out_features))
-        # A copy: GPTQ corrects the weights that are still to be rounded in place.
-        x = weight[part].to(torch.float32, copy=True).view(-1, groups, group_size)
+        x = rotation.rotate_weight(weight[part]) if rotated else weight[part].float()
+        x = x.view(-1, groups, group_size)
         if method == "gptq":
-            code, scale, zero = _gptq(x, feedback, second_moments.diagonal(), scale_dtype)
+            back = order.argsort()
+            ordered = _gptq(x[:, order], feedback, second_moments.diagonal(), scale_dtype)
+            code, scale, zero = (t[:, back] for t in ordered)
         else:
             scale, zero = _full_range(x, scale_dtype)
             if method == "search":
                 scale, zero = _search(x, scale, zero, None, scale_dtype)
             code = _round(x, scale, zero)
-        codes[part] = code.view(-1, in_features).to(torch.uint8)
+        codes[part] = code.reshape(-1, in_features).to(torch.uint8)
         scales[part] = scale.squeeze(-1).to(scale_dtype)
         zeros[part] = zero.squeeze(-1).to(torch.uint8)
-    return QuantizedWeight(codes, scales, zeros, group_size)
+    return QuantizedWeight(codes, scales, zeros, group_size, rotated)
 
 
 def _chunk_elements(weight: torch.Tensor) -> int:
@@ -172,15 +191,20 @@ def _search(
 
 def _error_feedback(second_moments: torch.Tensor) -> torch.Tensor:
     """Upper Cholesky factor of the inverse of the damped moments: row i spreads channel i's error over later ones."""
-    moments = second_moments.float().clone()
+    moments = second_moments.clone()
     moments.diagonal().add_(0.01 * moments.diagonal().mean())
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moments)), upper=True)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments))
+    return torch.linalg.cholesky(inverse, upper=True).contiguous()  # LAPACK's order is by columns
 
 
 def _gptq(
     x: torch.Tensor, feedback: torch.Tensor, importance: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes [rows, groups, group_size], scales and zeros [rows, groups, 1] of weights x, which are overwritten."""
+    # Here, because kernels import this module.
+    from vllm_quantspec.kernels import gptq_round
+
+    round_group = gptq_round.round_group if x.is_cuda else gptq_round.reference
     _, groups, size = x.shape
     rest = x.view(len(x), -1)
     codes, scales, zeros = torch.empty_like(x), x.new_empty(len(x), groups, 1), x.new_empty(len(x), groups, 1)
@@ -189,14 +213,7 @@ def _gptq(
         block = x[:, group : group + 1]
         weights = importance[start:end].float().clamp_min(1e-12)
         scale, zero = (t[:, 0] for t in _search(block, *_full_range(block, dtype), weights, dtype))
-        errors = x.new_empty(len(x), size)
-        for i in range(start, end):
-            column = rest[:, i : i + 1]
-            code = _round(column, scale, zero)
-            codes[:, group, i - start : i - start + 1] = code
-            error = (column - (code - zero) * scale) / feedback[i, i]
-            rest[:, i + 1 : end].addmm_(error, feedback[i : i + 1, i + 1 : end], alpha=-1)
-            errors[:, i - start : i - start + 1] = error
+        codes[:, group], errors = round_group(rest[:, start:end], feedback[start:end, start:end], scale, zero)
         rest[:, end:].addmm_(errors, feedback[start:end, end:], alpha=-1)
         scales[:, group], zeros[:, group] = scale, zero
     return codes, scales, zeros

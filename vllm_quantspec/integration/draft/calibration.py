@@ -1,19 +1,18 @@
 """What the target's linears see while the target writes: the second moments of their inputs, which GPTQ rounds by.
 
 No data is asked for and no KV cache is needed: the model samples some short texts at temperature 1, each from a random first
-token, before the engine's cache exists. Meanwhile its attention layers keep the keys and values of these few tokens in plain
-tensors. Then all texts go through the model once more, and each linear is handed over with its moments as it is reached, so
-that there is one matrix of moments at a time.
+token, before the engine's cache exists. Meanwhile its attention layers keep the keys and values of these few tokens in
+plain tensors. Then all texts go through the model again, a few at a time so that no forward pass has more tokens than a
+step of the engine may have (``max_num_batched_tokens``), while moments are added up of as many linears as fit into
+`MOMENTS` bytes; once more for the next linears, until all have had theirs.
 
-What that takes at most, `vllm_quantspec.memory.gptq_bytes` adds up: keys and values of all texts, ``2 * layers * TEXTS *
-LENGTH * KV heads * head size`` numbers; and for the widest linear its inputs and four matrices of its moments in float32,
-``4 * TEXTS * LENGTH * in + 16 * in^2`` bytes, with three times its weight in float32. The last pass has all ``TEXTS *
-LENGTH`` tokens, also where the engine's own steps have fewer (``max_num_batched_tokens``): in parts, every linear's moments
-would have to be kept from part to part. All is free again before vLLM measures what is left for the KV cache.
+What that takes at most, `vllm_quantspec.memory.gptq_bytes` adds up. All is free again before vLLM measures what is left for
+the KV cache.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
@@ -23,9 +22,15 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
 from vllm.forward_context import set_forward_context
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 
-from vllm_quantspec.memory import LENGTH, TEXTS
+from vllm_quantspec.memory import LENGTH, MOMENTS, TEXTS
+
+logger = init_logger("vllm.quantspec.calibration")
+
+# Seconds between two lines of the log.
+_PROGRESS = 10.0
 
 
 def calibrate(
@@ -41,25 +46,45 @@ def calibrate(
         model: the loaded target of this rank; tensor-parallel ranks take part together.
         linears: modules of ``model``; the callback of one that the texts never reach is not called. A callback may take its
             linear out of the mapping.
-        texts, length: how many texts to sample, and their tokens.
+        texts, length: how many texts to sample (fewer, where a step of the engine has fewer tokens), and their tokens.
 
     Returns:
         The texts, int32 [texts, length].
     """
     length = min(length, vllm_config.model_config.max_model_len)
+    most = vllm_config.scheduler_config.max_num_batched_tokens
+    texts = min(texts, most)
     layers = {m.layer_name: m for m in model.modules() if isinstance(m, Attention)}
     like = next(model.parameters()).new_empty(0, dtype=vllm_config.model_config.dtype)
     owners = {name: layer.kv_sharing_target_layer_name or name for name, layer in layers.items()}
     caches = {owner: _Texts(layers[owner], like, texts, length) for owner in set(owners.values())}
+    run = _Forward(vllm_config, model, caches.values())
+    progress = _Progress()
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         for name, layer in layers.items():
             stack.enter_context(_attend_with(layer, caches[owners[name]]))
-        ids = _sample(vllm_config, model, texts, length)
-        for linear, take in linears.items():
-            stack.enter_context(_call_once(linear, take))
-        _forward(vllm_config, model, ids, 0)
+        ids = _sample(vllm_config, model, run, texts, length, progress)
+        total, done = len(linears), 0
+        for group in _within(MOMENTS, list(linears)):
+            for linear, moments in _moments(run, ids, group, most):
+                linears[linear](moments)
+                done += 1
+                progress("GPTQ: rounded %d of %d linears", done, total)
     return ids
+
+
+class _Progress:
+    """Lines in the log, not more often than every few seconds."""
+
+    def __init__(self) -> None:
+        self.last = time.monotonic()
+
+    def __call__(self, message: str, *values: int) -> None:
+        now = time.monotonic()
+        if now - self.last >= _PROGRESS:
+            self.last = now
+            logger.info(message, *values)
 
 
 class _Texts:
@@ -68,23 +93,26 @@ class _Texts:
     def __init__(self, layer: Attention, like: torch.Tensor, texts: int, length: int) -> None:
         # Not empty: what is masked is multiplied by zero, which a NaN would survive.
         self.keys, self.values = like.new_zeros(2, texts, layer.num_kv_heads, length, layer.head_size)
-        self.filled = 0
+        self.rows, self.here = slice(0, texts), slice(0, 0)
 
     def __call__(self, layer: Attention, query: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor | None):
-        """[texts * n, query heads * head size] for the next ``n`` tokens of each text, or for all of them again."""
-        texts, _, length, size = self.keys.shape
+        """[rows * n, query heads * head size] for the ``n`` tokens ``here`` of each of the texts ``rows``."""
+        keys, values, here = self.keys[self.rows], self.values[self.rows], self.here
+        texts, _, _, size = keys.shape
         n = len(query) // texts
         query = query.reshape(texts, n, -1, size).transpose(1, 2)
         if key is not None:  # a layer that shares another's cache may have none
-            self.filled = 0 if n == length else self.filled
-            here = slice(self.filled, self.filled + n)
-            self.keys[:, :, here] = key.reshape(texts, n, -1, size).transpose(1, 2)
-            self.values[:, :, here] = value.reshape(texts, n, -1, size).transpose(1, 2)
-            self.filled += n
-        positions = torch.arange(length, device=query.device)
-        mask = positions <= positions[self.filled - n : self.filled, None]
+            keys[:, :, here] = key.reshape(texts, n, -1, size).transpose(1, 2)
+            values[:, :, here] = value.reshape(texts, n, -1, size).transpose(1, 2)
+        positions = torch.arange(here.stop, device=query.device)
+        mask = positions <= positions[here, None]
         output = F.scaled_dot_product_attention(
-            query, self.keys, self.values, attn_mask=mask, scale=layer.impl.scale, enable_gqa=True
+            query,
+            keys[:, :, : here.stop],
+            values[:, :, : here.stop],
+            attn_mask=mask,
+            scale=layer.impl.scale,
+            enable_gqa=True,
         )
         return output.transpose(1, 2).reshape(texts * n, -1)
 
@@ -101,28 +129,75 @@ def _attend_with(layer: Attention, texts: _Texts) -> Iterator[None]:
         del layer.forward
 
 
-@contextmanager
-def _call_once(linear: nn.Module, take: Callable[[torch.Tensor], None]) -> Iterator[None]:
-    def hook(_, args):
-        handle.remove()
+class _Forward:
+    """Hidden states of tokens ``ids`` [rows, n] of the texts from ``row`` on, at positions from ``first`` on.
+
+    Without compiled code: it is compiled for the engine's own steps.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, model: nn.Module, caches) -> None:
+        self.vllm_config, self.model, self.caches = vllm_config, model, list(caches)
+
+    def __call__(self, ids: torch.Tensor, row: int, first: int) -> torch.Tensor:
+        for cache in self.caches:
+            cache.rows, cache.here = slice(row, row + len(ids)), slice(first, first + ids.shape[1])
+        positions = torch.arange(first, first + ids.shape[1], device=ids.device).repeat(len(ids))
+        with set_forward_context(None, self.vllm_config, num_tokens=ids.numel(), skip_compiled=True):
+            return self.model(input_ids=ids.flatten(), positions=positions, inputs_embeds=None)
+
+
+def _within(budget: int, linears: list[nn.Module]) -> Iterator[list[nn.Module]]:
+    """Runs of linears whose moments take at most ``budget`` bytes, or of a single one."""
+    group, size = [], 0
+    for linear in linears:
+        needs = 4 * _num_inputs(linear) ** 2
+        if group and size + needs > budget:
+            yield group
+            group, size = [], 0
+        group.append(linear)
+        size += needs
+    if group:
+        yield group
+
+
+def _num_inputs(linear: nn.Module) -> int:
+    """Input channels of this rank's shard; an output layer says it by another name."""
+    names = ("input_size_per_partition", "input_size", "embedding_dim")
+    return next(getattr(linear, name) for name in names if hasattr(linear, name))
+
+
+def _moments(
+    run: _Forward, ids: torch.Tensor, linears: list[nn.Module], most: int
+) -> Iterator[tuple[nn.Module, torch.Tensor]]:
+    """Each of ``linears`` that the texts reach, with its moments; ``most``: tokens of a forward pass."""
+    sums: dict[nn.Module, torch.Tensor] = {}
+    seen = dict.fromkeys(linears, 0)
+
+    def add(linear: nn.Module, args: tuple) -> None:
         x = args[0].reshape(-1, args[0].shape[-1]).float()
-        take(x.t() @ x / len(x))
+        if linear in sums:
+            sums[linear].addmm_(x.t(), x)
+        else:
+            sums[linear] = x.t() @ x
+        seen[linear] += len(x)
 
-    handle = linear.register_forward_pre_hook(hook)
+    handles = [linear.register_forward_pre_hook(add) for linear in linears]
     try:
-        yield
+        texts, length = ids.shape
+        for row in range(0, texts, max(1, most // length)):
+            for first in range(0, length, most):
+                run(ids[row : row + max(1, most // length), first : first + most], row, first)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+    for linear in linears:
+        if linear in sums:
+            yield linear, sums.pop(linear).div_(seen[linear])
 
 
-def _forward(vllm_config: VllmConfig, model: nn.Module, ids: torch.Tensor, first: int) -> torch.Tensor:
-    """Hidden states of the tokens ``ids`` [texts, n] at positions from ``first`` on, without compiled code."""
-    positions = torch.arange(first, first + ids.shape[1], device=ids.device).repeat(len(ids))
-    with set_forward_context(None, vllm_config, num_tokens=ids.numel(), skip_compiled=True):
-        return model(input_ids=ids.flatten(), positions=positions, inputs_embeds=None)
-
-
-def _sample(vllm_config: VllmConfig, model: nn.Module, texts: int, length: int) -> torch.Tensor:
+def _sample(
+    vllm_config: VllmConfig, model: nn.Module, run: _Forward, texts: int, length: int, progress: _Progress
+) -> torch.Tensor:
     """int32 [texts, length], the same on every rank."""
     device = next(model.parameters()).device
     generator = torch.Generator(device=device).manual_seed(0)
@@ -130,9 +205,10 @@ def _sample(vllm_config: VllmConfig, model: nn.Module, texts: int, length: int) 
     ids = torch.randint(vocabulary, (texts, length), device=device, dtype=torch.int32, generator=generator)
     group = get_tp_group()
     for at in range(length - 1):
-        logits = model.compute_logits(_forward(vllm_config, model, ids[:, at : at + 1], at))
+        logits = model.compute_logits(run(ids[:, at : at + 1], 0, at))
         token = torch.empty(texts, dtype=torch.int32, device=device)
         if logits is not None:  # only the first rank has them on some platforms
             token.copy_(logits.float().softmax(-1).multinomial(1, generator=generator).flatten())
         ids[:, at + 1] = group.broadcast(token) if group.world_size > 1 else token
+        progress("GPTQ: the model has written %d of %d tokens of each text", at + 2, length)
     return ids

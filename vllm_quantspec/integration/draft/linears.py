@@ -17,6 +17,7 @@ from vllm.scalar_type import scalar_types
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from vllm_quantspec.kernels import int4_linear
+from vllm_quantspec.rotation import rotate_inputs
 from vllm_quantspec.weights import QuantizedWeight, fit_group_size
 
 logger = init_logger("vllm.quantspec.linears")
@@ -31,10 +32,14 @@ class Int4LinearMethod(LinearMethodBase):
         in_features, out_features: shape of the layer's *local* shard.
         dtype: dtype of activations and of the stored scales.
         group_size: input channels per scale.
+        rotated: whether weights are those of rotated inputs (`vllm_quantspec.rotation`); inputs are then rotated here.
     """
 
-    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype, group_size: int) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, dtype: torch.dtype, group_size: int, rotated: bool = False
+    ) -> None:
         self.in_features, self.out_features, self.dtype, self.group_size = in_features, out_features, dtype, group_size
+        self.rotated = rotated
 
     @property
     def runs_on(self) -> str:
@@ -54,6 +59,8 @@ class Int4LinearMethod(LinearMethodBase):
                 f"The quantized weight {tuple(weight.codes.shape)} in groups of {weight.group_size} does not fit a linear "
                 f"of {self.out_features} x {self.in_features} in groups of {self.group_size}."
             )
+        if weight.rotated != self.rotated:
+            raise ValueError(f"The quantized weight has rotated={weight.rotated}, the linear rotated={self.rotated}.")
         self._install(layer, weight, original)
         layer.quant_method = self
 
@@ -67,6 +74,7 @@ def draft_linear(
     scales_zeros: torch.Tensor,
     bias: torch.Tensor | None,
     original: torch.Tensor | None,
+    rotated: bool,
 ) -> torch.Tensor:
     """``int4_linear``; with the target's own weight ([out, in] or None) from as many rows on as that is faster.
 
@@ -74,15 +82,23 @@ def draft_linear(
     """
     if original is not None and x.shape[0] > int4_linear.MAX_FASTER_TOKENS:
         return F.linear(x, original, bias)
-    return int4_linear.int4_linear(x, codes, scales_zeros, bias)
+    return int4_linear.int4_linear(x, codes, scales_zeros, bias, rotated)
 
 
-def _draft_linear_fake(x, codes, scales_zeros, bias, original):
+def _draft_linear_fake(x, codes, scales_zeros, bias, original, rotated):
     return x.new_empty(x.shape[0], codes.shape[0] * int4_linear.ROWS)
 
 
 library = torch.library.Library("vllm_quantspec", "FRAGMENT")
 direct_register_custom_op("draft_linear", draft_linear, fake_impl=_draft_linear_fake, target_lib=library)
+
+
+def rotate(x: torch.Tensor) -> torch.Tensor:
+    """Rotated inputs in x's dtype, for kernels that do not rotate: one operator, so that no graph holds its matrix."""
+    return rotate_inputs(x).to(x.dtype)
+
+
+direct_register_custom_op("rotate", rotate, fake_impl=torch.empty_like, target_lib=library)
 
 
 class FastInt4LinearMethod(Int4LinearMethod):
@@ -92,8 +108,10 @@ class FastInt4LinearMethod(Int4LinearMethod):
         ValueError: the kernel does not take this shape on this GPU; the message says why.
     """
 
-    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype, group_size: int) -> None:
-        super().__init__(in_features, out_features, dtype, group_size)
+    def __init__(
+        self, in_features: int, out_features: int, dtype: torch.dtype, group_size: int, rotated: bool = False
+    ) -> None:
+        super().__init__(in_features, out_features, dtype, group_size, rotated)
         capability = current_platform.get_device_capability()
         reason = int4_linear.supported(in_features, out_features, group_size, dtype, (capability.major, capability.minor))
         if reason is not None:
@@ -111,7 +129,7 @@ class FastInt4LinearMethod(Int4LinearMethod):
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features)
         codes, scales, original = (getattr(layer, name) for name in (WEIGHT, SCALES, ORIGINAL))
-        out = torch.ops.vllm_quantspec.draft_linear(rows, codes, scales, bias, original)
+        out = torch.ops.vllm_quantspec.draft_linear(rows, codes, scales, bias, original, self.rotated)
         return out.view(*x.shape[:-1], self.out_features)
 
 
@@ -122,8 +140,10 @@ class CpuInt4LinearMethod(Int4LinearMethod):
         ValueError: the kernel does not take this shape; the message says why.
     """
 
-    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype, group_size: int) -> None:
-        super().__init__(in_features, out_features, dtype, group_size)
+    def __init__(
+        self, in_features: int, out_features: int, dtype: torch.dtype, group_size: int, rotated: bool = False
+    ) -> None:
+        super().__init__(in_features, out_features, dtype, group_size, rotated)
         # Here, because on a GPU nothing needs Numba.
         from vllm_quantspec.integration.cpu import llvm_scan
         from vllm_quantspec.kernels import cpu_int4_linear
@@ -147,7 +167,7 @@ class CpuInt4LinearMethod(Int4LinearMethod):
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features)
         weight = (getattr(layer, name) for name in (WEIGHT, SCALES, ZEROS))
-        out = torch.ops.vllm_quantspec.cpu_int4_linear(rows, *weight, bias)
+        out = torch.ops.vllm_quantspec.cpu_int4_linear(rows, *weight, bias, self.rotated)
         return out.view(*x.shape[:-1], self.out_features)
 
 
@@ -158,8 +178,10 @@ class LibraryInt4LinearMethod(Int4LinearMethod):
         ValueError: vLLM has no kernel for this shape on this device; the message says which and why.
     """
 
-    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype, group_size: int) -> None:
-        super().__init__(in_features, out_features, dtype, group_size)
+    def __init__(
+        self, in_features: int, out_features: int, dtype: torch.dtype, group_size: int, rotated: bool = False
+    ) -> None:
+        super().__init__(in_features, out_features, dtype, group_size, rotated)
         if dtype not in (torch.bfloat16, torch.float16):
             raise ValueError(f"vLLM's INT4 kernels take bfloat16 or float16 activations, not {dtype}.")
         if current_platform.is_cpu() and not hasattr(torch.ops._C, "cpu_gemm_wna16"):
@@ -180,6 +202,8 @@ class LibraryInt4LinearMethod(Int4LinearMethod):
         return f"vLLM's {type(self.kernel).__name__}"
 
     def _install(self, layer: torch.nn.Module, weight: QuantizedWeight, original: torch.Tensor | None) -> None:
+        if self.rotated:
+            rotate(weight.scales.new_empty(0, self.in_features))  # its matrix must be there before a graph is captured
         config = self.kernel.config
         # The layout of compressed-tensors checkpoints, which every kernel knows how to repack.
         codes, zeros = _pack(weight.codes), _pack(weight.zeros.t().contiguous()).t()
@@ -192,13 +216,15 @@ class LibraryInt4LinearMethod(Int4LinearMethod):
         self.kernel.process_weights_after_loading(layer)
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return self.kernel.apply_weights(layer, x, bias)
+        return self.kernel.apply_weights(layer, torch.ops.vllm_quantspec.rotate(x) if self.rotated else x, bias)
 
 
 def choose_int4_method(
-    in_features: int, out_features: int, dtype: torch.dtype, group_size: int
+    in_features: int, out_features: int, dtype: torch.dtype, group_size: int, rotated: bool = False
 ) -> tuple[Int4LinearMethod | None, str]:
     """The INT4 method for a shard of this shape, with the largest group that divides it and that a kernel takes.
+
+    ``rotated``: for weights of rotated inputs.
 
     Returns ``(method, "")``, or ``(None, reason)`` when the layer has to stay as it is.
     """
@@ -211,7 +237,7 @@ def choose_int4_method(
     while (fitting := fit_group_size(in_features, group_size)) is not None:
         for method in methods:
             try:
-                chosen = method(in_features, out_features, dtype, fitting)
+                chosen = method(in_features, out_features, dtype, fitting, rotated)
             except ValueError as error:
                 reason = " ".join(str(error).split())
             else:

@@ -12,12 +12,15 @@ parallelism, since it only ever sees local shards.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
+import itertools
 import time
 import types
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -49,8 +52,9 @@ from vllm_quantspec.integration.draft.experts import (
 )
 from vllm_quantspec.integration.draft.finite import with_finite_logits
 from vllm_quantspec.integration.draft.head import RescoringHeadMethod
-from vllm_quantspec.integration.draft.linears import choose_int4_method, int4_bytes
-from vllm_quantspec.memory import draft_logits_bytes, gptq_bytes
+from vllm_quantspec.integration.draft.linears import Int4LinearMethod, choose_int4_method, int4_bytes
+from vllm_quantspec.integration.draft.stored import Stored, fingerprint
+from vllm_quantspec.memory import LENGTH, TEXTS, draft_logits_bytes, gptq_bytes
 from vllm_quantspec.weights import QuantizedWeight, quantize_weight
 
 logger = init_logger("vllm.quantspec.draft_model")
@@ -95,6 +99,7 @@ def build_draft_model(
     weight_group_size: int = 128,
     quantize_lm_head: bool = True,
     weight_rounding: str = "search",
+    weight_rotation: str = "hadamard",
 ) -> DraftModel:
     """Build the draft model out of ``target_model``, whose weights are loaded and processed.
 
@@ -109,6 +114,7 @@ def build_draft_model(
         quantize_lm_head: also run the output projection in INT4, see `draft.head`.
         weight_rounding: ``"search"``, ``"nearest"`` or ``"gptq"``, see `vllm_quantspec.weights.quantize_weight`; GPTQ
             goes by the inputs that the linears have while the model writes texts of its own, see `calibration`.
+        weight_rotation: ``"hadamard"`` for weights of rotated inputs, see `vllm_quantspec.rotation`, or ``"none"``.
 
     Raises:
         ValueError: an unknown option, or a layer whose cache cannot be shared (MLA, Mamba, linear attention).
@@ -118,7 +124,17 @@ def build_draft_model(
     if weight_group_size not in (128, 64, 32):
         raise ValueError(f"weight_group_size must be 128, 64 or 32, not {weight_group_size}.")
     started = time.perf_counter()
-    builder = _Builder(vllm_config, target_model, draft_weights, weight_group_size, quantize_lm_head, weight_rounding)
+    if weight_rotation not in ("hadamard", "none"):
+        raise ValueError(f"weight_rotation must be 'hadamard' or 'none', not {weight_rotation!r}.")
+    builder = _Builder(
+        vllm_config,
+        target_model,
+        draft_weights,
+        weight_group_size,
+        quantize_lm_head,
+        weight_rounding,
+        weight_rotation == "hadamard",
+    )
     with torch.no_grad():
         draft = builder.build(target_model)
     if not draft.attention_layers:
@@ -158,6 +174,7 @@ def build_configured_draft(vllm_config: VllmConfig, target_model: nn.Module) -> 
             weight_group_size=config.weight_group_size,
             quantize_lm_head=config.quantize_lm_head,
             weight_rounding=config.weight_rounding,
+            weight_rotation=config.weight_rotation,
         )
 
 
@@ -175,6 +192,20 @@ def log_draft_logits(vllm_config: VllmConfig) -> None:
     )
 
 
+class _Waiting(NamedTuple):
+    """A linear of the target whose counterpart waits for its weight.
+
+    shape: (out, in, group size) and the dtype of scales. rounded: the weight in 4 bits, by the moments of its inputs if
+    there are any; put: gives it to the counterpart.
+    """
+
+    name: str
+    layer: nn.Module
+    shape: tuple[int, int, int, torch.dtype]
+    rounded: Callable[[torch.Tensor | None], QuantizedWeight]
+    put: Callable[[QuantizedWeight], None]
+
+
 class _Builder:
     def __init__(
         self,
@@ -184,6 +215,7 @@ class _Builder:
         weight_group_size: int,
         quantize_lm_head: bool,
         weight_rounding: str,
+        rotated: bool,
     ) -> None:
         self.vllm_config = vllm_config
         self.layers = vllm_config.compilation_config.static_forward_context
@@ -191,9 +223,9 @@ class _Builder:
         self.quantize = draft_weights == "int4"
         self.group_size = weight_group_size
         self.quantize_lm_head = quantize_lm_head
-        self.rounding = weight_rounding
+        self.rounding, self.rotated = weight_rounding, rotated
         # Linears that wait for the moments of their inputs.
-        self.waiting: dict[nn.Module, Callable[[torch.Tensor | None], None]] = {}
+        self.waiting: dict[nn.Module, _Waiting] = {}
         self.draft = DraftModel()
         self.clones: dict[int, nn.Module] = {}
         # Other modules found in the static forward context are called by name, and what they hold through them (a
@@ -230,16 +262,52 @@ class _Builder:
                 clone.__dict__[name] = self._redirect(clone.__dict__[name])
             self._reset_compilation(clone, config)
         if self.waiting:
-            logger.info(
-                "Rounding INT4 draft weights by GPTQ, on texts that the model writes for it; takes up to about %.1f GiB "
-                "beside the weights until it is done",
-                self._gptq_bytes() / 2**30,
-            )
-            calibrate(self.vllm_config, target_model, self.waiting)
-        for round_weight in list(self.waiting.values()):
-            round_weight(None)  # it was not called: the output layer, say, which is never called as a module
+            self._round_by_gptq(target_model)
         with_finite_logits(self.draft.model)
         return self.draft
+
+    def _round_by_gptq(self, target_model: nn.Module) -> None:
+        """Put the weights of all linears that wait, as the last start has left them on disk or newly rounded."""
+        stored = Stored(self._what_decides(target_model), {w.name: w.shape for w in self.waiting.values()})
+        device = next(target_model.parameters()).device
+        if (kept := stored.load(device)) is not None:
+            logger.info("INT4 draft weights as GPTQ rounded them at an earlier start: %s", stored.path)
+            for waiting in self.waiting.values():
+                waiting.put(dataclasses.replace(kept(waiting.name), rotated=self.rotated))
+            return
+        logger.info(
+            "Rounding INT4 draft weights by GPTQ, on texts that the model writes for it; takes up to about %.1f GiB "
+            "beside the weights until it is done",
+            self._gptq_bytes() / 2**30,
+        )
+        with stored.writer() as writer:
+
+            def take(layer: nn.Module, moments: torch.Tensor | None) -> None:
+                waiting = left.pop(layer)
+                weight = waiting.rounded(moments)
+                writer.put(waiting.name, weight)
+                waiting.put(weight)
+
+            left = dict(self.waiting)
+            calibrate(self.vllm_config, target_model, {layer: functools.partial(take, layer) for layer in left})
+            for layer in list(left):
+                take(layer, None)  # it was not called: the output layer, say, which is never called as a module
+
+    def _what_decides(self, target_model: nn.Module) -> dict:
+        """All that GPTQ's result depends on, but for versions."""
+        linears = {w.name: w for w in self.waiting.values()}
+        others = ((n, p) for n, p in target_model.named_parameters() if n.rpartition(".")[0] not in linears)
+        weights = ((name, _effective_weight(w.layer, self.dtype)[0]) for name, w in linears.items())
+        config = self.vllm_config
+        return {
+            "weights": fingerprint(itertools.chain(others, weights)),
+            "options": [self.group_size, self.rotated, self.quantize_lm_head, str(self.dtype)],
+            "texts": [
+                min(TEXTS, config.scheduler_config.max_num_batched_tokens),
+                min(LENGTH, config.model_config.max_model_len),
+            ],
+            "kernels": [[w.name, *w.shape[:3]] for w in linears.values()],
+        }
 
     def _gptq_bytes(self) -> int:
         shapes = [_local_shape(linear) for linear in self.waiting]
@@ -251,6 +319,7 @@ class _Builder:
             head_size=layer.head_size,
             widest=max(in_features for in_features, _ in shapes),
             largest_weight=max(in_features * out_features for in_features, out_features in shapes),
+            tokens=self.vllm_config.scheduler_config.max_num_batched_tokens,
             itemsize=self.dtype.itemsize,
         )
 
@@ -333,47 +402,41 @@ class _Builder:
         if name.rpartition(".")[2] in _KEPT_LINEARS:
             return self._share(layer, name, "a router")
         in_features, out_features = _local_shape(layer)
-        method, reason = choose_int4_method(in_features, out_features, self.dtype, self.group_size)
+        method, reason = choose_int4_method(in_features, out_features, self.dtype, self.group_size, self.rotated)
         if method is None:
             return self._share(layer, name, reason)
         clone = _shallow_clone(layer)
         self.draft.quantized.append(name)
         self.draft.target_bytes += loaded_bytes(layer)
 
-        def rounded(weight: torch.Tensor, second_moments: torch.Tensor | None) -> QuantizedWeight:
-            return quantize_weight(
-                weight,
-                method.group_size,
-                method="search" if self.rounding == "gptq" and second_moments is None else self.rounding,
-                scale_dtype=self.dtype,
-                second_moments=second_moments,
-            )
-
-        def round_weight(second_moments: torch.Tensor | None) -> None:
-            self.waiting.pop(layer, None)
+        def rounded(second_moments: torch.Tensor | None = None) -> QuantizedWeight:
             if second_moments is not None and len(second_moments) != in_features:
                 second_moments = None  # a linear that splits its input among ranks itself
+            return self._rounded(name, _effective_weight(layer, self.dtype)[0], method, second_moments)
+
+        def put(quantized: QuantizedWeight) -> None:
             weight, bias = _effective_weight(layer, self.dtype)
             clone._parameters = {"bias": bias}
             original = weight if weight.data_ptr() == _data_ptr(layer) else None
-            method.install(clone, rounded(weight, second_moments), original)
+            method.install(clone, quantized, original)
             if isinstance(layer, VocabParallelEmbedding):
                 clone.quant_method = RescoringHeadMethod(method, weight)
             self.draft.int4_bytes += int4_bytes(clone)
 
         def round_again() -> None:
-            weight, bias = _effective_weight(layer, self.dtype)
+            _, bias = _effective_weight(layer, self.dtype)
             fresh = nn.Module()
             fresh.register_parameter("bias", bias)
-            method.install(fresh, rounded(weight, None))
+            method.install(fresh, rounded())
             for name, parameter in fresh.named_parameters():
                 getattr(clone, name).copy_(parameter)
 
         self.draft.updates.append(round_again)
         if self.rounding == "gptq":
-            self.waiting[layer] = round_weight
+            shape = (out_features, in_features, method.group_size, self.dtype)
+            self.waiting[layer] = _Waiting(name, layer, shape, rounded, put)
         else:
-            round_weight(None)
+            put(rounded())
         return clone
 
     def _experts(self, layer: MoERunner, name: str) -> nn.Module:
@@ -412,6 +475,19 @@ class _Builder:
         self.draft.target_bytes += sum(p.nbytes for p in layer.routed_experts.parameters(recurse=False))
         self.draft.updates.append(round_again)
         return clone
+
+    def _rounded(
+        self, name: str, weight: torch.Tensor, method: Int4LinearMethod, second_moments: torch.Tensor | None
+    ) -> QuantizedWeight:
+        options = {"scale_dtype": self.dtype, "rotated": method.rotated}
+        if self.rounding != "gptq":
+            return quantize_weight(weight, method.group_size, method=self.rounding, **options)
+        if second_moments is not None:
+            try:
+                return quantize_weight(weight, method.group_size, method="gptq", second_moments=second_moments, **options)
+            except (torch.linalg.LinAlgError, torch.OutOfMemoryError) as error:
+                logger.warning("%s is rounded by search, as GPTQ cannot: %s", name, " ".join(str(error).split()))
+        return quantize_weight(weight, method.group_size, **options)
 
     def _head(self, layer: VocabParallelEmbedding, name: str) -> nn.Module:
         if not self.quantize_lm_head:
@@ -452,7 +528,13 @@ class _Builder:
         extra = config.additional_config
         base = dict(extra) if isinstance(extra, dict) else {"additional_config": extra.compute_hash()}
         config.additional_config = base | {
-            "quantspec_draft": [self.quantize, self.group_size, self.quantize_lm_head, len(self.own_experts)]
+            "quantspec_draft": [
+                self.quantize,
+                self.group_size,
+                self.rotated,
+                self.quantize_lm_head,
+                len(self.own_experts),
+            ]
         }
         return config
 

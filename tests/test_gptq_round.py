@@ -1,0 +1,62 @@
+"""GPTQ's innermost loop: the kernel against plain PyTorch, on a GPU or else in Triton's interpreter."""
+
+import pytest
+import torch
+from interpreter import DEVICE, RUNS, run_in_the_interpreter, runs
+
+from vllm_quantspec.kernels.gptq_round import reference, round_group
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.skipif(RUNS, reason="the tests run in this process")
+def test_in_the_interpreter():
+    run_in_the_interpreter(__file__)
+
+
+def problem(rows: int, size: int):
+    """A group in the middle of a wider weight, as GPTQ hands it over."""
+    generator = torch.Generator().manual_seed(rows + size)
+    wide = torch.randn(rows, 3 * size, generator=generator)
+    inputs = torch.randn(8 * size, 3 * size, generator=generator) @ torch.randn(3 * size, 3 * size, generator=generator)
+    moments = inputs.t() @ inputs / len(inputs)
+    feedback = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moments)), upper=True).contiguous()
+    here = slice(size, 2 * size)
+    low, high = wide[:, here].amin(1, keepdim=True), wide[:, here].amax(1, keepdim=True)
+    scale = (high - low) / 15
+    arguments = wide.to(DEVICE)[:, here], feedback.to(DEVICE)[here, here], scale, (-low / scale).round().clamp(0, 15)
+    return tuple(t.to(DEVICE) for t in arguments)
+
+
+@runs
+@pytest.mark.parametrize("rows", [1, 16, 41])
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_is_the_reference(rows, size):
+    x, feedback, scale, zero = problem(rows, size)
+    before = x.clone()
+    codes, errors = round_group(x, feedback, scale, zero)
+    expected, right = reference(x, feedback, scale, zero)
+    assert torch.equal(x, before)
+    assert codes.min() >= 0 and codes.max() <= 15 and torch.equal(codes, codes.round())
+    # The order of sums may tip a code at a tie, and with it those that come after it in its row.
+    same = (codes == expected).all(1)
+    assert same.float().mean() >= (0.9 if rows > 1 else 1)
+    torch.testing.assert_close(errors[same], right[same], rtol=1e-3, atol=1e-4)
+
+
+@runs
+def test_no_rows():
+    x, feedback, scale, zero = problem(2, 32)
+    codes, errors = round_group(x[:0], feedback, scale[:0], zero[:0])
+    assert codes.shape == errors.shape == (0, 32)
+
+
+@runs
+def test_arguments_that_do_not_fit():
+    x, feedback, scale, zero = problem(4, 32)
+    with pytest.raises(ValueError, match="do not fit"):
+        round_group(x, feedback, scale[:2], zero)
+    with pytest.raises(ValueError, match="do not fit"):
+        round_group(x.double(), feedback, scale, zero)
+    with pytest.raises(ValueError, match="power of two"):
+        round_group(x[:, :24], feedback[:24, :24], scale, zero)

