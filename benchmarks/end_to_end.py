@@ -4,6 +4,7 @@
     python benchmarks/end_to_end.py --configs self-5 --points 32768x1   # one more row for the same JSON
     python benchmarks/end_to_end.py --shape 7b --configs bf16 fp8 cache 3 5
     python benchmarks/end_to_end.py --shape qwen3-30b-a3b --configs bf16 3 --points 8192x1 131072x1 32768x8
+    python benchmarks/end_to_end.py --shape qwen3-30b-a3b --configs 3 --options '{"draft_experts": "int4"}' --json OUT.json
     python benchmarks/end_to_end.py --shape MODEL/config.json --configs bf16 4
     python benchmarks/end_to_end_report.py --shape 8b              # tables and the plot, from the JSON
 

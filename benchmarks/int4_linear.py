@@ -66,7 +66,7 @@ class Ours:
 
 
 class Rotated(Ours):
-    """As drafts run it by default: the inputs are rotated in the kernel."""
+    """With the inputs rotated in the kernel (``weight_rotation: hadamard``)."""
 
     name = "rotated"
 

@@ -5,8 +5,9 @@
     python benchmarks/moe_experts.py --shapes qwen3-30b-a3b --tokens 1 4 8 --tune    # launches of our kernel
 
 One layer's experts behind the router (sorting tokens by expert, both products, the activation, the sum), random weights, and
-experts chosen evenly. Times are medians of CUDA graph replays; every launch reads another layer's weights, more than the L2
-cache holds in turn. ``gb_s`` are the weights of the experts that were chosen over the time.
+experts chosen evenly. In INT4 they are what drafts run with ``draft_experts: int4``. Times are medians of CUDA graphs'
+replays; every launch reads another layer's weights, more than the L2 cache holds in turn. ``gb_s`` are the weights of the
+experts that were chosen over the time.
 """
 
 import argparse

@@ -46,11 +46,12 @@ def as_drafted(weight: torch.Tensor, group_size: int = 128) -> torch.Tensor:
 
 
 @torch.no_grad()
-def round_as_drafts_are(model: nn.Module) -> None:
-    """Round a model of `save_mixture` as its draft is: all but embeddings, norms, routers and the output layer."""
+def round_as_drafts_are(model: nn.Module, *, experts: bool) -> None:
+    """Round a model of `save_mixture` as its draft is: all but embeddings, norms, routers and the output layer; ``experts``,
+    shared ones among them, if so."""
+    kept = ("embed", "lm_head", "norm", ".gate.", "shared_expert_gate", "bias", *(() if experts else ("expert",)))
     for name, parameter in model.named_parameters():
-        kept = any(part in name for part in ("embed", "lm_head", "norm", ".gate.", "shared_expert_gate", "bias"))
-        if not kept:
+        if not any(part in name for part in kept):
             assert "proj" in name, name
             parameter.copy_(as_drafted(parameter))
 

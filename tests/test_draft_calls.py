@@ -12,15 +12,17 @@ MIXTURES = {
 }
 
 
+@pytest.mark.parametrize("draft_experts", ["target", "int4"])
 @pytest.mark.parametrize("architecture", MIXTURES)
-def test_every_int4_linear_is_called(architecture, tmp_path):
+def test_every_int4_linear_is_called(architecture, draft_experts, tmp_path):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
     config = AutoConfig.for_model(architecture, **(SIZES | MIXTURES[architecture]))
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
     called = set()
-    with engine(str(tmp_path), **(ENGINE | {"enforce_eager": True}), **quantspec(2)) as llm:  # calls are counted
+    options = ENGINE | quantspec(2, draft_experts=draft_experts) | {"enforce_eager": True}  # calls are counted
+    with engine(str(tmp_path), **options) as llm:
         draft = draft_of(llm)
         for name in draft.quantized:
             method = draft.model.get_submodule(name).quant_method
@@ -30,5 +32,6 @@ def test_every_int4_linear_is_called(architecture, tmp_path):
     assert set(draft.quantized) == called
     assert any("self_attn" in name for name in called)
     experts = {name: reason for name, reason in draft.shared.items() if "shared_expert." in name and "proj" in name}
-    assert len(experts) == (6 if architecture == "qwen2_moe" else 0)
+    assert len(draft.experts) == (3 if draft_experts == "int4" else 0)
+    assert len(experts) == (6 if architecture == "qwen2_moe" and draft_experts == "target" else 0)
     assert all("experts" in reason for reason in experts.values())

@@ -35,10 +35,11 @@ def cache_root(tmp_path, monkeypatch):
 
 @pytest.fixture
 def build(runner):
-    """build_draft_model on the engine's model; what it registers is taken out afterwards."""
+    """build_draft_model on the engine's model, inputs rotated; what it registers is taken out afterwards."""
     layers = runner.vllm_config.compilation_config.static_forward_context
     before = dict(layers)
-    yield lambda **options: build_draft_model(runner.vllm_config, runner.get_model(), **options)
+    rotated = {"weight_rotation": "hadamard"}
+    yield lambda **options: build_draft_model(runner.vllm_config, runner.get_model(), **rotated | options)
     for name in layers.keys() - before.keys():
         del layers[name]
 

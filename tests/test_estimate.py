@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vllm_quantspec import cli, estimate, supported
-from vllm_quantspec.config import CACHE_DTYPES, DEFAULT_CACHE_DTYPE
+from vllm_quantspec.config import CACHE_DTYPES, DEFAULT_CACHE_DTYPE, QuantSpecOptions
 from vllm_quantspec.format import PageFormat
 from vllm_quantspec.integration.cache.specs import make_specs
 
@@ -97,11 +97,15 @@ def test_sizes_of_known_mixtures_of_experts(config, all_weights, not_linear):
     assert model.weights == all_weights - not_linear
     heads = 2 * config["num_attention_heads"] + 2 * config["num_key_value_heads"]
     assert model.linear_weights == config["num_hidden_layers"] * 2048 * 128 * heads  # attention
-    m = estimate.memory(model, 140 * estimate.GIB, 0.9, 1, 128, 0)
-    assert m.weights == 2 * model.weights
+    in_16, in_4 = (estimate.memory(model, 140 * estimate.GIB, 0.9, 1, 128, 0, draft_experts=e) for e in ("target", "int4"))
+    assert in_16 == estimate.memory(model, 140 * estimate.GIB, 0.9, 1, 128, 0)
+    assert in_16.weights == in_4.weights == 2 * model.weights
+    assert in_16.int4_weights == (model.linear_weights + model.head_weights) * 4.25 / 8
     routers = model.experts.num_layers * model.experts.router_weights
     in_int4 = model.weights - model.embedding_weights - routers
-    assert m.int4_weights == in_int4 * 4.25 / 8 and 0.25 * m.weights < m.int4_weights < 0.27 * m.weights
+    assert in_4.int4_weights == in_int4 * 4.25 / 8 and 0.25 * in_4.weights < in_4.int4_weights < 0.27 * in_4.weights
+    saved = in_4.int4_weights - in_16.int4_weights
+    assert in_16.free_with_draft - in_4.free_with_draft == pytest.approx(saved)
 
 
 def test_dense_layers_beside_experts():
@@ -126,19 +130,21 @@ def test_experts_that_a_step_chooses():
 
 @pytest.mark.parametrize(("context", "batch", "measured"), [(8192, 1, 1.01), (131072, 1, 1.28), (32768, 8, 1.07)])
 def test_speed_of_experts_is_what_was_measured(context, batch, measured):
-    """With drafts that read the target's experts."""
+    """With drafts that read the target's experts, as they do by default."""
     model = estimate.model_from(QWEN3_30B_A3B, "moe")
-    s = estimate.speed(model, 4.26e12, context, batch, 1, 128, 0.938, 3, int4_experts=False)
+    s = estimate.speed(model, 4.26e12, context, batch, 1, 128, 0.938, 3)
     assert s.exact / s.quantspec == pytest.approx(measured, rel=0.01)
 
 
-def test_a_draft_reads_its_experts_in_4_bits():
+def test_a_draft_reads_its_experts_in_4_bits_where_asked():
     """By hand: 48 layers of 8 experts, 3 x 2048 x 768 weights each: 4.25 bits at 0.6 of the bandwidth, or 16 at 0.9."""
     model = estimate.model_from(QWEN3_30B_A3B, "moe")
     weights = 48 * 8 * 3 * 2048 * 768
     assert model.experts.int4_weights_read(1) == pytest.approx(weights)
     assert model.experts.weights_read(1) == pytest.approx(weights + 48 * 2048 * 128)
-    in_4, in_16 = (estimate.speed(model, 4.26e12, 8192, 1, 1, 128, 0.938, 3, int4_experts=yes) for yes in (True, False))
+    in_4, in_16 = (
+        estimate.speed(model, 4.26e12, 8192, 1, 1, 128, 0.938, 3, draft_experts=experts) for experts in ("int4", "target")
+    )
     saved = weights * 2 / (4.26e12 * 0.9) - weights * 4.25 / 8 / (4.26e12 * 0.6)
     assert in_16.draft_step - in_4.draft_step == pytest.approx(saved * 1e3) == pytest.approx(0.5686, abs=1e-4)
     assert in_4.exact == in_16.exact and in_16.cycle - in_4.cycle == pytest.approx(3 * saved * 1e3)
@@ -237,6 +243,14 @@ def test_a_model_that_the_engine_refuses_is_refused_first(name, tmp_path, capsys
     assert text.err.strip().endswith(supported.unsupported(config, str(tmp_path)))
 
 
+def test_draft_experts_are_chosen_as_in_the_engine():
+    parser = cli.build_parser()
+    assert parser.parse_args(["estimate", "x"]).draft_experts == QuantSpecOptions.draft_experts
+    for name in ("target", "int4"):
+        given = parser.parse_args(["estimate", "x", "--draft-experts", name]).draft_experts
+        assert QuantSpecOptions(draft_experts=given).draft_experts == name
+
+
 def test_the_names_of_the_cache_are_those_of_the_engine():
     parser = cli.build_parser()
     for name in CACHE_DTYPES:
@@ -270,6 +284,20 @@ def test_sparse_drafts_read_less_of_the_cache():
     assert at(8192, 64, "auto") == at(8192, 64, 1024)
 
 
+def test_sparse_drafts_of_a_mixture_begin_where_the_engine_begins_them(monkeypatch):
+    """Its experts count in the precision in which drafts read them (`draft/sparse.py` counts tensors)."""
+    model, counted = estimate.model_from(QWEN2_MOE, "moe"), []
+    monkeypatch.setattr(estimate.sparse_policy, "min_total_pages", lambda **numbers: counted.append(numbers) or 0)
+    for draft_experts in ("target", "int4"):
+        estimate.speed(model, 4.26e12, 98304, 8, 2, 128, 0.93, 5, draft_context="auto", draft_experts=draft_experts)
+    experts, others = model.experts.weights, model.linear_weights + model.head_weights
+    routers = model.experts.num_layers * model.experts.router_weights
+    in_16, in_4 = (numbers["draft_weight_bytes"] for numbers in counted)
+    assert in_16 == pytest.approx((others * 4.25 / 8 + 2 * experts) / 2)
+    assert in_4 == pytest.approx(((others + experts - routers) * 4.25 / 8 + 2 * routers) / 2)
+    assert {numbers["target_weight_bytes"] for numbers in counted} == {experts + others}
+
+
 def test_report_of_sparse_drafts(tmp_path, capsys):
     assert run(tmp_path, LLAMA_8B, "--context", "131072", "--draft-context", "8192") == 0
     text = capsys.readouterr().out
@@ -285,8 +313,13 @@ def test_report_of_sparse_drafts(tmp_path, capsys):
 def test_report_of_experts(tmp_path, capsys):
     assert run(tmp_path, QWEN3_30B_A3B, "--num-speculative-tokens", "3") == 0
     text = capsys.readouterr().out
+    assert "8 of 128 per layer by a draft step, in 16 bits; 20 by a verification, in 16\n" in text
+    assert "56.87 GiB" in text and "for the experts" not in text and "assumed" not in text
+    assert run(tmp_path, QWEN3_30B_A3B, "--num-speculative-tokens", "3", "--draft-experts", "int4") == 0
+    text = capsys.readouterr().out
     for expected in ("56.87 GiB", "of it 14.34 GiB for the experts", "8 of 128 per layer by a draft step, in 4 bits; 20 by"):
         assert expected in text
+    assert "is assumed, not measured" in text
 
 
 def test_a_model_whose_cache_alone_is_supported(tmp_path, capsys):

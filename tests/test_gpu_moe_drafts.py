@@ -114,7 +114,8 @@ def test_mixtures(name, weight_rounding, tmp_path):
     prompts = [torch.randint(3, 1000, (length,)).tolist() for length in LENGTHS]
     with engine(str(tmp_path), **ENGINE, **QUANTSPEC_CACHE) as llm:
         expected = generate(llm, prompts, 60)
-    with engine(str(tmp_path), **ENGINE, **quantspec(3, weight_rounding=weight_rounding)) as llm:
+    options = {"draft_experts": "int4", "weight_rounding": weight_rounding}
+    with engine(str(tmp_path), **ENGINE, **quantspec(3, **options)) as llm:
         draft = draft_of(llm)
         assert len(draft.experts) == 3
         runners = [m for m in draft.model.modules() if isinstance(m, MoERunner)]
@@ -132,7 +133,7 @@ def test_new_weights_reach_the_graphs(tmp_path):
     """The drafts of an engine whose weights were loaded again are accepted as often as before."""
     save_mixture("mixtral", tmp_path, torch.bfloat16)
     prompts = [torch.randint(3, 1000, (length,)).tolist() for length in LENGTHS]
-    with engine(str(tmp_path), **ENGINE, **quantspec(3)) as llm:
+    with engine(str(tmp_path), **ENGINE, **quantspec(3, draft_experts="int4")) as llm:
         expected, counts = generate(llm, prompts, 60), speculation_counts(llm)
         for layer in draft_of(llm).model.modules():
             if isinstance(layer, MoERunner):

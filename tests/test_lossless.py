@@ -97,7 +97,11 @@ def test_compiled_engine(books_4m, prompts, expected):
 
 @pytest.mark.parametrize(
     "options",
-    [{"draft_kv": "int8"}, {"draft_weights": "target"}, {"quantize_lm_head": False, "weight_rounding": "gptq"}],
+    [
+        {"draft_kv": "int8"},
+        {"draft_weights": "target"},
+        {"quantize_lm_head": False, "weight_rounding": "gptq", "weight_rotation": "hadamard"},
+    ],
 )
 def test_options_change_the_draft_only(options, books_4m, prompts, expected):
     with engine(books_4m, **quantspec(4, **options)) as llm:

@@ -28,8 +28,10 @@ from test_draft_model import run
 from test_models import ENGINE, LENGTHS
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.utils import marlin_utils, marlin_utils_test
 
+from vllm_quantspec.config import QuantSpecOptions
 from vllm_quantspec.integration.draft import experts
 from vllm_quantspec.integration.draft import model as draft_model
 from vllm_quantspec.integration.draft.experts import CpuExpertsMethod, ExpertShapes, Wna16ExpertsMethod
@@ -120,6 +122,7 @@ class Mixture:
     drafts: int
     accepted: list[int]
     layers_of_experts: int  # in INT4
+    by_default: list[Answer]  # with speculation and the target's experts
     runner: object  # of the engine of the cache alone, which runs
 
 
@@ -128,18 +131,21 @@ def mixture(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     model = save_mixture(request.param, folder, torch.float32)
     prompts = [torch.randint(3, 1000, (length,)).tolist() for length in LENGTHS]
-    with engine(str(folder), dtype="float32", **ENGINE, **quantspec(3)) as llm:
+    with engine(str(folder), dtype="float32", **ENGINE, **quantspec(3, draft_experts="int4")) as llm:
         actual, (drafts, accepted) = generate(llm, prompts, 40), speculation_counts(llm)
         layers = len(draft_of(llm).experts)
+    with engine(str(folder), dtype="float32", **ENGINE, **quantspec(3)) as llm:
+        by_default = generate(llm, prompts, 40)
+        assert not draft_of(llm).experts
     with engine(str(folder), dtype="float32", **ENGINE, **QUANTSPEC_CACHE) as llm:
         expected = generate(llm, prompts, 40)
         runner = llm.llm_engine.collective_rpc(lambda worker: worker.model_runner)[0]
-        yield Mixture(model, expected, actual, drafts, accepted, layers, runner)
+        yield Mixture(model, expected, actual, drafts, accepted, layers, by_default, runner)
 
 
 @pytest.fixture
 def build(mixture):
-    """build_draft_model on the engine's model; what it registers is taken out again."""
+    """build_draft_model on the engine's model, with INT4 experts; what it registers is taken out again."""
     runner = mixture.runner
     layers = runner.vllm_config.compilation_config.static_forward_context
     before = dict(layers)
@@ -150,7 +156,7 @@ def build(mixture):
 
     def build(**options):
         forget()
-        return build_draft_model(runner.vllm_config, runner.get_model(), **options)
+        return build_draft_model(runner.vllm_config, runner.get_model(), **{"draft_experts": "int4"} | options)
 
     yield build
     forget()
@@ -183,7 +189,7 @@ def test_a_draft_is_the_model_with_dequantized_weights(mixture, build, tokens, m
     assert draft.int4_bytes == sum(p.nbytes for p in own.values()) < 0.16 * draft.target_bytes  # of float32
     rounded = type(model)(model.config)
     rounded.load_state_dict(model.state_dict())
-    round_as_drafts_are(rounded.eval())
+    round_as_drafts_are(rounded.eval(), experts=True)
     with torch.no_grad():
         expected = rounded(tokens[None].long()).logits[0]
         exact = model(tokens[None].long()).logits[0]
@@ -193,9 +199,40 @@ def test_a_draft_is_the_model_with_dequantized_weights(mixture, build, tokens, m
     assert torch.equal(logits.argmax(-1), expected.argmax(-1))
 
 
+def why_shared(model: torch.nn.Module, draft: draft_model.DraftModel, part: str) -> set[str | None]:
+    """Why those linears of the draft whose names have ``part`` are the target's; None for one that is not."""
+    names = [name for name, module in model.named_modules() if isinstance(module, LinearBase) and part in name]
+    return {draft.shared.get(name) if name not in draft.quantized else None for name in names}
+
+
+def test_the_targets_experts_by_default(mixture, tokens, build, monkeypatch):
+    """Nothing of them is copied, registered or warned about; attention has INT4 weights all the same."""
+    runner, warnings = mixture.runner, []
+    monkeypatch.setattr(draft_model.logger, "warning", lambda *line: warnings.append(line))
+    target = runner.get_model()
+    layers = runner.vllm_config.compilation_config.static_forward_context
+    assert QuantSpecOptions.draft_experts == build_draft_model.__kwdefaults__["draft_experts"] == "target"
+    draft = build(draft_experts="target", quantize_lm_head=False)
+    assert not draft.experts and not warnings
+    for name in (name for name, module in target.named_modules() if isinstance(module, MoERunner)):
+        assert draft.model.get_submodule(name) is target.get_submodule(name)
+        assert draft.shared[name] == "draft_experts='target'"
+    assert {name for name in layers if name.startswith(DRAFT_PREFIX)} == draft.attention_layers.keys()
+    assert why_shared(target, draft, "self_attn") == {None}
+    # Shared experts run inside the target's layer: a copy would never be called.
+    assert why_shared(target, draft, "shared_expert.") <= {"a mixture of experts calls it, and vLLM calls that by name"}
+    rounded = copy.deepcopy(mixture.model)
+    round_as_drafts_are(rounded, experts=False)
+    with torch.no_grad():
+        expected = rounded(tokens[None].long()).logits[0]
+    logits, _ = run(runner, draft.model, tokens, monkeypatch)
+    assert (logits - expected).norm() < 1e-3 * expected.norm()
+    assert_same_or_tied(mixture.expected, mixture.by_default, TIE)
+
+
 def test_the_targets_weights_where_asked(mixture, build, tokens, monkeypatch):
     runner = mixture.runner
-    draft = build(draft_weights="target")
+    draft = build(draft_weights="target", draft_experts="target")
     assert not draft.experts and not draft.updates and draft.int4_bytes == 0
     assert not any(isinstance(m, MoERunner) and m.layer_name.startswith(DRAFT_PREFIX) for m in draft.model.modules())
     exact, _ = run(runner, runner.get_model(), tokens, monkeypatch)

@@ -22,7 +22,7 @@ def registered():
 
 def test_defaults():
     options, vllm_options = parse_options("quantspec")
-    assert options == QuantSpecOptions(4, 128, "int4", "int4", 128, "search", "hadamard", True, "all", "attention")
+    assert options == QuantSpecOptions(4, 128, "int4", "target", "int4", 128, "search", "none", True, "all", "attention")
     assert vllm_options == {}
 
 
@@ -46,9 +46,12 @@ def test_dashes_and_vllm_options_are_taken():
         ({"num_speculative_tokens": True}, "must be an integer"),
         ({"group_size": 100}, "must be 64 or 128"),
         ({"draft_weights": "int3"}, "must be 'int4' or 'target'"),
+        ({"draft_experts": "int8"}, "must be 'target' or 'int4', not 'int8'"),
+        ({"draft_expert": "int4"}, "did you mean 'draft_experts'"),
+        ({"draft_experts": "int4", "draft_weights": "target"}, "is for a draft in INT4, .* drop one of them"),
         ({"draft_kv": "fp8"}, "must be 'int4' or 'int8'"),
         ({"weight_group_size": 48}, "must be 32 or 64 or 128"),
-        ({"weight_rotation": "random"}, "must be 'hadamard' or 'none'"),
+        ({"weight_rotation": "random"}, "must be 'none' or 'hadamard'"),
         ({"weight_rounding": "nearest"}, "must be 'search' or 'gptq'"),
         ({"weight_rounding": "gptq", "draft_weights": "target"}, "drop one of them"),
         ({"quantize_lm_head": "yes"}, "must be False or True"),
@@ -174,6 +177,16 @@ def test_the_draft_context_reaches_the_workers(context, books_4m):
     expected = int(context) if context == "1024" else context
     assert copy.draft_context == expected and type(copy.draft_context) is type(expected)
     assert copy.draft_selection == "attention" and f"draft_context={expected!r}" in repr(copy)
+
+
+def test_draft_experts_reach_the_workers(books_4m):
+    """And code that was compiled for the one is not taken for the other."""
+    target, int4 = (
+        pickle.loads(pickle.dumps(make(books_4m, speculative_config={"method": "quantspec", **options}))).speculative_config
+        for options in ({}, {"draft_experts": "int4"})
+    )
+    assert (target.draft_experts, int4.draft_experts) == ("target", "int4")
+    assert target.compute_hash() != int4.compute_hash()
 
 
 def test_a_draft_context_beyond_the_models_length_is_refused(books_4m):

@@ -55,7 +55,9 @@ def test_a_mixture_of_experts(tmp_path):
     prompts = [torch.randint(3, 1000, (length,)).tolist() for length in (5, 300)]
     with engine(str(tmp_path), dtype="float32", **ENGINE, **QUANTSPEC_CACHE) as llm:
         expected = generate(llm, prompts, MAX_TOKENS)
-    with engine(str(tmp_path), dtype="float32", tensor_parallel_size=2, **ENGINE, **quantspec(3)) as llm:
+    with engine(
+        str(tmp_path), dtype="float32", tensor_parallel_size=2, **ENGINE, **quantspec(3, draft_experts="int4")
+    ) as llm:
         actual = generate(llm, prompts, MAX_TOKENS)
         drafts, accepted = speculation_counts(llm)
     assert_same_or_tied(expected, actual, TIE, "two workers")

@@ -52,6 +52,9 @@ def add_estimate(commands) -> None:
     add("--group-size", type=int, choices=(64, 128), default=128, help="default: 128")
     add("--acceptance", type=probability, default=0.93, metavar="P", help="accepted drafts per token; default: 0.93")
     add("--draft-context", default="all", metavar="D", help="as in the speculative config: all, auto, tokens or a fraction")
+    add(
+        "--draft-experts", choices=("target", "int4"), default="target", help="as in the speculative config; default: target"
+    )
     add("--num-speculative-tokens", type=positive, nargs="+", metavar="N", help="default: the best of 1 to 8")
 
 

@@ -43,6 +43,9 @@ class QuantSpecOptions:
     """Tokens of a key group, and of a page of the quantized KV cache."""
     draft_weights: str = "int4"
     """``int4``: the draft's linears are quantized when the engine starts. ``target``: the draft uses the target's."""
+    draft_experts: str = "target"
+    """``target``: a mixture's draft reads the target's experts. ``int4``: it has quantized ones, shared ones among them,
+    where it can. (Not the default before their kernels have run on a GPU.)"""
     draft_kv: str = "int4"
     """``int4``: the draft reads the upper 4 bits of older keys and values. ``int8``: all 8, as verification does."""
     weight_group_size: int = 128
@@ -50,9 +53,9 @@ class QuantSpecOptions:
     weight_rounding: str = "search"
     """``search``: each group's range is the one of least error. ``gptq``: channels also make up for one another's errors, by
     the inputs of texts that the model writes when the engine starts."""
-    weight_rotation: str = "hadamard"
+    weight_rotation: str = "none"
     """``hadamard``: INT4 weights are those of inputs rotated in blocks of 32 channels, which spreads what is far larger than
-    its neighbours. ``none``: as they are."""
+    its neighbours. ``none``: as they are. (Not the default before its kernel has run on a GPU.)"""
     quantize_lm_head: bool = True
     """Whether the draft's output layer is INT4 as well; its largest logits are computed again exactly."""
     draft_context: str | int | float = "all"
@@ -72,10 +75,11 @@ class QuantSpecOptions:
         for name, allowed in (
             ("group_size", GROUP_SIZES),
             ("draft_weights", ("int4", "target")),
+            ("draft_experts", ("target", "int4")),
             ("draft_kv", ("int4", "int8")),
             ("weight_group_size", (32, 64, 128)),
             ("weight_rounding", ("search", "gptq")),
-            ("weight_rotation", ("hadamard", "none")),
+            ("weight_rotation", ("none", "hadamard")),
             ("quantize_lm_head", (False, True)),
             ("draft_selection", DRAFT_SELECTIONS),
         ):
@@ -86,6 +90,10 @@ class QuantSpecOptions:
         if self.weight_rounding == "gptq" and self.draft_weights != "int4":
             raise ValueError(
                 "quantspec: weight_rounding 'gptq' is for INT4 weights, but draft_weights is 'target'; drop one of them."
+            )
+        if self.draft_experts == "int4" and self.draft_weights != "int4":
+            raise ValueError(
+                "quantspec: draft_experts 'int4' is for a draft in INT4, but draft_weights is 'target'; drop one of them."
             )
         if self.draft_context == "all" and self.draft_selection != "attention":
             raise ValueError(

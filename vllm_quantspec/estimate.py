@@ -2,9 +2,9 @@
 
 Memory is counted, speed is modelled: a step reads its bytes at a fraction of the GPU's bandwidth, and each layer costs a
 fixed time on top. The constants below reproduce benchmarks/results/end_to_end-8b.json and end_to_end-7b.json (an H200; one
-to 16 sequences of 4k to 128k tokens) within 4 %. Of a mixture of experts a step reads those that its tokens choose, in the
-target in 16 bits and in the draft in 4. Three speed-ups that were measured with the shape of Qwen3-30B-A3B while the draft
-read them in 16 bits come out within 1 %; INT4 experts are not measured, and expected to be read as INT4 linears are.
+to 16 sequences of 4k to 128k tokens) within 4 %. Of a mixture of experts a step reads those that its tokens choose, in 16
+bits, and so does a draft step (in 4 with ``draft_experts: int4``). Three speed-ups measured with the shape of Qwen3-30B-A3B
+come out within 1 %; INT4 experts are not measured, and expected to be read as INT4 linears are.
 
 What the engine would refuse is refused here first, with the engine's sentence.
 """
@@ -80,7 +80,7 @@ class Experts:
 
     @property
     def int4_weights(self) -> int:
-        """Those of which the draft has a copy in INT4, in all layers."""
+        """Those of which the draft has a copy with ``draft_experts: int4``, in all layers."""
         return self.num_layers * (self.number * self.expert_weights + self.shared_weights)
 
     @property
@@ -107,7 +107,7 @@ class Experts:
 class Model:
     """Sizes of a decoder-only transformer; ``*_weights`` are numbers of weights.
 
-    ``linear_weights`` are without experts. Of these, the experts and the head the draft has a copy in INT4.
+    ``linear_weights`` are without experts. Of these and the head the draft has a copy in INT4, of the experts if asked for.
     """
 
     name: str
@@ -127,10 +127,10 @@ class Model:
         experts = self.experts.weights if self.experts else 0
         return self.linear_weights + self.head_weights + self.embedding_weights + experts
 
-    @property
-    def int4_weights(self) -> int:
-        """Those of which the draft has a copy in INT4."""
-        return self.linear_weights + self.head_weights + (self.experts.int4_weights if self.experts else 0)
+    def int4_weights(self, draft_experts: str) -> int:
+        """Those of which the draft has a copy in INT4; ``draft_experts`` as of `QuantSpecOptions`."""
+        experts = self.experts.int4_weights if self.experts and draft_experts == "int4" else 0
+        return self.linear_weights + self.head_weights + experts
 
 
 def read_config(path: str) -> dict:
@@ -257,6 +257,7 @@ def memory(
     num_speculative_tokens: int = QuantSpecOptions.num_speculative_tokens,
     max_num_seqs: int | None = None,
     page_bits: int = 8,
+    draft_experts: str = QuantSpecOptions.draft_experts,
 ) -> Memory:
     """Memory of one of ``tensor_parallel_size`` GPUs with ``gpu_memory`` bytes.
 
@@ -265,6 +266,7 @@ def memory(
         overhead: bytes for activations, CUDA graphs and the rest.
         max_num_seqs: vLLM's ``--max-num-seqs``, by default what vLLM chooses for such a GPU.
         page_bits: of a key or value in a page: 8, or 4 with ``--kv-cache-dtype quantspec_int4``.
+        draft_experts: as of `QuantSpecOptions`: with ``"int4"`` the draft has a copy of the experts.
 
     Raises:
         ValueError: the KV heads do not divide among the GPUs.
@@ -274,7 +276,7 @@ def memory(
         raise ValueError(f"{model.num_kv_heads} KV heads do not divide among {tp} GPUs; choose another number.")
     fmt = PageFormat(max(1, model.num_kv_heads // tp), model.head_size, group_size, model.dtype, page_bits)
     weights = model.weights * model.dtype.itemsize / tp
-    int4 = model.int4_weights * INT4_BITS / 8 / tp
+    int4 = model.int4_weights(draft_experts) * INT4_BITS / 8 / tp
     free = gpu_memory * utilization - weights - overhead
     max_num_seqs = max_num_seqs or default_max_num_seqs(gpu_memory)
     logits = draft_logits_bytes(max_num_seqs, num_speculative_tokens, model.vocab_size, model.dtype.itemsize)
@@ -327,6 +329,7 @@ def draft_share(
     num_speculative_tokens: int,
     page_bits: int,
     draft_context: str | int | float,
+    draft_experts: str,
 ) -> float:
     """The share of the old tokens of ``batch`` requests of ``context`` tokens each that a draft step reads, 0 to 1."""
     budget, old = draft_budget(draft_context, group_size), window_start(context, group_size) // group_size
@@ -336,10 +339,10 @@ def draft_share(
     if draft_context == "auto":
         tp = tensor_parallel_size
         fmt = PageFormat(max(1, model.num_kv_heads // tp), model.head_size, group_size, model.dtype, page_bits)
-        read, experts = model.linear_weights + model.head_weights, model.experts.weights if model.experts else 0
+        read, in_int4 = model.weights - model.embedding_weights, model.int4_weights(draft_experts)
         least = sparse_policy.min_total_pages(
-            draft_weight_bytes=(read * INT4_BITS / 8 + experts * model.dtype.itemsize) / tp,
-            target_weight_bytes=(read + experts) * model.dtype.itemsize / tp,
+            draft_weight_bytes=(in_int4 * INT4_BITS / 8 + (read - in_int4) * model.dtype.itemsize) / tp,
+            target_weight_bytes=read * model.dtype.itemsize / tp,
             draft_kv_bytes=model.num_layers * fmt.bytes_per_token(4),
             target_kv_bytes=model.num_layers * fmt.bytes_per_token(),
             num_speculative_tokens=num_speculative_tokens,
@@ -361,9 +364,9 @@ def speed(
     num_speculative_tokens: int,
     *,
     quantize_lm_head: bool = True,
-    int4_experts: bool = True,
     page_bits: int = 8,
     draft_context: str | int | float = "all",
+    draft_experts: str = QuantSpecOptions.draft_experts,
 ) -> Speed:
     """Decode times by the cost model: bytes over bandwidth plus fixed costs.
 
@@ -372,11 +375,11 @@ def speed(
 
     Args:
         bandwidth: bytes per second that a copy on this GPU reads and writes (an H200: 4.26e12).
-        int4_experts: whether the draft has experts in INT4, as it has unless an engine says at its start why not.
         page_bits: as of `memory`; the constants are fitted to measurements with 8.
         acceptance: probability that a draft is accepted, given that those before it were.
         draft_context: as of `QuantSpecOptions`, parsed. Drafts that read less are accepted less often: that is the caller's
             to say. What it takes to choose the pages is not in the model.
+        draft_experts: as of `QuantSpecOptions`; with ``"int4"`` an engine may still keep the target's, and says so.
     """
     tp, rows = tensor_parallel_size, num_speculative_tokens + 1
     fmt = PageFormat(max(1, model.num_kv_heads // tp), model.head_size, group_size, model.dtype, page_bits)
@@ -394,7 +397,9 @@ def speed(
         fixed = LAYER_US[kind] + TOKEN_US * num_tokens + (2 * ALL_REDUCE_US if tp > 1 else 0)
         return model.num_layers * (passes * read + fixed / 1e3)
 
-    share = draft_share(model, context, batch, tp, group_size, num_speculative_tokens, page_bits, draft_context)
+    share = draft_share(
+        model, context, batch, tp, group_size, num_speculative_tokens, page_bits, draft_context, draft_experts
+    )
     exact_bytes = fmt.num_kv_heads * 2 * model.head_size * model.dtype.itemsize
     target, draft = fmt.bytes_per_token(), fmt.bytes_per_token(4)
     per_head = max(1, model.num_heads // tp // fmt.num_kv_heads)
@@ -407,7 +412,7 @@ def speed(
         return read_ms(read * model.dtype.itemsize / tp, LINEAR)
 
     def draft_experts_ms() -> float:
-        if not (model.experts and int4_experts):
+        if not model.experts or draft_experts == "target":
             return experts_ms(1)
         in_int4 = read_ms(model.experts.int4_weights_read(batch) * INT4_BITS / 8 / tp, INT4_EXPERTS)
         routers = model.experts.num_layers * model.experts.router_weights
@@ -444,7 +449,7 @@ def report(arguments, file=None) -> None:
     no_drafts = undrafted(config)
     tp, group, context, batch = arguments.tensor_parallel_size, arguments.group_size, arguments.context, arguments.batch
     page_bits = CACHE_DTYPES[arguments.kv_cache_dtype]
-    draft_context = parse_draft_context(arguments.draft_context, group)
+    draft_context, draft_experts = parse_draft_context(arguments.draft_context, group), arguments.draft_experts
     times = {
         gamma: speed(
             model,
@@ -457,6 +462,7 @@ def report(arguments, file=None) -> None:
             gamma,
             page_bits=page_bits,
             draft_context=draft_context,
+            draft_experts=draft_experts,
         )
         for gamma in arguments.num_speculative_tokens or range(1, 9)
     }
@@ -472,6 +478,7 @@ def report(arguments, file=None) -> None:
         best,
         seqs,
         page_bits,
+        draft_experts,
     )
 
     def line(label: str, text: str) -> None:
@@ -485,8 +492,8 @@ def report(arguments, file=None) -> None:
     line("weights", f"{m.weights / GIB:.2f} GiB")
     if not no_drafts:
         line("INT4 copy for drafting", f"{m.int4_weights / GIB:.2f} GiB (none with draft_weights=target)")
-        if model.experts:
-            part = model.experts.int4_weights / model.int4_weights
+        if model.experts and draft_experts == "int4":
+            part = model.experts.int4_weights / model.int4_weights(draft_experts)
             line("", f"of it {part * m.int4_weights / GIB:.2f} GiB for the experts")
         line("logits of drafts", f"{m.draft_logits / GIB:.2f} GiB ({seqs} sequences: --max-num-seqs; {best} drafts each)")
     line("KV cache, 16 bits", f"{m.kv_bytes_per_token / 1024:.1f} KiB per token")
@@ -528,11 +535,14 @@ def report(arguments, file=None) -> None:
         line("", "fewer such drafts are accepted: give what you measured as --acceptance")
     if model.experts:
         step, verification = model.experts.chosen(batch), model.experts.chosen(batch, best + 1)
+        bits = 4 if draft_experts == "int4" else 16
         line(
             "experts read",
-            f"{step:.0f} of {model.experts.number} per layer by a draft step, in 4 bits; "
+            f"{step:.0f} of {model.experts.number} per layer by a draft step, in {bits} bits; "
             f"{verification:.0f} by a verification, in 16",
         )
+        if draft_experts == "int4":
+            line("", "how fast a GPU reads experts in 4 bits is assumed, not measured")
     if t.quantspec > min(t.exact, t.cache):
         cache = f"--kv-cache-dtype {arguments.kv_cache_dtype}" if page_bits == 4 else "--attention-backend QUANTSPEC"
         print(f"\nDrafting does not pay here; the cache alone ({cache}) may.", file=file)

@@ -1,8 +1,8 @@
 """The draft model: a second view of the loaded target, with INT4 linears and attention layers of its own.
 
-The module tree of the target is *cloned structurally*: every module that has a linear, an attention layer or experts below
-it becomes a new object of the same class whose attributes are the target's, by reference; the modules without any (norms,
-embeddings, rotary caches, activations) are the target's own objects. Building a second model from the
+The module tree of the target is *cloned structurally*: every module that has a linear, an attention layer or INT4 experts
+below it becomes a new object of the same class whose attributes are the target's, by reference; the modules without any
+(norms, embeddings, rotary caches, activations, other experts) are the target's own objects. Building a second model from the
 configuration would need to allocate it first, would run constructors with side effects (registering layers, reading
 the configuration of a checkpoint), and would have to find the counterpart of each tensor by name; a clone keeps what
 the target became after loading, for any architecture made of vLLM's linears and under any tensor or pipeline
@@ -96,10 +96,11 @@ def build_draft_model(
     target_model: nn.Module,
     *,
     draft_weights: str = "int4",
+    draft_experts: str = "target",
     weight_group_size: int = 128,
     quantize_lm_head: bool = True,
     weight_rounding: str = "search",
-    weight_rotation: str = "hadamard",
+    weight_rotation: str = "none",
 ) -> DraftModel:
     """Build the draft model out of ``target_model``, whose weights are loaded and processed.
 
@@ -109,6 +110,7 @@ def build_draft_model(
         vllm_config: the target's; the draft shares its compilation config.
         target_model: the loaded model of this rank.
         draft_weights: ``"int4"``, or ``"target"`` to share every linear.
+        draft_experts: of a mixture: ``"target"`` to share its experts, or ``"int4"`` for INT4 ones, see `draft.experts`.
         weight_group_size: input channels per INT4 scale: 128, 64 or 32. A linear whose input is not divisible by it
             takes the next smaller group.
         quantize_lm_head: also run the output projection in INT4, see `draft.head`.
@@ -121,15 +123,18 @@ def build_draft_model(
     """
     if draft_weights not in ("int4", "target"):
         raise ValueError(f"draft_weights must be 'int4' or 'target', not {draft_weights!r}.")
+    if draft_experts not in ("target", "int4"):
+        raise ValueError(f"draft_experts must be 'target' or 'int4', not {draft_experts!r}.")
     if weight_group_size not in (128, 64, 32):
         raise ValueError(f"weight_group_size must be 128, 64 or 32, not {weight_group_size}.")
     started = time.perf_counter()
     if weight_rotation not in ("hadamard", "none"):
-        raise ValueError(f"weight_rotation must be 'hadamard' or 'none', not {weight_rotation!r}.")
+        raise ValueError(f"weight_rotation must be 'none' or 'hadamard', not {weight_rotation!r}.")
     builder = _Builder(
         vllm_config,
         target_model,
         draft_weights,
+        draft_experts,
         weight_group_size,
         quantize_lm_head,
         weight_rounding,
@@ -156,8 +161,9 @@ def build_draft_model(
         )
         for name, reason in draft.shared.items():
             logger.debug("%s stays in the target's precision: %s", name, reason)
-        for reason in dict.fromkeys(builder.kept_experts.values()):
-            logger.warning("quantspec: the draft reads the target's experts as they are: %s", reason)
+        if draft_experts == "int4":
+            for reason in dict.fromkeys(builder.kept_experts.values()):
+                logger.warning("quantspec: the draft reads the target's experts as they are: %s", reason)
     return draft
 
 
@@ -171,6 +177,7 @@ def build_configured_draft(vllm_config: VllmConfig, target_model: nn.Module) -> 
             vllm_config,
             target_model,
             draft_weights=config.draft_weights,
+            draft_experts=config.draft_experts,
             weight_group_size=config.weight_group_size,
             quantize_lm_head=config.quantize_lm_head,
             weight_rounding=config.weight_rounding,
@@ -212,6 +219,7 @@ class _Builder:
         vllm_config: VllmConfig,
         target_model: nn.Module,
         draft_weights: str,
+        draft_experts: str,
         weight_group_size: int,
         quantize_lm_head: bool,
         weight_rounding: str,
@@ -221,6 +229,7 @@ class _Builder:
         self.layers = vllm_config.compilation_config.static_forward_context
         self.dtype = vllm_config.model_config.dtype
         self.quantize = draft_weights == "int4"
+        self.quantize_experts = self.quantize and draft_experts == "int4"
         self.group_size = weight_group_size
         self.quantize_lm_head = quantize_lm_head
         self.rounding, self.rotated = weight_rounding, rotated
@@ -230,7 +239,7 @@ class _Builder:
         self.clones: dict[int, nn.Module] = {}
         # Other modules found in the static forward context are called by name, and what they hold through them (a
         # mixture's shared experts, say, which the model's block has as well): clones of these would never run.
-        # The draft's layers of experts have names of their own, where it has INT4 experts.
+        # The draft's layers of experts have names of their own, where it has INT4 experts (`draft_experts`).
         by_name = [m for m in self.layers.values() if not isinstance(m, AttentionLayerBase | BaseLayerWithLoRA)]
         self.own_experts: dict[int, Int4ExpertsMethod] = {}
         self.kept_experts: dict[int, str] = {}
@@ -246,7 +255,9 @@ class _Builder:
 
     def _choose_experts(self, layers: list[nn.Module]) -> None:
         for layer in layers:
-            method, reason = choose_experts_method(layer, self.dtype, self.group_size)
+            method, reason = None, "draft_experts='target'"
+            if self.quantize_experts:
+                method, reason = choose_experts_method(layer, self.dtype, self.group_size)
             if method is None:
                 self.kept_experts[id(layer)] = reason
             else:

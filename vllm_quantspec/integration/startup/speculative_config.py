@@ -28,10 +28,11 @@ class QuantSpecConfig(SpeculativeConfig):
 
     group_size: int = 128
     draft_weights: str = "int4"
+    draft_experts: str = "target"
     draft_kv: str = "int4"
     weight_group_size: int = 128
     weight_rounding: str = "search"
-    weight_rotation: str = "hadamard"
+    weight_rotation: str = "none"
     quantize_lm_head: bool = True
     draft_context: str | int | float = "all"
     draft_selection: str = "attention"
@@ -52,7 +53,10 @@ class QuantSpecConfig(SpeculativeConfig):
 
     def compute_hash(self) -> str:
         # Nothing of the draft changes the target's graph; the draft is compiled under a tag of its own.
-        return f"{METHOD}-{self.draft_weights}-{self.weight_group_size}-{self.weight_rotation}-{self.quantize_lm_head}"
+        return (
+            f"{METHOD}-{self.draft_weights}-{self.draft_experts}-{self.weight_group_size}-{self.weight_rotation}-"
+            f"{self.quantize_lm_head}"
+        )
 
     def __repr__(self) -> str:
         return (
