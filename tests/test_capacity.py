@@ -114,7 +114,7 @@ def test_the_start_says_what_the_draft_weighs(books_4m, monkeypatch):
         int4 = sum(p.numel() * p.element_size() for p in own.values())
         assert 0.25 < int4 / loaded < 0.3  # 4 bits, and scale and zero point of every 128, of 16
         (message,) = messages
-        assert f"{int4 / 2**30:.2f} GiB ({100 * int4 / loaded:.0f}% of the target's linears)" in message
+        assert f"{int4 / 2**30:.2f} GiB ({100 * int4 / loaded:.0f}% of the target's)" in message
 
         targets = {p.untyped_storage().data_ptr() for p in [*target.parameters(), *target.buffers()]}
         shared = {n: p for n, p in [*draft.named_parameters(), *draft.named_buffers()] if n not in own}

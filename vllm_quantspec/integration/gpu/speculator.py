@@ -64,12 +64,13 @@ class DraftCudaGraphManager(SpeculatorCudaGraphManager):
 
 
 class QuantSpecSpeculator(TargetDependentARSpeculator):
+    page_scores: sparse_drafts.SparseDrafts | None = None  # of an engine whose drafts choose their pages
+
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
         # The base class carries hidden states from step to step; a row per request is all that it touches here.
         self.hidden_states = self.hidden_states[: self.max_num_reqs].clone()
         self.draft = DraftModel()
-        self.page_scores: sparse_drafts.SparseDrafts | None = None
 
     def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
         self.draft = build_configured_draft(self.vllm_config, target_model)
