@@ -9,49 +9,22 @@ just written it: it comes from L2. `us_per_cycle` is a reduction for each layer,
 """
 
 import argparse
-import statistics
 from functools import partial
 from pathlib import Path
 
 import torch
+from cache_kernels import DEVICE, ints, median_us
 from common import write_json
 
 from vllm_quantspec.kernels import page_selection
 from vllm_quantspec.kernels.page_selection import plan_selection, plan_snapkv, reduce_scores, select_pages, select_snapkv
 
-DEVICE = "cuda"
 LAYERS, HEADS, GROUP, QUERIES, PAGE = 32, 8, 4, 5, 128
 SHAPES = ((128, 1), (96, 8), (32, 16))  # thousands of tokens, requests
 MAX_PAGES = 1024  # what an engine for 128k tokens captures its graphs for
 MAX_REQUESTS = 256
 LIMITS = {"pages": 16, "fraction": 1 / 16, "min_pages": 32, "min_total_pages": 0}
 RESULT = Path(__file__).parent / "results/page_selection.json"
-
-
-def median_us(launch, launches=LAYERS, replays=60):
-    """Microseconds per launch, of so many captured in one graph."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        launch()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for _ in range(launches):
-                launch()
-        times = []
-        for i in range(replays + 3):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            if i >= 3:
-                times.append(begin.elapsed_time(end))
-    return statistics.median(times) * 1e3 / launches
-
-
-def ints(values):
-    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 
 class Case:
@@ -108,19 +81,19 @@ class Case:
             "context": self.context_k * 1024,
             "batch": self.batch,
             "pages_chosen": int(self.count[0]),
-            "us_reduce": median_us(self.reduce),
+            "us_reduce": median_us([self.reduce]),
             "raw_mb": self.raw.numel() * 4 / 1e6,
-            "us_plan": median_us(partial(plan_selection, used_up, *other[:2], **LIMITS)),
-            "us_select": median_us(partial(self.select, self.scores)),
-            "us_select_equal": median_us(partial(self.select, torch.ones_like(self.scores))),
-            "us_select_newest": median_us(partial(self.select, None)),
-            "us_snapkv_plan": median_us(partial(plan_snapkv, used_up, *state, *other, **LIMITS)),
-            "us_snapkv_choose": median_us(partial(self.select_once, torch.ones_like(self.fresh))),
-            "us_snapkv_keep": median_us(partial(self.select_once, torch.zeros_like(self.fresh))),
+            "us_plan": median_us([partial(plan_selection, used_up, *other[:2], **LIMITS)]),
+            "us_select": median_us([partial(self.select, self.scores)]),
+            "us_select_equal": median_us([partial(self.select, torch.ones_like(self.scores))]),
+            "us_select_newest": median_us([partial(self.select, None)]),
+            "us_snapkv_plan": median_us([partial(plan_snapkv, used_up, *state, *other, **LIMITS)]),
+            "us_snapkv_choose": median_us([partial(self.select_once, torch.ones_like(self.fresh))]),
+            "us_snapkv_keep": median_us([partial(self.select_once, torch.zeros_like(self.fresh))]),
         }
         row["us_per_cycle"] = LAYERS * row["us_reduce"] + row["us_plan"] + row["us_select"]
         self.count.zero_()
-        row["us_select_nothing"] = median_us(partial(self.select, self.scores))  # every request reads all pages
+        row["us_select_nothing"] = median_us([partial(self.select, self.scores)])  # every request reads all pages
         return {k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}
 
 
@@ -131,10 +104,10 @@ def tune():
         for elements in (1024, 2048, 4096):
             for warps in (2, 4, 8):
                 page_selection.REDUCE_ELEMENTS, page_selection.REDUCE_WARPS = elements, warps
-                print(f"{shape}: reduce {elements} elements, {warps} warps: {median_us(case.reduce):.2f} us", flush=True)
+                print(f"{shape}: reduce {elements} elements, {warps} warps: {median_us([case.reduce]):.2f} us", flush=True)
         for pages in (128, 256, 512):
             page_selection.SELECT_PAGES_PER_WARP = pages
-            us = median_us(partial(case.select, case.scores))
+            us = median_us([partial(case.select, case.scores)])
             print(f"{shape}: select {pages} pages per warp: {us:.2f} us", flush=True)
 
 

@@ -29,15 +29,18 @@ from vllm_quantspec.format import PageFormat, window_start
 
 
 class PageSelection(NamedTuple):
-    """Which old pages a draft step's attention reads, of one layer.
+    """Which old pages a draft step's attention reads: of one layer, or of all, before `of_layer`.
 
-    page_list: int32 [H, C], contiguous rows. begin, count, dense_from: int32 [R or more].
+    page_list: int32 [H, C] or [L, H, C], contiguous rows. begin, count, dense_from: int32 [R or more].
     """
 
     page_list: torch.Tensor
     begin: torch.Tensor
     count: torch.Tensor
     dense_from: torch.Tensor
+
+    def of_layer(self, layer: int) -> PageSelection:
+        return self._replace(page_list=self.page_list[layer])
 
 
 def scored_pages(

@@ -2,7 +2,7 @@
 
     the target's layers, decode and verification rows    `PageScores.of_layer` -> each page's mass in each row
     head of the drafts                                   `PageScores.select` -> the pages that every draft step reads
-    the draft's layers                                   `Selection.of_layer`
+    the draft's layers                                   `PageSelection.of_layer`
 
 Scores are made anew in each step, as large as the pages of its requests; `cpu_page_selection` specifies the choice. What a
 prompt's rows attend to is not scored: in the cycle after a prompt's last chunk its request reads everything.
@@ -11,7 +11,7 @@ prompt's rows attend to is not scored: in the cycle after a prompt's last chunk 
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -31,21 +31,6 @@ if TYPE_CHECKING:
     from vllm_quantspec.integration.draft.model import DraftModel
 
 llvm_scan.install()  # cpu_decode has loaded Numba
-
-
-class Selection(NamedTuple):
-    """The old pages that a cycle's draft steps read, of all layers; see `cpu_page_selection`.
-
-    page_list: int32 [L, H, C]. begin, count, dense_from: int32 [R].
-    """
-
-    page_list: torch.Tensor
-    begin: torch.Tensor
-    count: torch.Tensor
-    dense_from: torch.Tensor
-
-    def of_layer(self, layer: int) -> PageSelection:
-        return PageSelection(self.page_list[layer], self.begin, self.count, self.dense_from)
 
 
 class PageScores:
@@ -102,7 +87,7 @@ class PageScores:
 
     def select(
         self, num_rows: torch.Tensor, block_table: torch.Tensor, requests: Sequence[str], computing_prompt: torch.Tensor
-    ) -> Selection | None:
+    ) -> PageSelection | None:
         """The pages that the drafts after the last step read; None if that is all of them.
 
         Args:
@@ -121,9 +106,9 @@ class PageScores:
         slots = int((begin + count).max())
         page_list = torch.empty(self.num_layers, self.fmt.num_kv_heads, slots, dtype=torch.int32)
         cpu_page_selection.select_pages(self._scores, begin, num_rows, count, dense_from, block_table, page_list)
-        return Selection(page_list, begin, count, dense_from)
+        return PageSelection(page_list, begin, count, dense_from)
 
-    def count_reading(self, selection: Selection | None, lengths: torch.Tensor, steps: int) -> None:
+    def count_reading(self, selection: PageSelection | None, lengths: torch.Tensor, steps: int) -> None:
         """Take a cycle into `share`: ``lengths`` int [R], verified tokens of the requests that are drafted for."""
         old = int((window_start(lengths, self.fmt.group_size) // self.fmt.group_size).sum())
         left_out = int((selection.dense_from - selection.count).sum()) if selection else 0
@@ -145,7 +130,7 @@ class _Snapshots:
         self.row_of: dict[str, int] = {}
         self._free = list(range(max_requests))
 
-    def select(self, scores, begin, num_scored, num_rows, block_table, requests, limits) -> Selection | None:
+    def select(self, scores, begin, num_scored, num_rows, block_table, requests, limits) -> PageSelection | None:
         rows = torch.tensor(self._rows(requests), dtype=torch.int32)
         count, dense_from, fresh = cpu_page_selection.plan_snapkv(num_scored, rows, self.pages, self.counts, **limits)
         if not count.any():
@@ -154,7 +139,7 @@ class _Snapshots:
         cpu_page_selection.select_snapkv(
             scores, begin, num_rows, count, dense_from, fresh, rows, self.chosen, block_table, page_list
         )
-        return Selection(page_list, begin, count, dense_from)
+        return PageSelection(page_list, begin, count, dense_from)
 
     def _rows(self, requests: Sequence[str]) -> list[int]:
         """Each request's row; one that is new takes a free one, or that of a request which is not in the batch."""

@@ -18,9 +18,10 @@ from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
 from vllm_quantspec.integration.cache.metadata import WINDOW_SUFFIX, QuantSpecMetadata, WindowMetadata
-from vllm_quantspec.integration.cpu.page_scores import PageScores, Selection, make_page_scores
+from vllm_quantspec.integration.cpu.page_scores import PageScores, make_page_scores
 from vllm_quantspec.integration.draft import weight_updates
 from vllm_quantspec.integration.draft.model import DraftModel, build_configured_draft
+from vllm_quantspec.kernels.cpu_page_selection import PageSelection
 
 
 class QuantSpecProposer(DraftModelProposer):
@@ -120,7 +121,7 @@ class QuantSpecProposer(DraftModelProposer):
         num_rejected: torch.Tensor | None,
         verified: torch.Tensor,
         tables: dict[int, torch.Tensor],
-    ) -> Selection | None:
+    ) -> PageSelection | None:
         """What the draft steps of this cycle read of the old pages; None for all of them."""
         if self.page_scores is None:
             return None
@@ -139,7 +140,7 @@ class QuantSpecProposer(DraftModelProposer):
         token_ids: torch.Tensor,
         positions: torch.Tensor,
         tables: dict[int, torch.Tensor],
-        selection: Selection | None,
+        selection: PageSelection | None,
     ) -> torch.Tensor:
         """One draft forward pass: ``token_ids`` [batch_size] at ``positions`` [batch_size], to hidden states."""
         batch_size = token_ids.shape[0]
