@@ -20,7 +20,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 import torch
 from common import engine, write_json
-from end_to_end import LLAMA, SHAPES
+from end_to_end import SHAPES, model_config
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    shape = LLAMA | SHAPES[args.shape] | ({"num_hidden_layers": args.layers} if args.layers else {})
+    shape = model_config(args.shape) | ({"num_hidden_layers": args.layers} if args.layers else {})
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         os.environ["VLLM_CACHE_ROOT"] = str(Path(folder, "cache"))
