@@ -16,6 +16,7 @@ A configuration is an engine of its own, with torch.compile and CUDA graphs on:
     N           QuantSpec, N tokens drafted; "QuantSpec with γ searched" is the best N at each point
     int4-N      QuantSpec on the cache in 4 bits
     sparse8-N, sparse16-N   QuantSpec whose drafts read an eighth, a sixteenth of the old tokens (``draft_context``)
+    target16-N  the same sixteenth with the target's own weights, as Vegas and MagicDec draft, but in 4 bits
     auto-N      QuantSpec with ``draft_context: auto``, which reads a sixteenth where that pays
     ngram-N     vLLM's n-gram speculation on the GPU (``ngram_gpu``: the proposer of ``ngram``, with async scheduling)
     draft-N     vLLM's ``draft_model`` with a second, smaller model: Llama-3.2-1B's shape for 8b, TinyLlama's for 7b
@@ -150,11 +151,13 @@ ACCEPTANCE = {
     "sparse8": 0.919,
     "sparse16": 0.91,
     "auto": 0.91,  # where it is sparse
+    "target16": 0.92,
 }
 # Of configurations that are QuantSpec with other options.
 SPARSE = {
     "sparse8": {"draft_context": 1 / 8},
     "sparse16": {"draft_context": 1 / 16},
+    "target16": {"draft_context": 1 / 16, "draft_weights": "target"},
     "auto": {"draft_context": "auto"},
 }
 # Bytes of a token against BF16's, with 8 KV heads of 128 or more of either.
