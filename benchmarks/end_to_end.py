@@ -431,7 +431,7 @@ def child(args) -> None:
             skip_tokenizer_init=True,
             max_model_len=longest + MAX_TOKENS,
             max_num_seqs=max(batches),
-            max_num_batched_tokens=16384,
+            max_num_batched_tokens=4096 if fixed else 16384,
             gpu_memory_utilization=0.05 if fixed else 0.94,  # with a cache of fixed size only checked at the start
             enable_prefix_caching=False,
             disable_log_stats=True,
