@@ -24,7 +24,7 @@ from vllm_quantspec.config import draft_budget
 from vllm_quantspec.integration.cache.metadata import LayerSettings, QuantSpecMetadata
 from vllm_quantspec.integration.draft.model import DraftModel
 from vllm_quantspec.integration.draft.sparse import ReadShare, log_budget, min_pages_of_batch, number_layers
-from vllm_quantspec.kernels import cpu_page_selection, page_selection
+from vllm_quantspec.kernels import cpu_page_selection, page_selection, snapkv
 from vllm_quantspec.kernels.cpu_page_selection import PageSelection
 from vllm_quantspec.kernels.decode_attention import ScoresOut, raw_rows
 from vllm_quantspec.kernels.scored_pages import scored_pages
@@ -167,7 +167,7 @@ class SparseDrafts:
             self.num_scored[:num_reqs].copy_(pages)
         selection = (self.begin, self.num_rows[:num_reqs], self.count, self.dense_from)
         if self.policy == "snapkv":
-            page_selection.plan_snapkv(
+            snapkv.plan_snapkv(
                 self.num_scored[:num_reqs],
                 idx_mapping,
                 self.snap_pages,
@@ -177,7 +177,7 @@ class SparseDrafts:
                 self.fresh,
                 **self.limits,
             )
-            page_selection.select_snapkv(
+            snapkv.select_snapkv(
                 self.scores,
                 *selection,
                 self.fresh,
