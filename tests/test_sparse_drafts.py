@@ -1,6 +1,5 @@
 """Sparse drafts on the CPU engine: the output is that of speculation off whatever they read, and they read less."""
 
-import logging
 import random
 
 import pytest
@@ -28,7 +27,6 @@ if not current_platform.is_cpu():
     pytest.skip("the CPU engine's sparse drafts", allow_module_level=True)
 
 from vllm_quantspec.integration.cpu.page_scores import PageScores
-from vllm_quantspec.integration.draft import sparse
 
 G = 128
 TIE = 2e-3  # in float32, see test_lossless.py
@@ -164,19 +162,27 @@ def test_snapkv_gives_the_rows_of_requests_that_are_gone_to_others():
         state.forget(set(seen.sample(names, 2)))
 
 
-def test_the_share_that_is_read(caplog, monkeypatch):
+def test_the_share_that_is_read():
     state = page_scores()
     score(state, [64 * 12 + 1, 64 * 3], [1, 1])
     selection = choose(state, [1, 1], "ab")
     state.count_reading(selection, torch.tensor([64 * 13, 64 * 3]), 4)
     # Of 12 and 2 pages all but the 8 old ones that were not chosen, and one newer than the choice.
     assert (state.share.read, state.share.old) == (4 * (14 - 9), 4 * 14)
-    monkeypatch.setattr(state.share, "_last", -1e9)  # long ago
-    monkeypatch.setattr(sparse.logger, "handlers", [caplog.handler])  # vLLM's loggers do not propagate
-    with caplog.at_level(logging.INFO, sparse.logger.name):
-        state.count_reading(None, torch.tensor([64 * 13]), 2)
-        state.count_reading(None, torch.tensor([3]), 2)
-    assert set(caplog.messages) == {"quantspec: draft steps read 55.0 % of the cache (mean of the last 6 steps)"}
+
+
+def test_requests_that_would_choose_all_of_their_pages_are_not_scored():
+    state = page_scores(pages=4)
+    score(state, [64 * 6, 64 * 7, 64 * 3], [1, 1, 1])
+    assert [state.of_layer(0).scores.shape[1], *state._num_scored.tolist()] == [5, 0, 5, 0]
+    assert choose(state, [1, 1, 1], "abc").count.tolist() == [0, 4, 0]
+    few = page_scores(min_total_pages=20)
+    score(few, [64 * 12, 64 * 10], [1, 1])
+    assert few.of_layer(0) is None
+    kept = page_scores("snapkv", min_total_pages=20)
+    for lengths, count in (([64 * 12, 64 * 10], [0, 0]), ([64 * 13, 64 * 14], [2, 2]), ([64 * 13, 64 * 2], [2, 0])):
+        score(kept, lengths, [1, 1])  # where the second is another request at last
+        assert getattr(choose(kept, [1, 1], "ab"), "count", torch.zeros(2)).tolist() == count
 
 
 # --- Engines ----------------------------------------------------------------------------------------------------------
