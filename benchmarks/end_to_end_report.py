@@ -1,18 +1,19 @@
 """Tables and the plot of what end_to_end.py measured.
 
-    python benchmarks/end_to_end_report.py [--shape 8b | --json FILE]
+    python benchmarks/end_to_end_report.py [--shape 8b | --json FILE] [--sparse-acceptance FILE]
 
 Prints Markdown: decode speed (tokens/s of the whole batch, and the ratio to BF16 KV), peak memory, and, whatever the
 acceptance, what drafting must yield to pay and what it gains, for every context and batch; of configurations that draft, the
 best number of drafted tokens at each point. Draws the first beside the JSON, without n-grams, which gain or lose by the text
-alone.
+alone. Of sparse drafts it also draws, in NAME-budget.png, speed against what they read, by policy: a step's time at each
+budget from this JSON (it is the same for every policy), and accepted tokens from acceptance.py's with the same budgets.
 """
 
 import argparse
 import json
 from pathlib import Path
 
-from end_to_end import RESULTS, SHAPES, drafted, drafter
+from end_to_end import RESULTS, SHAPES, SPARSE, drafted, drafter
 
 from vllm_quantspec.estimate import expected_tokens
 
@@ -28,6 +29,8 @@ KINDS = {
     "cache": ("QuantSpec's cache alone", "#2a6fb0", "o"),
     "cache-int4": ("cache alone, 4 bits", "#5fa8e0", "^"),
     "int4": ("QuantSpec, 4 bits", "#e8909a", "^"),
+    "sparse8": ("QuantSpec, 1/8 read", "#a03060", "o"),
+    "sparse16": ("QuantSpec, 1/16 read", "#702050", "o"),
     "quantspec": ("QuantSpec", "#d1495b", "o"),
 }
 
@@ -139,10 +142,89 @@ def plot(path: Path, results: dict, best: dict, kinds: list[str]) -> None:
     figure.savefig(path.with_suffix(".png"), dpi=140)
 
 
+def read_of(config: str) -> float:
+    """The share of the old tokens that QuantSpec's drafts of this configuration read."""
+    return SPARSE.get(drafter(config), {"draft_context": 1.0})["draft_context"]
+
+
+def tokens_per_verification(per_position: list[float], gamma: int) -> float:
+    """Of ``gamma`` drafts, with the share of drafts that were accepted at each position; beyond those that were measured
+    each is accepted as often, after the one before it, as the last measured one."""
+    rates = [1.0, *per_position]
+    while len(rates) <= gamma:
+        rates.append(rates[-1] ** 2 / rates[-2] if rates[-2] else 0.0)
+    return sum(rates[: gamma + 1])
+
+
+def speed_by_budget(rows: list[dict], acceptance: list[dict]) -> dict[tuple[int, int], dict[str, list[tuple[float, float]]]]:
+    """{(context, batch): {policy: [(share of the old tokens read, ratio to BF16)]}}, each with the best number of drafts.
+
+    Args:
+        rows: of end_to_end.py. acceptance: of acceptance.py, of one context, temperature and text.
+    """
+    accepted: dict[str, dict[float, list[float]]] = {}
+    for row in acceptance:
+        budget = float(row.get("draft_context", 1.0))
+        for policy in [row["draft_selection"]] if "draft_selection" in row else ["attention", "window", "snapkv"]:
+            of_policy = accepted.setdefault(policy, {})
+            if len(row["per_position"]) > len(of_policy.get(budget, [])):
+                of_policy[budget] = row["per_position"]
+    bf16 = {(row["context"], row["batch"]): row for row in rows if row["config"] == "bf16" and "ms_per_step" in row}
+    best: dict[tuple[int, int], dict[str, dict[float, float]]] = {}
+    for row in rows:
+        kind, point = kind_of(row["config"]), (row["context"], row["batch"])
+        if kind not in ("quantspec", *SPARSE) or "ms_per_step" not in row or point not in bf16:
+            continue
+        read = read_of(row["config"])
+        for policy, of_policy in accepted.items():
+            if read in of_policy:
+                tokens = tokens_per_verification(of_policy[read], drafted(row["config"]))
+                ratio = tokens * bf16[point]["ms_per_step"] / row["ms_per_step"]
+                found = best.setdefault(point, {}).setdefault(policy, {})
+                found[read] = max(ratio, found.get(read, 0))
+    return {point: {policy: sorted(found.items()) for policy, found in by.items()} for point, by in best.items()}
+
+
+def plot_budgets(path: Path, results: dict, acceptance: list[dict]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    context = max(row["context"] for row in acceptance)
+    temperature = max(row["temperature"] for row in acceptance)
+    used = [r for r in acceptance if (r["context"], r["temperature"], r["novel"]) == (context, temperature, "all")]
+    points = speed_by_budget(results["rows"], used)
+    if not any(len(line) > 1 for by in points.values() for line in by.values()):
+        print("No budget of sparse drafts has both a measured speed and a measured acceptance: no plot of them.")
+        return
+    figure, axes = plt.subplots(1, len(points), figsize=(3.4 * len(points), 3.8), squeeze=False)
+    for axis, (point, by) in zip(axes[0], sorted(points.items(), key=lambda item: item[0][::-1]), strict=True):
+        for policy, line in by.items():
+            axis.plot(*zip(*line, strict=True), marker="o", label=policy)
+        axis.set_xscale("log", base=2)
+        ticks = sorted({read for line in by.values() for read, _ in line})
+        axis.set_xticks(ticks, ["all" if read == 1 else f"1/{round(1 / read)}" for read in ticks])
+        axis.set_title(f"{point[0] // 1024}k, batch {point[1]}")
+        axis.set_xlabel("old tokens that a draft step reads")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("decode speed, times BF16")
+    axes[0][0].legend(fontsize=8)
+    figure.suptitle(
+        f"{results['shape']} shape, {results['machine']['gpu']}, acceptance as at {context // 1024}k and T={temperature:g}",
+        fontsize=10,
+    )
+    figure.tight_layout()
+    figure.savefig(path.with_name(f"{path.stem}-budget.png"), dpi=140)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="8b", help=f"{', '.join(SHAPES)}, or what the JSON is called by")
     parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--sparse-acceptance", type=Path, default=RESULTS / "sparse_acceptance-books-30m.json", help="of acceptance.py"
+    )
     args = parser.parse_args()
     path = args.json or RESULTS / f"end_to_end-{args.shape}.json"
     results = json.loads(path.read_text())
@@ -158,6 +240,11 @@ def main() -> None:
     print(table("Tokens a verification must yield to be as fast as BF16, as QuantSpec", best, drafting, break_even_cell))
     print(acceptance_table(results["rows"]))
     plot(path, results, best, [kind for kind in kinds if kind != "ngram"])
+    if any(kind_of(row["config"]) in SPARSE for row in results["rows"]):
+        if args.sparse_acceptance.exists():
+            plot_budgets(path, results, json.loads(args.sparse_acceptance.read_text())["rows"])
+        else:
+            print(f"{args.sparse_acceptance} is not there: no plot of speed against the budget.")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from cache_kernels import DEVICE, ints, median_us
 from common import write_json
 
 from vllm_quantspec.kernels import page_selection
-from vllm_quantspec.kernels.page_selection import plan_selection, plan_snapkv, reduce_scores, select_pages, select_snapkv
+from vllm_quantspec.kernels.page_selection import plan_selection, reduce_scores, select_pages
+from vllm_quantspec.kernels.snapkv import plan_snapkv, select_snapkv
 
 LAYERS, HEADS, GROUP, QUERIES, PAGE = 32, 8, 4, 5, 128
 SHAPES = ((128, 1), (96, 8), (32, 16))  # thousands of tokens, requests

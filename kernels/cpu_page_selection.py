@@ -128,10 +128,11 @@ def _choose(
 #
 # State, in rows that belong to requests as long as they run:
 #
-#     idx_mapping  int32 [R]   each request's row; negative: none, the request is padding
+#     idx_mapping  int32 or int64 [R]   each request's row; negative: none, the request is padding
 #     snap_pages   int32 [N]   pages that were scored when the choice was made; 0: no choice yet
 #     snap_count   int32 [N]   how many of them were chosen
-#     snap         int32 [L, H, N, words]   which: bit page % 32 of word page // 32
+#     snap         int32 [L, H, N, words]   which: bit page % 32 of word page // 32; those of pages from snap_pages on mean
+#                                           nothing
 
 
 def plan_snapkv(

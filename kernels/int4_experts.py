@@ -178,12 +178,13 @@ def reference(
     w2: Packed,
     activation: str = "silu",
 ) -> torch.Tensor:
-    """`int4_experts` in plain PyTorch."""
+    """`int4_experts` in plain PyTorch, token by token: the experts of all tokens together may be larger than a GPU."""
     _check(x, topk_weights, topk_ids, w13, w2, activation)
-    ids = topk_ids.long()
-    gate, up = torch.einsum("tkoi,ti->tko", dequantize(w13)[ids], x.float()).chunk(2, dim=-1)
-    down = torch.einsum("tkoi,tki->tko", dequantize(w2)[ids], ACTIVATIONS[activation](gate) * up)
-    return (topk_weights.unsqueeze(-1) * down).sum(1).to(x.dtype)
+    gate_and_up, down, out = dequantize(w13), dequantize(w2), torch.empty_like(x)
+    for token, weights, ids, row in zip(x.float(), topk_weights, topk_ids.long(), out, strict=True):
+        gate, up = torch.einsum("koi,i->ko", gate_and_up[ids], token).chunk(2, dim=-1)
+        row.copy_(weights @ torch.einsum("koi,ki->ko", down[ids], ACTIVATIONS[activation](gate) * up))
+    return out
 
 
 def _check(x, topk_weights, topk_ids, w13: Packed, w2: Packed, activation: str) -> None:

@@ -3,7 +3,7 @@
     verification, layer by layer    decode attention -> `raw`, `lse`;  `reduce_scores` -> the layer's scores
     head of the drafts              `plan_selection` -> how many pages;  `select_pages` -> which ones, for all layers
 
-`plan_snapkv` and `select_snapkv` take the place of the last two where pages are chosen once after the prompt.
+`snapkv` has what takes the place of the last two where pages are chosen once after the prompt.
 
 Lengths and counts are read on the device. Grids depend on shapes and host integers only, so a captured CUDA graph replays
 with any lengths that fit them. Run each function once with the same shapes before capturing: Triton compiles on the first
@@ -77,7 +77,7 @@ def reduce_scores(
     requests, queries, group = query_start_loc.shape[0] - 1, scores_of_layer.shape[2], lse.shape[1] // heads
     if rows < queries * group:
         raise ValueError(f"raw has {rows} rows of a KV head; {queries} query tokens of {group} heads need more.")
-    _check_requests(requests, query_start_loc=query_start_loc, begin=begin, num_scored=num_scored)
+    check_requests(requests, query_start_loc=query_start_loc, begin=begin, num_scored=num_scored)
     _check_max_pages(max_pages)
     check_device(raw)
     tile = power_of_two(queries) * power_of_two(group) * 2
@@ -129,7 +129,7 @@ def plan_selection(
         ValueError: if an argument does not fit the above.
         RuntimeError: where Triton is not installed.
     """
-    requests = _check_plan(num_scored, count, dense_from, pages, fraction)
+    requests = check_plan(num_scored, count, dense_from, pages, fraction)
     check_device(num_scored)
     _plan_selection[(1,)](
         num_scored,
@@ -141,7 +141,7 @@ def plan_selection(
         fraction,
         min_pages,
         min_total_pages,
-        RP=_padded_requests(count.shape[0]),
+        RP=padded_requests(count.shape[0]),
         **overlap(num_scored),
     )
 
@@ -174,7 +174,7 @@ def select_pages(
         ValueError: if an argument does not fit the above.
         RuntimeError: where Triton is not installed.
     """
-    grid, constants = _check_selection(
+    grid, constants = check_selection(
         scores, begin, num_rows, page_list, max_pages, count=count, dense_from=dense_from, block_table=block_table
     )
     check_device(page_list)
@@ -189,129 +189,7 @@ def select_pages(
         block_table.stride(0),
         block_table.shape[1],
         page_list.shape[2],
-        *_strides(scores),
-        **constants,
-    )
-
-
-def plan_snapkv(
-    num_scored: torch.Tensor,
-    idx_mapping: torch.Tensor,
-    snap_pages: torch.Tensor,
-    snap_count: torch.Tensor,
-    count: torch.Tensor,
-    dense_from: torch.Tensor,
-    fresh: torch.Tensor,
-    *,
-    pages: int,
-    fraction: float,
-    min_pages: int,
-    min_total_pages: int,
-) -> None:
-    """`plan_selection` for pages that are chosen once, as `cpu_page_selection.plan_snapkv`; uses `num_scored` up.
-
-    Args:
-        num_scored: int32 [R], read and set to 0.
-        idx_mapping: int32 [at least R], each request's row of the state; -1 for the padding of a CUDA graph.
-        snap_pages, snap_count: int32 [N], the state; zeros when it is made.
-        count, dense_from, fresh: int32 [at least R], of one length, written as a whole: 0 beyond the R requests.
-        pages, fraction, min_pages, min_total_pages: as in `cpu_page_selection.plan_selection`.
-
-    Raises:
-        ValueError: if an argument does not fit the above.
-        RuntimeError: where Triton is not installed.
-    """
-    requests = _check_plan(num_scored, count, dense_from, pages, fraction)
-    _check_requests(requests, idx_mapping=idx_mapping)
-    check_int32(snap_pages=snap_pages, snap_count=snap_count, fresh=fresh)
-    if snap_pages.shape != snap_count.shape or fresh.shape != count.shape:
-        raise ValueError(
-            f"snap_pages {list(snap_pages.shape)} and snap_count {list(snap_count.shape)}, or count {list(count.shape)} and "
-            f"fresh {list(fresh.shape)}, differ in length."
-        )
-    check_device(num_scored)
-    _plan_snapkv[(1,)](
-        num_scored,
-        idx_mapping,
-        snap_pages,
-        snap_count,
-        count,
-        dense_from,
-        fresh,
-        requests,
-        count.shape[0],
-        snap_pages.shape[0],
-        pages,
-        fraction,
-        min_pages,
-        min_total_pages,
-        RP=_padded_requests(count.shape[0]),
-        **overlap(num_scored),
-    )
-
-
-def select_snapkv(
-    scores: torch.Tensor,
-    begin: torch.Tensor,
-    num_rows: torch.Tensor,
-    count: torch.Tensor,
-    dense_from: torch.Tensor,
-    fresh: torch.Tensor,
-    idx_mapping: torch.Tensor,
-    snap: torch.Tensor,
-    block_table: torch.Tensor,
-    page_list: torch.Tensor,
-    *,
-    max_pages: int,
-) -> None:
-    """`select_pages` for pages that are chosen once, as `cpu_page_selection.select_snapkv`: chooses, or reads its choice.
-
-    Args:
-        fresh: int32 [at least R], of `plan_snapkv`.
-        idx_mapping: int32 [at least R], each request's row of the state.
-        snap: int32 [L, H, N, words], contiguous: bit p % 32 of word p // 32 says that page p was chosen; 32 * words are at
-            least max_pages.
-        Others: as in `select_pages`.
-
-    Raises:
-        ValueError: if an argument does not fit the above.
-        RuntimeError: where Triton is not installed.
-    """
-    if scores is None:
-        raise ValueError("Pages that are chosen once need scores.")
-    tables = {"fresh": fresh, "idx_mapping": idx_mapping, "block_table": block_table}
-    grid, constants = _check_selection(
-        scores, begin, num_rows, page_list, max_pages, count=count, dense_from=dense_from, **tables
-    )
-    check_int32(snap=snap)
-    if (
-        snap.dim() != 4
-        or snap.shape[:2] != page_list.shape[:2]
-        or not snap.is_contiguous()
-        or 32 * snap.shape[3] < max_pages
-    ):
-        raise ValueError(
-            f"snap must be contiguous [{page_list.shape[0]}, {page_list.shape[1]}, any, {-(-max_pages // 32)} or more], "
-            f"got {list(snap.shape)}."
-        )
-    check_device(page_list)
-    _select_snapkv[grid](
-        scores,
-        begin,
-        num_rows,
-        count,
-        dense_from,
-        fresh,
-        idx_mapping,
-        snap,
-        block_table,
-        page_list,
-        block_table.stride(0),
-        block_table.shape[1],
-        page_list.shape[2],
-        *_strides(scores),
-        snap.shape[2],
-        snap.shape[3],
+        *strides_of(scores),
         **constants,
     )
 
@@ -319,7 +197,7 @@ def select_snapkv(
 # --- Checks -----------------------------------------------------------------------------------------------------------
 
 
-def _check_requests(requests: int, **tensors: torch.Tensor) -> None:
+def check_requests(requests: int, **tensors: torch.Tensor) -> None:
     check_int32(**tensors)
     for name, x in tensors.items():
         if requests < 1 or x.shape[0] < requests:
@@ -340,10 +218,10 @@ def _check_scores(scores: torch.Tensor, heads: int, slots: int) -> None:
         )
 
 
-def _check_plan(num_scored: torch.Tensor, count: torch.Tensor, dense_from: torch.Tensor, pages: int, fraction: float) -> int:
+def check_plan(num_scored: torch.Tensor, count: torch.Tensor, dense_from: torch.Tensor, pages: int, fraction: float) -> int:
     """The number of requests."""
     requests = num_scored.shape[0]
-    _check_requests(requests, num_scored=num_scored, count=count, dense_from=dense_from)
+    check_requests(requests, num_scored=num_scored, count=count, dense_from=dense_from)
     if count.shape != dense_from.shape:
         raise ValueError(f"count {list(count.shape)} and dense_from {list(dense_from.shape)} differ in length.")
     if pages < 1 or not 0 <= fraction <= 1:
@@ -351,7 +229,7 @@ def _check_plan(num_scored: torch.Tensor, count: torch.Tensor, dense_from: torch
     return requests
 
 
-def _check_selection(
+def check_selection(
     scores: torch.Tensor | None,
     begin: torch.Tensor,
     num_rows: torch.Tensor,
@@ -361,7 +239,7 @@ def _check_selection(
 ) -> tuple[tuple[int, int, int], dict]:
     """The grid of a selection, and the constants of its kernel."""
     requests = num_rows.shape[0]
-    _check_requests(requests, num_rows=num_rows, begin=begin, **tables)
+    check_requests(requests, num_rows=num_rows, begin=begin, **tables)
     check_int32(page_list=page_list)
     if page_list.dim() != 3 or not page_list.is_contiguous():
         raise ValueError(f"page_list must be contiguous [layers, heads, slots], got {list(page_list.shape)}.")
@@ -377,12 +255,12 @@ def _check_selection(
     return (requests, heads, layers), constants | overlap(page_list)
 
 
-def _strides(scores: torch.Tensor | None) -> tuple[int, int]:
+def strides_of(scores: torch.Tensor | None) -> tuple[int, int]:
     """Of layers and heads."""
     return (0, 0) if scores is None else scores.stride()[:2]
 
 
-def _padded_requests(requests: int) -> int:
+def padded_requests(requests: int) -> int:
     return max(32, power_of_two(requests))
 
 
@@ -395,7 +273,7 @@ TENSORS = ["scores", "query_start_loc", "begin", "num_scored", "num_rows", "coun
 TENSORS += ["fresh", "idx_mapping", "snap_pages", "snap_count"]
 
 
-def _options(*parameters: str) -> dict[str, list[str]]:
+def options(*parameters: str) -> dict[str, list[str]]:
     return {
         "do_not_specialize": [name for name in parameters if name in NUMBERS],
         "do_not_specialize_on_alignment": [name for name in parameters if name in TENSORS],
@@ -410,7 +288,7 @@ def _had(pair, norm):
     return tl.where(pair == 0, 0.0, total * tl.exp2(top - norm))
 
 
-@jit(**_options("scores", "query_start_loc", "begin", "num_scored", "requests", "rows", "head_stride"))
+@jit(**options("scores", "query_start_loc", "begin", "num_scored", "requests", "rows", "head_stride"))
 def _reduce_scores(
     raw,
     flags,
@@ -477,7 +355,7 @@ def _reduce_scores(
 
 
 @jit
-def _budget(num_scored, pages, fraction, min_pages, min_total_pages):
+def budget_of(num_scored, pages, fraction, min_pages, min_total_pages):
     """How many of [R] scored pages are chosen; 0 for all."""
     budget = tl.maximum(tl.ceil(num_scored.to(tl.float32) * fraction).to(tl.int32), pages)
     sparse = (num_scored >= tl.maximum(min_pages, 1)) & (budget < num_scored) & (tl.sum(num_scored) >= min_total_pages)
@@ -487,7 +365,7 @@ def _budget(num_scored, pages, fraction, min_pages, min_total_pages):
 PLAN = ("num_scored", "count", "dense_from", "requests", "entries", "pages", "min_pages", "min_total_pages")
 
 
-@jit(**_options(*PLAN))
+@jit(**options(*PLAN))
 def _plan_selection(
     num_scored,
     count,
@@ -506,56 +384,14 @@ def _plan_selection(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     scored = tl.load(num_scored + r, mask=r < requests, other=0)
-    chosen = _budget(scored, pages, fraction, min_pages, min_total_pages)
+    chosen = budget_of(scored, pages, fraction, min_pages, min_total_pages)
     tl.store(count + r, chosen, mask=r < entries)
     tl.store(dense_from + r, tl.where(chosen > 0, scored, 0), mask=r < entries)
     tl.store(num_scored + r, 0, mask=r < requests)
 
 
-@jit(**_options(*PLAN, "idx_mapping", "snap_pages", "snap_count", "fresh", "states"))
-def _plan_snapkv(
-    num_scored,
-    idx_mapping,
-    snap_pages,
-    snap_count,
-    count,
-    dense_from,
-    fresh,
-    requests,
-    entries,
-    states,
-    pages,
-    fraction,
-    min_pages,
-    min_total_pages,
-    RP: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    r = tl.arange(0, RP)
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    state = tl.load(idx_mapping + r, mask=r < requests, other=-1)
-    real = (state >= 0) & (state < states)
-    scored = tl.load(num_scored + r, mask=r < requests, other=0)
-    scored = tl.where(real, scored, 0)
-    old_pages = tl.load(snap_pages + state, mask=real, other=0)
-    old_count = tl.load(snap_count + state, mask=real, other=0)
-    chosen = _budget(scored, pages, fraction, min_pages, min_total_pages)
-    kept = (scored > 0) & (old_pages > 0)
-    is_fresh = (chosen > 0) & (old_pages == 0)
-    chosen = tl.where(kept, old_count, chosen)
-    covered = tl.where(kept, old_pages, tl.where(is_fresh, scored, 0))
-    tl.store(snap_pages + state, covered, mask=real)
-    tl.store(snap_count + state, chosen, mask=real)
-    tl.store(count + r, chosen, mask=r < entries)
-    tl.store(dense_from + r, covered, mask=r < entries)
-    tl.store(fresh + r, is_fresh.to(tl.int32), mask=r < entries)
-    tl.store(num_scored + r, 0, mask=r < requests)
-
-
 @jit
-def _keys(scores, page, pages, num_rows, Q: tl.constexpr):
+def keys_of(scores, page, pages, num_rows, Q: tl.constexpr):
     """Mass of the pages as integers in the same order: floats that are not negative compare like their bits. -1: no page."""
     mass = tl.zeros(page.shape, tl.float32)
     for q in tl.static_range(Q):  # one row after the other: the same sums as the twin's
@@ -567,7 +403,7 @@ def _keys(scores, page, pages, num_rows, Q: tl.constexpr):
 
 
 @jit
-def _most(keys, chosen):
+def largest(keys, chosen):
     """Which keys are the `chosen` largest, of equal ones the first; and how many of those are before each, itself included.
 
     Bisection for the smallest key that is in. It ends when it separates exactly `chosen` keys, mostly after half of the
@@ -589,7 +425,7 @@ def _most(keys, chosen):
 
 
 @jit
-def _write(page_list, table_row, table_width, page, place, mask):
+def write_blocks(page_list, table_row, table_width, page, place, mask):
     """Put the blocks of `page` at `place` of a list."""
     block = tl.load(table_row + page, mask=mask & (page < table_width), other=0)
     tl.store(page_list + place, block, mask=mask)
@@ -599,7 +435,7 @@ SELECT = ("scores", "begin", "num_rows", "count", "dense_from", "block_table", "
 SELECT += ("layer_stride", "head_stride")
 
 
-@jit(**_options(*SELECT))
+@jit(**options(*SELECT))
 def _select_pages(
     scores,
     begin,
@@ -631,60 +467,9 @@ def _select_pages(
     page_list += (layer * tl.num_programs(1) + head) * slots + first
     if scores is None:
         newest = tl.where(page == 0, 0, pages - chosen + page)
-        _write(page_list, table_row, table_width, newest, page, page < chosen)
+        write_blocks(page_list, table_row, table_width, newest, page, page < chosen)
     else:
         scores += layer * layer_stride + head.to(tl.int64) * head_stride + first.to(tl.int64) * Q
-        keys = _keys(scores, page, pages, tl.load(num_rows + r), Q)
-        selected, place = _most(keys, chosen)
-        _write(page_list, table_row, table_width, page, place - 1, selected)
-
-
-@jit(**_options(*SELECT, "fresh", "idx_mapping", "states", "words"))
-def _select_snapkv(
-    scores,
-    begin,
-    num_rows,
-    count,
-    dense_from,
-    fresh,
-    idx_mapping,
-    snap,
-    block_table,
-    page_list,
-    table_stride,
-    table_width,
-    slots,
-    layer_stride,
-    head_stride,
-    states,
-    words,
-    Q: tl.constexpr,
-    PAGES: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    r, head, layer = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    chosen = tl.load(count + r)
-    if chosen == 0:
-        return
-    pages = tl.load(dense_from + r)
-    first = tl.load(begin + r)
-    page = tl.arange(0, PAGES)
-    table_row = block_table + r.to(tl.int64) * table_stride
-    layer_and_head = layer * tl.num_programs(1) + head
-    page_list += layer_and_head * slots + first
-    snap += (layer_and_head * states + tl.load(idx_mapping + r)) * words
-    if tl.load(fresh + r) != 0:
-        scores += layer * layer_stride + head.to(tl.int64) * head_stride + first.to(tl.int64) * Q
-        keys = _keys(scores, page, pages, tl.load(num_rows + r), Q)
-        selected, place = _most(keys, chosen)
-        bits = selected.to(tl.int32) << page % 32
-        word = tl.arange(0, PAGES // 32)
-        tl.store(snap + word, tl.xor_sum(tl.reshape(bits, (PAGES // 32, 32)), axis=1), mask=word < words)
-    else:
-        there = page < pages
-        selected = (tl.load(snap + page // 32, mask=there, other=0) >> page % 32 & 1) != 0
-        place = tl.cumsum(selected.to(tl.int32), axis=0)
-    _write(page_list, table_row, table_width, page, place - 1, selected)
+        keys = keys_of(scores, page, pages, tl.load(num_rows + r), Q)
+        selected, place = largest(keys, chosen)
+        write_blocks(page_list, table_row, table_width, page, place - 1, selected)

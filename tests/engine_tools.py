@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from vllm import LLM, SamplingParams
+from vllm import LLM, RequestOutput, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.platforms import current_platform
 
@@ -108,6 +108,24 @@ def quantspec(num_speculative_tokens: int = 4, **options) -> dict:
     return {"speculative_config": config}
 
 
+def abort_one_of_three(llm: LLM, prompts: Sequence[list[int]], max_tokens: int) -> list[Answer | None]:
+    """Greedy answers to three prompts, the second of which is aborted between steps, while it is drafted for."""
+    core, finished, step = llm.llm_engine, {}, 0
+    for i, prompt in enumerate(prompts):
+        params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, logprobs=5)
+        core.add_request(f"abort-{i}", {"prompt_token_ids": prompt}, params)
+    while core.has_unfinished_requests():
+        for output in core.step():
+            if output.finished:
+                finished[output.request_id] = answer_of(output)
+        step += 1
+        if step == 4:
+            core.abort_request(["abort-1"])
+    aborted = finished.pop("abort-1", None)
+    assert aborted is None or len(aborted.tokens) < max_tokens
+    return [finished["abort-0"], aborted, finished["abort-2"]]
+
+
 @dataclass
 class Answer:
     """One request's output: tokens, why it ended, and the five likeliest tokens (log-probabilities) at each step."""
@@ -124,12 +142,13 @@ def generate(llm: LLM, prompts: Sequence[list[int]], max_tokens: int | Sequence[
     lengths = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
     params = [SamplingParams(max_tokens=n, **sampling) for n in lengths]
     outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-    answers = []
-    for output in outputs:
-        completion = output.outputs[0]
-        top = [{token: lp.logprob for token, lp in step.items()} for step in completion.logprobs or []]
-        answers.append(Answer(list(completion.token_ids), completion.finish_reason, top, output.num_cached_tokens or 0))
-    return answers
+    return [answer_of(output) for output in outputs]
+
+
+def answer_of(output: RequestOutput) -> Answer:
+    completion = output.outputs[0]
+    top = [{token: lp.logprob for token, lp in step.items()} for step in completion.logprobs or []]
+    return Answer(list(completion.token_ids), completion.finish_reason, top, output.num_cached_tokens or 0)
 
 
 def divergence(expected: Answer, actual: Answer) -> tuple[int, float] | None:

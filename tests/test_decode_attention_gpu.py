@@ -328,7 +328,9 @@ def test_scores(head_size, group_size, heads, query_heads, bits, query_len):
     query_lens = [query_len, query_len, 1, query_len, query_len]
     case = Case(fmt, query_heads, lengths, query_lens, hits=[0, 0, 4 * group_size, 0, 0])
     out, got, begin, num_scored = case.scored(bits)
-    torch.testing.assert_close(out, case.run(bits), rtol=0.02, atol=2e-3)  # cut between warps elsewhere
+    # Cut between warps elsewhere, so partial sums of other pages are rounded: outputs near zero, of parts that cancel, move
+    # by the rounding of those parts.
+    torch.testing.assert_close(out, case.run(bits), rtol=0.02, atol=4e-3)
     expected = torch.full_like(got, float("nan"))
     begins, pages = cpu_page_selection.scored_pages(fmt, case.query_start_loc, case.seq_lens, got.shape[1])
     case.expected(bits, scores=expected, begin=begins)

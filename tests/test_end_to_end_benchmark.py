@@ -2,6 +2,7 @@
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,35 @@ def test_report(tmp_path, capsys, monkeypatch):
     assert "| 32k, 4 | 36.0 | 36.0 | 36.0 |" in lines
     assert "| 32k, 4 | 1.10, 2.45 of 6 | 2.10 of 6 |" in lines
     assert "| 32k, 4 | 1.76x | 2.23x | 2.45x | 2.65x | 2.75x |" in lines
+
+
+def test_speed_against_the_budget(tmp_path, capsys, monkeypatch):
+    """Time of a step from one file, accepted tokens from the other: 1 + 0.8 + 0.6 in 12 ms, and BF16 takes 10 for one."""
+    rows = [dict(BF16), drafting("2", 20.0), drafting("sparse16-2", 12.0), drafting("sparse16-3", 15.0)]
+    where = {"context": 32768, "temperature": 0.7, "novel": "all", "config": "drafted-2"}
+    dense, sparse = {"per_position": [0.9, 0.8]}, {"draft_context": "0.0625", "draft_selection": "attention"}
+    accepted = [where | dense, where | sparse | {"per_position": [0.8, 0.6]}]
+    accepted.append(where | sparse | {"per_position": [0.5, 0.1], "draft_selection": "window"})
+    accepted.append(where | sparse | {"per_position": [0.1, 0.1], "context": 8192})
+    assert report.tokens_per_verification([0.8, 0.6], 3) == pytest.approx(1 + 0.8 + 0.6 + 0.45)
+    assert report.tokens_per_verification([0.8, 0.6], 1) == pytest.approx(1.8)
+    points = report.speed_by_budget(rows, accepted[:-1])[32768, 4]
+    assert points["attention"] == [(1 / 16, pytest.approx(2.0)), (1.0, pytest.approx(1.35))]
+    assert points["window"] == [(1 / 16, pytest.approx(1.6 / 1.2)), (1.0, pytest.approx(1.35))]
+    assert points["snapkv"] == [(1.0, pytest.approx(1.35))]
+    end_to_end.add_derived(rows, 0.9)
+    path = tmp_path / "end_to_end-8b-sparse.json"
+    path.write_text(json.dumps({"machine": {"gpu": "a GPU"}, "shape": "8b", "acceptance": 0.9, "rows": rows}))
+    other = tmp_path / "accepted.json"
+    monkeypatch.setattr(sys, "argv", ["report", "--json", str(path), "--sparse-acceptance", str(other)])
+    monkeypatch.setattr(report, "plot", lambda *args: None)
+    report.main()
+    said = capsys.readouterr().out
+    assert "is not there: no plot" in said and "QuantSpec, 1/16 read" in said
+    other.write_text(json.dumps({"rows": accepted}))
+    if find_spec("matplotlib"):
+        report.main()
+        assert path.with_name("end_to_end-8b-sparse-budget.png").exists()
 
 
 def test_tokenizer_of_random_weights(tmp_path):

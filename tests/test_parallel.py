@@ -38,15 +38,19 @@ def expected(books_4m, passage):
 
 def check(model, expected, what, **kwargs):
     prompts, answers = expected
-    with engine(model, tensor_parallel_size=2, **kwargs, **quantspec()) as llm:
+    with engine(model, tensor_parallel_size=2, **kwargs) as llm:
         actual = generate(llm, prompts, MAX_TOKENS)
         drafts, accepted = speculation_counts(llm)
-    assert_same_or_tied(answers, actual, TIE, what)
-    assert accepted[0] > drafts / 2  # each worker quantized its own half of the weights
+        assert_same_or_tied(answers, actual, TIE, what)
+        assert accepted[0] > drafts / 2  # each worker quantized its own half of the weights
+        yield llm
 
 
-def test_processes(books_4m, expected):
-    check(books_4m, expected, "mp")
+def test_processes_with_sparse_drafts(books_4m, expected):
+    """Each worker chooses pages for its own KV head. (Drafts that read everything: the tests below.)"""
+    for llm in check(books_4m, expected, "mp", **quantspec(draft_context=256)):
+        shares = llm.collective_rpc(lambda worker: worker.model_runner.drafter.page_scores.share.mean)
+        assert shares[0] == shares[1] < 0.7
 
 
 def test_a_mixture_of_experts(tmp_path):
@@ -132,7 +136,8 @@ def ray_cluster(monkeypatch):
 
 def test_ray(books_4m, expected, ray_cluster):
     assert [node["Resources"]["CPU"] for node in ray_cluster.nodes()] == [1, 1]
-    check(books_4m, expected, "Ray", distributed_executor_backend="ray")
+    for _ in check(books_4m, expected, "Ray", distributed_executor_backend="ray", **quantspec()):
+        pass
 
 
 def test_pipeline_stages_are_refused(books_4m):

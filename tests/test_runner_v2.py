@@ -27,6 +27,7 @@ def builder():
         parallel_config=SimpleNamespace(decode_context_parallel_size=1),
         speculative_config=speculation,
         num_speculative_tokens=4,
+        compilation_config=SimpleNamespace(static_forward_context={}),
     )
     return QuantSpecMetadataBuilder(pages, ["layer"], config, torch.device("cpu"))
 
@@ -71,6 +72,15 @@ def test_rows_of_a_step(builder, query_lens, num_decodes, max_query_len):
     assert (metadata.num_decodes, metadata.max_query_len) == (num_decodes, max_query_len)
     assert metadata.num_decode_tokens == sum(query_lens[:num_decodes])
     assert metadata.num_unverified.data_ptr() == builder.num_unverified.data_ptr()
+
+
+def test_metadata_carry_the_sparse_drafts_of_their_layers(builder):
+    assert builder.build(0, step([5, 40], [1005, 40])).page_scores is None
+    layer = SimpleNamespace(impl=SimpleNamespace(page_scores=None))
+    builder.vllm_config.compilation_config.static_forward_context["layer"] = layer
+    assert builder.build(0, step([5, 40], [1005, 40])).page_scores is None
+    layer.impl.page_scores = sparse = object()
+    assert builder.build(0, step([5, 40], [1005, 40])).page_scores is sparse
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,12 @@
 """Sparse drafts on the CPU engine: the output is that of speculation off whatever they read, and they read less."""
 
-import logging
 import random
 
 import pytest
 import torch
 from engine_tools import (
     QUANTSPEC_CACHE,
-    Answer,
+    abort_one_of_three,
     assert_same_or_tied,
     engine,
     generate,
@@ -16,25 +15,24 @@ from engine_tools import (
     speculation_counts,
 )
 from test_sampling import ALPHA, DISTRIBUTIONS, SEEDS, draw, statistics
-from vllm import LLM, SamplingParams
+from vllm import LLM
 from vllm.platforms import current_platform
 
 from vllm_quantspec import sparse_policy
-from vllm_quantspec.config import DraftBudget, draft_budget
+from vllm_quantspec.config import DraftBudget, draft_budget, parse_draft_context
 from vllm_quantspec.format import PageFormat
 from vllm_quantspec.kernels import cpu_decode
 
 if not current_platform.is_cpu():
     pytest.skip("the CPU engine's sparse drafts", allow_module_level=True)
 
-from vllm_quantspec.integration.cpu.page_scores import PageScores
-from vllm_quantspec.integration.draft import sparse
+from vllm_quantspec.integration.cpu.page_scores import PageScores, make_page_scores
 
 G = 128
 TIE = 2e-3  # in float32, see test_lossless.py
 # Recomputing what was generated before a preemption reads it exact, where decoding had read the older of it in 8 bits.
 RECOMPUTED = 0.25
-MAX_TOKENS = 40
+MAX_TOKENS = 32
 # Prompts above 1,024 tokens are computed in chunks of as many, whatever else is in the batch; the last ones are short, since
 # vLLM computes the prompt of a request that is alone as a whole. More requests than seats.
 SIZE = {
@@ -51,8 +49,10 @@ POLICIES = {
     "window": {"draft_context": 2 * G, "draft_selection": "window"},
     "snapkv": {"draft_context": 2 * G, "draft_selection": "snapkv"},
     "auto": {"draft_context": "auto"},
-    "one page, groups of 64": {"draft_context": 64, "group_size": 64},
 }
+# A pool that holds the prompts of `test_preemption`, and not all of their answers.
+BLOCKS, ANSWER = 60, 260
+DRAWS = 320
 
 
 # --- Policy and state, without an engine ------------------------------------------------------------------------------
@@ -164,19 +164,27 @@ def test_snapkv_gives_the_rows_of_requests_that_are_gone_to_others():
         state.forget(set(seen.sample(names, 2)))
 
 
-def test_the_share_that_is_read(caplog, monkeypatch):
+def test_the_share_that_is_read():
     state = page_scores()
     score(state, [64 * 12 + 1, 64 * 3], [1, 1])
     selection = choose(state, [1, 1], "ab")
     state.count_reading(selection, torch.tensor([64 * 13, 64 * 3]), 4)
     # Of 12 and 2 pages all but the 8 old ones that were not chosen, and one newer than the choice.
     assert (state.share.read, state.share.old) == (4 * (14 - 9), 4 * 14)
-    monkeypatch.setattr(state.share, "_last", -1e9)  # long ago
-    monkeypatch.setattr(sparse.logger, "handlers", [caplog.handler])  # vLLM's loggers do not propagate
-    with caplog.at_level(logging.INFO, sparse.logger.name):
-        state.count_reading(None, torch.tensor([64 * 13]), 2)
-        state.count_reading(None, torch.tensor([3]), 2)
-    assert set(caplog.messages) == {"quantspec: draft steps read 55.0 % of the cache (mean of the last 6 steps)"}
+
+
+def test_requests_that_would_choose_all_of_their_pages_are_not_scored():
+    state = page_scores(pages=4)
+    score(state, [64 * 6, 64 * 7, 64 * 3], [1, 1, 1])
+    assert [state.of_layer(0).scores.shape[1], *state._num_scored.tolist()] == [5, 0, 5, 0]
+    assert choose(state, [1, 1, 1], "abc").count.tolist() == [0, 4, 0]
+    few = page_scores(min_total_pages=20)
+    score(few, [64 * 12, 64 * 10], [1, 1])
+    assert few.of_layer(0) is None
+    kept = page_scores("snapkv", min_total_pages=20)
+    for lengths, count in (([64 * 12, 64 * 10], [0, 0]), ([64 * 13, 64 * 14], [2, 2]), ([64 * 13, 64 * 2], [2, 0])):
+        score(kept, lengths, [1, 1])  # where the second is another request at last
+        assert getattr(choose(kept, [1, 1], "ab"), "count", torch.zeros(2)).tolist() == count
 
 
 # --- Engines ----------------------------------------------------------------------------------------------------------
@@ -198,29 +206,32 @@ def prompts(tokens):
 
 @pytest.fixture(scope="module")
 def expected(books_4m, prompts):
-    """{group size: answers with speculation off}, to the prompts and then, from the prefix cache, to the longer ones."""
-    answers = {}
-    for group in (128, 64):
-        with engine(books_4m, block_size=group, **SIZE, **QUANTSPEC_CACHE) as llm:
-            answers[group] = [generate(llm, p, MAX_TOKENS) for p in prompts]
-    assert all(a.num_cached_tokens == 0 for a in answers[128][0])
-    assert [a.num_cached_tokens // G for a in answers[128][1]] == [39, 2, 23, 0]
+    """Answers with speculation off: to the prompts and then, from the prefix cache, to the longer ones."""
+    with engine(books_4m, **SIZE, **QUANTSPEC_CACHE) as llm:
+        answers = [generate(llm, p, MAX_TOKENS) for p in prompts]
+    assert all(a.num_cached_tokens == 0 for a in answers[0])
+    assert [a.num_cached_tokens // G for a in answers[1]] == [39, 2, 23, 0]
     return answers
 
 
-@pytest.fixture(scope="module", params=POLICIES)
-def policy(request):
-    return POLICIES[request.param]
-
-
 @pytest.fixture(scope="module")
-def llm(books_4m, expected, policy):
-    with engine(books_4m, **SIZE, **quantspec(4, **policy)) as llm:
+def llm(books_4m, expected):
+    with engine(books_4m, **SIZE, **quantspec(4, draft_context=2 * G)) as llm:
         yield llm
 
 
 def page_scores_of(llm: LLM) -> PageScores:
     return llm.collective_rpc(lambda worker: [worker.model_runner])[0][0].drafter.page_scores
+
+
+def use(llm: LLM, draft_context: str | int, draft_selection: str = "attention") -> None:
+    """Give an engine other sparse drafts, made as when it starts, and an empty prefix cache."""
+    runner = llm.collective_rpc(lambda worker: [worker.model_runner])[0][0]
+    config, drafter = runner.vllm_config.speculative_config, runner.drafter
+    config.draft_context, config.draft_selection = parse_draft_context(draft_context, G), draft_selection
+    layers = runner.vllm_config.compilation_config.static_forward_context
+    drafter.page_scores = make_page_scores(runner.vllm_config, runner.get_model(), drafter.draft, layers)
+    assert llm.reset_prefix_cache()
 
 
 @pytest.fixture
@@ -239,89 +250,84 @@ def pages_read(monkeypatch):
     return counted
 
 
+@pytest.mark.parametrize("policy", POLICIES)
 def test_greedy_output_is_that_of_speculation_off(llm, prompts, expected, policy, pages_read, monkeypatch):
     """More requests than seats, prompts in chunks, drafts with errors; then again, from the prefix cache."""
     put_errors_into_drafts(monkeypatch, 0.3, seed=5)
-    want = expected[policy.get("group_size", 128)]
-    tied = assert_same_or_tied(want[0], generate(llm, prompts[0], MAX_TOKENS), TIE)
+    use(llm, **POLICIES[policy])
+    before = speculation_counts(llm)
+    tied = assert_same_or_tied(expected[0], generate(llm, prompts[0], MAX_TOKENS), TIE)
     share = page_scores_of(llm).share
     assert 0.02 < share.mean < 0.75
+    counted = {m.name: m.value for m in llm.get_metrics() if "quantspec" in m.name}
+    assert counted["vllm:quantspec_draft_pages_read"] < 0.75 * counted["vllm:quantspec_draft_pages"]
     cached = generate(llm, prompts[1], MAX_TOKENS)
-    assert [a.num_cached_tokens for a in cached] == [a.num_cached_tokens for a in want[1]]
-    tied += assert_same_or_tied(want[1], cached, TIE, "cached")
+    assert [a.num_cached_tokens for a in cached] == [a.num_cached_tokens for a in expected[1]]
+    tied += assert_same_or_tied(expected[1], cached, TIE, "cached")
     assert tied <= 2
     # What is said to be read is what was read, but for the rows of unfinished prompts.
     assert 0.01 < pages_read[0] / pages_read[1] < 0.9
-    drafts, accepted = speculation_counts(llm)
-    assert 0.3 * drafts < accepted[0] < drafts
+    after = speculation_counts(llm)
+    drafts, accepted = after[0] - before[0], after[1][0] - before[1][0]
+    assert 0.3 * drafts < accepted < drafts
 
 
-def test_an_aborted_request_leaves_nothing_behind(llm, tokens):
+@pytest.mark.parametrize("policy", ["attention", "snapkv"])
+def test_an_aborted_request_leaves_nothing_behind(llm, tokens, policy):
     """One of three is aborted between steps: the others go on, the pool gets its blocks back, and SnapKV its rows."""
-    core = llm.llm_engine
-    pool = core.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+    use(llm, **POLICIES[policy])
+    pool = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
     free, lengths = pool.get_num_free_blocks(), (1500, 900, 1300)
     prompts = [tokens[9 * i : 9 * i + n] for i, n in enumerate(lengths)]
     alone = [generate(llm, [p], 30)[0] for p in prompts]
-    for i, prompt in enumerate(prompts):
-        params = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True, logprobs=5)
-        core.add_request(f"abort-{i}", {"prompt_token_ids": prompt}, params)
-    finished, step = {}, 0
-    while core.has_unfinished_requests():
-        for output in core.step():
-            if output.finished:
-                finished[output.request_id] = output.outputs[0]
-        step += 1
-        if step == 4:
-            core.abort_request(["abort-1"])
-    assert "abort-1" not in finished or len(finished["abort-1"].token_ids) < 30
-    for i in (0, 2):
-        out = finished[f"abort-{i}"]
-        top = [{t: lp.logprob for t, lp in s.items()} for s in out.logprobs]
-        # Both from the cache here, and not at first: rule 3.
-        assert_same_or_tied([alone[i]], [Answer(list(out.token_ids), out.finish_reason, top)], RECOMPUTED)
+    answers = abort_one_of_three(llm, prompts, 30)
+    assert_same_or_tied(alone[::2], answers[::2], RECOMPUTED)  # both from the cache here, and not at first: rule 3
     assert pool.get_num_free_blocks() == free
     generate(llm, [tokens[:20]], 6)  # the next step tells the worker who is gone
     snapshots = page_scores_of(llm)._snap
     assert snapshots is None or len(snapshots.row_of) <= 1
 
 
-@pytest.mark.parametrize("selection", ["attention", "snapkv"])
-def test_preemption(books_4m, tokens, selection):
+def test_pages_of_64_tokens(books_4m, prompts, monkeypatch):
+    """One of them, and the window; that is half as long, too. (From here on tests have engines of their own.)"""
+    put_errors_into_drafts(monkeypatch, 0.3, seed=6)
+    size = SIZE | {"max_model_len": 4096}
+    with engine(books_4m, block_size=64, **size, **QUANTSPEC_CACHE) as llm:
+        off = generate(llm, prompts[0][2:5], MAX_TOKENS)
+    with engine(books_4m, **size, **quantspec(4, draft_context=64, group_size=64)) as llm:
+        assert_same_or_tied(off, generate(llm, prompts[0][2:5], MAX_TOKENS), TIE)
+        assert page_scores_of(llm).share.mean < 0.3
+
+
+def test_preemption(books_4m, tokens):
     """A pool too small for the load: what was chosen for a request that was preempted is not used when it resumes."""
     prompts = [tokens[60 * i : 60 * i + 500 + 130 * i] for i in range(6)]
-    size = {"max_model_len": 2048, "max_num_seqs": 6, "enable_prefix_caching": False}
-    options = quantspec(4, draft_context=G, draft_selection=selection)
-    with engine(books_4m, num_gpu_blocks_override=60, **size, **options) as crowded:
-        alone = [generate(crowded, [p], 260)[0] for p in prompts[3:]]  # the last ones are preempted first
-        together = generate(crowded, prompts, 260)
-        metrics = {m.name: m.value for m in crowded.get_metrics() if hasattr(m, "value")}
-        assert metrics["vllm:num_preemptions"] > 0
-        assert page_scores_of(crowded).share.mean < 0.7
-    assert [len(a.tokens) for a in together] == [260] * len(prompts)
-    assert_same_or_tied(alone, together[3:], RECOMPUTED)
+    size = {"dtype": "float32", "max_model_len": 2048, "max_num_seqs": 6, "enable_prefix_caching": False}
+    with engine(books_4m, num_gpu_blocks_override=BLOCKS, **size, **quantspec(4, **POLICIES["snapkv"])) as crowded:
+        alone = [generate(crowded, [p], ANSWER)[0] for p in prompts[4:]]  # the last ones are preempted first
+        for policy in ("snapkv", "attention"):
+            use(crowded, G, policy)
+            before = preemptions(crowded)
+            together = generate(crowded, prompts, ANSWER)
+            assert preemptions(crowded) > before
+            assert page_scores_of(crowded).share.mean < 0.7
+            assert [len(a.tokens) for a in together] == [ANSWER] * len(prompts)
+            assert_same_or_tied(alone, together[4:], RECOMPUTED)
 
 
-def test_two_workers_choose_for_their_own_heads(books_4m, prompts, expected, monkeypatch):
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # see test_parallel.py
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    with engine(books_4m, tensor_parallel_size=2, **SIZE, **quantspec(4, **POLICIES["attention"])) as llm:
-        answers = generate(llm, prompts[0][2:4], MAX_TOKENS)
-        shares = llm.collective_rpc(lambda worker: worker.model_runner.drafter.page_scores.share.mean)
-        drafts, accepted = speculation_counts(llm)
-    assert_same_or_tied(expected[128][0][2:4], answers, 0.02)
-    assert shares[0] == shares[1] < 0.7 and accepted[0] > 0.5 * drafts
+def preemptions(llm: LLM) -> int:
+    return next(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
 
 
 def test_draws_have_the_targets_distribution(books_4m, tokens):
     """Drafts that read one page of eight and the window. From a cached prefix with three tokens to compute, which are scored
     like a verification: the very first drafts are sparse."""
     prompt, sampling = tokens[: 10 * G + 3], DISTRIBUTIONS["temperature 0.8"]
-    size = {"max_model_len": 2048, "max_num_seqs": 128}
+    size = {"dtype": "float32", "max_model_len": 2048, "max_num_seqs": 128}
     with engine(books_4m, **size, **QUANTSPEC_CACHE) as llm:
-        off = draw(llm, prompt, SEEDS["off"], 480, **sampling)
+        off = draw(llm, prompt, SEEDS["off"], DRAWS, **sampling)
     with engine(books_4m, **size, **quantspec(3, draft_context=G)) as llm:
-        on = draw(llm, prompt, SEEDS["on"], 480, **sampling)
+        on = draw(llm, prompt, SEEDS["on"], DRAWS, **sampling)
         drafts, accepted = speculation_counts(llm)
         share = page_scores_of(llm).share.mean
     p = statistics(off, on)

@@ -147,6 +147,11 @@ class DraftBudget(NamedTuple):
     fraction: float
     min_pages: int
 
+    @property
+    def min_scored_pages(self) -> int:
+        """A request with fewer old pages reads all of them, whatever they weigh: they need not be scored."""
+        return max(self.min_pages, self.pages + 1)
+
 
 def draft_budget(draft_context: str | int | float, group_size: int) -> DraftBudget | None:
     """The pages of ``group_size`` tokens that a parsed ``draft_context`` stands for; None for ``"all"``.

@@ -52,8 +52,7 @@ class QuantSpecMetadataBuilder(AttentionMetadataBuilder[QuantSpecMetadata]):
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         # Drafts cannot be told from recomputed tokens by their number alone: the runner writes each request's here.
         self.num_unverified = torch.zeros(vllm_config.scheduler_config.max_num_seqs, dtype=torch.int32, device=device)
-        # Of an engine with sparse drafts, set when its drafts are set up.
-        self.page_scores: Any = None
+        self._layers, self._layer = vllm_config.compilation_config.static_forward_context, layer_names[0]
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -78,8 +77,13 @@ class QuantSpecMetadataBuilder(AttentionMetadataBuilder[QuantSpecMetadata]):
             num_decode_tokens=num_decode_tokens,
             max_query_len=max_query_len,
             prefill=prefill,
-            page_scores=self.page_scores,
+            page_scores=self._page_scores(),
         )
+
+    def _page_scores(self) -> Any:
+        """That of the group's layers, all of which have the same; drafts are set up after layers, and may be before this."""
+        layer = self._layers.get(self._layer)
+        return None if layer is None else layer.impl.page_scores
 
     def update_draft_decode_metadata(self, metadata: QuantSpecMetadata) -> None:
         """Lengths and tables are read on the device when the kernels run: nothing to refresh."""
@@ -176,7 +180,7 @@ class QuantSpecImpl(AttentionImpl):
             max_unverified=num_speculative_tokens(vllm_config),
             fa_version=attention.flash_attention_version(head_size),
         )
-        self.sparse: Any = None  # set where drafts choose their pages
+        self.page_scores: Any = None  # of an engine with sparse drafts: set when these are set up
         refuse_unlike(self.settings.format, vllm_config)
         attention.check_shapes(self.settings)
 
@@ -219,7 +223,6 @@ class QuantSpecImpl(AttentionImpl):
             value[:num_tokens],
             output[:num_tokens],
             is_draft=owner is not None,
-            **({} if self.sparse is None else {"sparse": self.sparse}),
         )
         return output
 

@@ -20,7 +20,8 @@ from vllm_quantspec import sparse_policy
 from vllm_quantspec.config import DraftBudget, draft_budget
 from vllm_quantspec.format import PageFormat, window_start
 from vllm_quantspec.integration.cpu import llvm_scan
-from vllm_quantspec.integration.draft.sparse import ReadShare, log_budget, min_pages_of_batch, number_layers
+from vllm_quantspec.integration.draft.read_share import ReadShare, labels_of
+from vllm_quantspec.integration.draft.sparse import log_budget, min_pages_of_batch, number_layers, tell_layers
 from vllm_quantspec.kernels import cpu_page_selection
 from vllm_quantspec.kernels.cpu_decode import ScoresOut
 from vllm_quantspec.kernels.cpu_page_selection import PageSelection
@@ -41,7 +42,7 @@ class PageScores:
         selection: as of `QuantSpecOptions.draft_selection`.
         min_total_pages: a batch with fewer old pages is read as a whole.
         max_requests: the most in a batch. max_pages: the most of a request.
-        log: whether this worker says how much is read.
+        labels: as of `ReadShare`.
     """
 
     def __init__(
@@ -54,11 +55,13 @@ class PageScores:
         min_total_pages: int = 0,
         max_requests: int,
         max_pages: int,
-        log: bool = True,
+        labels: tuple[str, str] | None = None,
     ) -> None:
         self.fmt, self.num_layers, self.selection = fmt, num_layers, selection
         self._limits = {**budget._asdict(), "min_total_pages": min_total_pages}
-        self.share = ReadShare(log)
+        # What SnapKV has chosen is kept whatever the batch is, and ends with a step that does not score the request.
+        self._min_scored = budget.min_scored_pages, 0 if selection == "snapkv" else min_total_pages
+        self.share = ReadShare(labels)
         self._scores: torch.Tensor | None = None
         self._begin = self._num_scored = torch.zeros(0, dtype=torch.int32)
         self._snap = _Snapshots(num_layers, fmt.num_kv_heads, max_requests, max_pages) if selection == "snapkv" else None
@@ -66,13 +69,16 @@ class PageScores:
     # --- Verification ---
 
     def start_step(self, query_start_loc: torch.Tensor, seq_lens: torch.Tensor) -> None:
-        """A step of the target begins, of whose requests these are scored: its decode and verification rows.
+        """A step of the target begins, of whose requests these are scored if they are long enough: its decode and
+        verification rows.
 
         Args:
             query_start_loc: int32 [R + 1]; seq_lens: int32 [R], the step's tokens included. R may be 0.
         """
-        unlimited = sparse_policy.NEVER
-        self._begin, self._num_scored = cpu_page_selection.scored_pages(self.fmt, query_start_loc, seq_lens, unlimited)
+        slots = sparse_policy.NEVER  # as many as there are pages
+        self._begin, self._num_scored = cpu_page_selection.scored_pages(
+            self.fmt, query_start_loc, seq_lens, slots, *self._min_scored
+        )
         self._scores = None
         slots = int(self._num_scored.sum())
         if slots and self.selection != "window":
@@ -169,10 +175,10 @@ def make_page_scores(
     num_layers = number_layers(draft, layers)
     fmt = layers[next(iter(draft.attention_layers))].impl.settings.format
     min_total = min_pages_of_batch(vllm_config, target_model, draft, fmt)
-    is_first = vllm_config.parallel_config.rank == 0
-    if is_first:
+    labels = labels_of(vllm_config)
+    if labels:
         log_budget(config.draft_context, config.draft_selection, min_total * fmt.group_size)
-    return PageScores(
+    page_scores = PageScores(
         fmt,
         num_layers,
         budget,
@@ -180,5 +186,7 @@ def make_page_scores(
         min_total_pages=min_total,
         max_requests=vllm_config.scheduler_config.max_num_seqs,
         max_pages=-(-vllm_config.model_config.max_model_len // fmt.group_size),
-        log=is_first,
+        labels=labels,
     )
+    tell_layers(draft, layers, page_scores)
+    return page_scores

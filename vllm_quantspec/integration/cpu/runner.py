@@ -21,7 +21,7 @@ from vllm_quantspec.kernels import cpu_decode
 def set_draft_counts(runner, scheduler_output) -> None:
     """Tell the metadata builders how many tokens of each row are drafts: exactly those the scheduler put there.
 
-    And, with sparse drafts, where the step leaves what its pages weigh.
+    And sparse drafts, which requests are gone.
     """
     counts, page_scores = None, getattr(getattr(runner, "drafter", None), "page_scores", None)
     for group in runner._attn_group_iterator():
@@ -32,7 +32,6 @@ def set_draft_counts(runner, scheduler_output) -> None:
                 counts = torch.tensor([len(drafts.get(r, ())) for r in runner.input_batch.req_ids], dtype=torch.int32)
             builder.num_unverified.zero_()
             builder.num_unverified[: len(counts)] = counts
-            builder.page_scores = page_scores
     if page_scores is not None:
         page_scores.forget(scheduler_output.finished_req_ids | scheduler_output.scheduled_cached_reqs.resumed_req_ids)
 

@@ -1,16 +1,14 @@
-"""What sparse drafts need on any engine: numbers for the layers, where ``auto`` begins to pay, and what the log says.
+"""What sparse drafts need on any engine: numbers for the layers, where ``auto`` begins to pay, and what the log says of it.
 
-Where scores are kept and pages are chosen is the engine's own: ``cpu/page_scores.py``.
+Where scores are kept and pages are chosen is the engine's own: ``cpu/page_scores.py``, ``gpu/sparse_drafts.py``.
 """
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from vllm import envs
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -38,6 +36,13 @@ def number_layers(draft: DraftModel, layers: dict[str, nn.Module]) -> int:
         for name in names:
             layers[name].impl.settings = replace(layers[name].impl.settings, layer=number)
     return len(draft.attention_layers)
+
+
+def tell_layers(draft: DraftModel, layers: dict[str, nn.Module], page_scores: Any) -> None:
+    """Let the metadata of all these layers carry ``page_scores``, the engine's own (`QuantSpecMetadata.page_scores`)."""
+    for names in draft.attention_layers.items():
+        for name in names:
+            layers[name].impl.page_scores = page_scores
 
 
 def min_pages_of_batch(vllm_config: VllmConfig, target_model: nn.Module, draft: DraftModel, fmt: PageFormat) -> int:
@@ -82,37 +87,3 @@ def log_budget(draft_context: str | int | float, selection: str, min_tokens: int
     else:
         beginning = f", from {min_tokens} tokens of a batch on" if min_tokens else ""
         logger.info("Sparse drafts: draft_context %s, pages chosen by %s%s", draft_context, selection, beginning)
-
-
-class ReadShare:
-    """The share of the old tokens that draft steps read, in the log now and then, as vLLM's numbers of drafts are.
-
-    Host numbers only: a selection's size follows from lengths, which the host knows.
-    """
-
-    def __init__(self, log: bool = True) -> None:
-        self._log, self._last = log, time.monotonic()
-        self.read = self.old = 0  # tokens or pages, of all steps so far
-        self._before = (0, 0, 0)
-        self._steps = 0
-
-    @property
-    def mean(self) -> float:
-        """Since the engine started: 0 to 1; 1 where nothing was old."""
-        return self.read / self.old if self.old else 1.0
-
-    def add(self, read: int, old: int, steps: int) -> None:
-        """A cycle of ``steps`` draft steps, each of which reads ``read`` of ``old`` pages, of all requests together."""
-        self.read += read * steps
-        self.old += old * steps
-        self._steps += steps
-        if time.monotonic() - self._last >= envs.VLLM_LOG_STATS_INTERVAL:
-            self.log()
-
-    def log(self) -> None:
-        read, old, steps = (now - then for now, then in zip((self.read, self.old, self._steps), self._before, strict=True))
-        if old and self._log:
-            logger.info(
-                "quantspec: draft steps read %.1f %% of the cache (mean of the last %d steps)", 100 * read / old, steps
-            )
-        self._last, self._before = time.monotonic(), (self.read, self.old, self._steps)

@@ -79,10 +79,10 @@ def layer_attention(
     output: torch.Tensor,
     *,
     is_draft: bool,
-    sparse: SparseDrafts | None = None,
 ) -> None:
     """Store, quantize, attend; see ``QuantSpecImpl.forward`` for the shapes."""
     fmt, n = settings.format, md.num_decodes
+    sparse: SparseDrafts | None = md.page_scores
     num_reqs = md.seq_lens.shape[0]
     groups = [(slice(0, n), slice(0, n + 1), md.max_query_len)] if n else []
     if md.prefill is not None:

@@ -23,8 +23,9 @@ from vllm.logger import init_logger
 from vllm_quantspec.config import draft_budget
 from vllm_quantspec.integration.cache.metadata import LayerSettings, QuantSpecMetadata
 from vllm_quantspec.integration.draft.model import DraftModel
-from vllm_quantspec.integration.draft.sparse import ReadShare, log_budget, min_pages_of_batch, number_layers
-from vllm_quantspec.kernels import cpu_page_selection, page_selection
+from vllm_quantspec.integration.draft.read_share import ReadShare, labels_of
+from vllm_quantspec.integration.draft.sparse import log_budget, min_pages_of_batch, number_layers, tell_layers
+from vllm_quantspec.kernels import cpu_page_selection, page_selection, snapkv
 from vllm_quantspec.kernels.cpu_page_selection import PageSelection
 from vllm_quantspec.kernels.decode_attention import ScoresOut, raw_rows
 from vllm_quantspec.kernels.scored_pages import scored_pages
@@ -40,7 +41,7 @@ class SparseDrafts:
         settings: of the layers, which are all alike.
         num_layers: of the target, numbered by `number_layers`.
         min_total_pages: a batch with fewer old pages is read as a whole.
-        log: whether this worker says how much is read.
+        labels: as of `ReadShare`.
 
     Raises:
         ValueError: requests of this model's length have more pages than the selection can hold.
@@ -54,7 +55,7 @@ class SparseDrafts:
         min_total_pages: int,
         device: torch.device,
         *,
-        log: bool = True,
+        labels: tuple[str, str] | None = None,
     ) -> None:
         config, fmt = vllm_config.speculative_config, settings.format
         self.policy = config.draft_selection
@@ -69,9 +70,10 @@ class SparseDrafts:
             )
         budget = draft_budget(config.draft_context, group)
         self.limits = budget._asdict() | {"min_total_pages": min_total_pages}
-        self.share = ReadShare(log)
-        # A request that would choose all of its pages need not be scored.
-        self.min_scored_pages = max(budget.min_pages, budget.pages + 1)
+        self.share = ReadShare(labels)
+        self.min_scored_pages = budget.min_scored_pages
+        # What SnapKV has chosen is kept whatever the batch is, and ends with a step that does not score the request.
+        self.min_scored_total = 0 if self.policy == "snapkv" else min_total_pages
         slots = min(requests * self.max_pages, pages_of_pool(vllm_config, num_layers, heads * fmt.head_bytes, device))
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -111,7 +113,7 @@ class SparseDrafts:
             self.num_scored,
             num_slots=self.page_list.shape[2],
             min_pages=self.min_scored_pages,
-            min_total_pages=self.limits["min_total_pages"],
+            min_total_pages=self.min_scored_total,
         )
 
     def reduce(self, md: QuantSpecMetadata, layer: int) -> None:
@@ -167,7 +169,7 @@ class SparseDrafts:
             self.num_scored[:num_reqs].copy_(pages)
         selection = (self.begin, self.num_rows[:num_reqs], self.count, self.dense_from)
         if self.policy == "snapkv":
-            page_selection.plan_snapkv(
+            snapkv.plan_snapkv(
                 self.num_scored[:num_reqs],
                 idx_mapping,
                 self.snap_pages,
@@ -177,7 +179,7 @@ class SparseDrafts:
                 self.fresh,
                 **self.limits,
             )
-            page_selection.select_snapkv(
+            snapkv.select_snapkv(
                 self.scores,
                 *selection,
                 self.fresh,
@@ -212,11 +214,9 @@ def make(vllm_config: VllmConfig, target_model: nn.Module, draft: DraftModel, de
     num_layers = number_layers(draft, layers)
     settings = layers[next(iter(draft.attention_layers))].impl.settings
     min_total = min_pages_of_batch(vllm_config, target_model, draft, settings.format)
-    is_first = vllm_config.parallel_config.rank == 0
-    if is_first:
+    labels = labels_of(vllm_config)
+    if labels:
         log_budget(config.draft_context, config.draft_selection, min_total * settings.format.group_size)
-    sparse = SparseDrafts(vllm_config, settings, num_layers, min_total, device, log=is_first)
-    for names in draft.attention_layers.items():
-        for name in names:
-            layers[name].impl.sparse = sparse
+    sparse = SparseDrafts(vllm_config, settings, num_layers, min_total, device, labels=labels)
+    tell_layers(draft, layers, sparse)
     return sparse
