@@ -323,10 +323,10 @@ def test_report_of_experts(tmp_path, capsys):
 
 
 def test_a_model_whose_cache_alone_is_supported(tmp_path, capsys):
-    config = {"architectures": ["X"], "vision_config": {"hidden_size": 8}, "text_config": LLAMA_8B}
+    config = {**LLAMA_8B, "architectures": ["VoxtralRealtimeGeneration"]}
     assert run(tmp_path, config) == 0
     text = capsys.readouterr().out
-    assert "speculation does not support multimodal models yet" in text and "use --attention-backend QUANTSPEC alone" in text
+    assert "speculation does not support audio that arrives while the model answers yet" in text and "use --attention-backend QUANTSPEC alone" in text
     assert "QuantSpec's cache alone" in text and "draft" not in text.split("\n", 2)[2]
 
 
