@@ -76,6 +76,11 @@ def text_part(config: dict[str, Any]) -> dict[str, Any]:
     return config.get("text_config") or config
 
 
+def towers_of(config: dict[str, Any]) -> list[str]:
+    """Of ``vision`` and ``audio`` those that a model has a tower for."""
+    return [kind for kind in ("vision", "audio") if config.get(f"{kind}_config")]
+
+
 def attention_of(text: dict[str, Any], architectures: list[str]) -> Iterator[str]:
     """What an attention layer of this language model has that the cache does not implement.
 
