@@ -7,12 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import vllm.config.vllm
+from vision_tools import without_processor
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_quantspec import register, supported
 from vllm_quantspec.format import PageFormat
 from vllm_quantspec.integration.cache.backend import QuantSpecImpl, refuse_layer, refuse_unlike
 from vllm_quantspec.integration.startup import checks, version
+from vllm_quantspec.integration.startup.speculative_config import QuantSpecConfig
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -125,6 +127,72 @@ def test_models(what, how, tmp_path):
     sentence = refusal(model_folder(tmp_path, MODELS[what]), **how)
     assert what in sentence and "run it without quantspec" in sentence
     assert supported.unsupported(MODELS[what], str(tmp_path)) == sentence  # the estimate, which asks no vLLM, says the same
+
+
+TEXT = {key: LLAMA[key] for key in LLAMA.keys() - {"architectures", "model_type", "torch_dtype"}}
+VISION = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "patch_size": 14,
+    "image_size": 28,
+    "projection_dim": 256,
+}
+PALIGEMMA = {
+    "architectures": ["PaliGemmaForConditionalGeneration"],
+    "model_type": "paligemma",
+    "text_config": {**TEXT, "model_type": "gemma"},
+    "vision_config": VISION,
+    "image_token_index": 500,
+    "projection_dim": 256,
+    "torch_dtype": "bfloat16",
+}
+GEMMA_3 = {
+    "architectures": ["Gemma3ForConditionalGeneration"],
+    "model_type": "gemma3",
+    "text_config": {**TEXT, "model_type": "gemma3_text", "sliding_window": 512},
+    "vision_config": VISION,
+    "mm_tokens_per_image": 4,
+    "torch_dtype": "bfloat16",
+}
+
+
+@pytest.mark.parametrize("how", [{"speculative_config": "quantspec"}, {"attention_backend": "QUANTSPEC"}])
+def test_attention_within_images(how, tmp_path):
+    how = {"speculative_config": None, **how}
+    model = model_folder(tmp_path, PALIGEMMA)
+    sentence = refusal(model, **how)
+    assert "attends in both directions within an image" in sentence and "give it text alone" in sentence
+    assert supported.unsupported(PALIGEMMA, model) == sentence
+    text_alone = {"limit_mm_per_prompt": {"image": 0}, "max_model_len": 1024, "skip_tokenizer_init": True}
+    EngineArgs(model=model, **text_alone, **how).create_engine_config()
+
+
+def test_text_alone_does_not_help_against_sliding_windows(tmp_path, monkeypatch):
+    without_processor("gemma3", monkeypatch)
+    model = model_folder(tmp_path, GEMMA_3)
+    for limit in ({}, {"image": 0}):
+        assert refusal(model, limit_mm_per_prompt=limit) == supported.not_implemented(model, supported.SLIDING)
+    assert supported.unsupported(GEMMA_3, model) == supported.not_implemented(model, supported.SLIDING)
+
+
+@pytest.mark.parametrize("architecture", sorted(supported.STREAMED))
+def test_audio_that_arrives_while_the_model_answers(architecture):
+    speculation = object.__new__(QuantSpecConfig)
+    speculation.draft_kv, speculation.draft_context, speculation.weight_rounding = "int4", "all", "search"
+    config = SimpleNamespace(
+        speculative_config=speculation,
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1),
+        lora_config=None,
+        model_config=SimpleNamespace(architectures=[architecture], max_model_len=1024),
+    )
+    with pytest.raises(ValueError, match="quantspec: speculation does not support audio that arrives") as error:
+        checks.check_speculation(config)
+    assert supported.undrafted({"architectures": [architecture]}) == str(error.value)
+    config.model_config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
+    checks.check_speculation(config)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
-"""The speculator of model runner V2, as far as it can be checked without a GPU: which loops get a CUDA graph, and what an
-idle rank of data parallelism drafts for."""
+"""The speculator of model runner V2, as far as it can be checked without a GPU: which loops get a CUDA graph, what an idle
+rank of data parallelism drafts for, and which rotary positions drafts have."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +11,10 @@ from vllm.v1.worker.gpu import cudagraph_utils
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.dp_utils import DPSyncState
 from vllm.v1.worker.gpu.spec_decode.target_dependent_ar import cudagraph_utils as speculator_graphs
+from vllm.v1.worker.gpu.spec_decode.target_dependent_ar import speculator as vllm_speculator
 
 from vllm_quantspec.integration.draft.model import DraftModel
+from vllm_quantspec.integration.draft.rotary import RotaryPositions
 from vllm_quantspec.integration.gpu import speculator
 from vllm_quantspec.integration.gpu.speculator import QuantSpecSpeculator
 
@@ -118,3 +121,76 @@ def test_an_idle_rank_drafts_for_as_many_as_the_others(own, agreed, dummy_run, m
     expected = min(own, agreed)
     assert rows == [expected] and drafted == [(expected, agreed)]
     assert len(result) == expected
+
+
+def test_drafts_of_a_model_with_mrope(monkeypatch):
+    """Three positions per token, all the plain one plus the request's delta; all else goes by plain positions."""
+    slots, drafts, padded = 8, 3, 4
+    requests, deltas = torch.tensor([5, 2, 7]), torch.randint(-300, 300, (slots,), dtype=torch.int32)
+    seq_lens, num_rejected = torch.tensor([1000, 1400, 1700], dtype=torch.int32), torch.tensor([0, 3, 1], dtype=torch.int32)
+    ours = object.__new__(QuantSpecSpeculator)
+    ours.vllm_config, ours.draft, ours.num_speculative_steps, ours.max_model_len = None, DraftModel(), drafts, 2000
+    ours.dp_size, ours.dp_rank, ours.max_num_reqs, ours.decode_cudagraph_manager = 1, 0, slots, None
+    ours.draft_tokens = torch.zeros(slots, drafts, dtype=torch.int64)
+    ours.temperature, ours.seeds = torch.zeros(slots), torch.zeros(slots)
+    ours.idx_mapping = torch.zeros(slots, dtype=torch.int32)
+    ours.sample_src_positions, ours.current_draft_step = torch.zeros(slots, dtype=torch.int64), torch.zeros(())
+    ours.hidden_states = ours.draft_logits = ours.eplb_state = None
+    # What an earlier batch left in rows that only pad this one.
+    buffers = {name: torch.full((slots,), 7, dtype=torch.int64) for name in ("positions", "input_ids", "seq_lens")}
+    ours.input_buffers = SimpleNamespace(**buffers)
+    ours.rotary = RotaryPositions(3, 16, torch.device("cpu"))
+    ours.rotary.set_deltas(torch.full((slots,), 99))
+    ours.model_state = SimpleNamespace(rope_state=SimpleNamespace(prefill_delta=SimpleNamespace(gpu=deltas)))
+
+    def advance(rows):
+        ours.input_buffers.positions[:rows] += 1
+        ours.sample_src_positions[:rows] += 1
+
+    seen, plain, addresses = [], [], set()
+
+    def model(input_ids, positions, inputs_embeds):
+        assert inputs_embeds is None and len(input_ids) == padded
+        seen.append(positions.clone())
+        plain.append(ours.input_buffers.positions[:padded].clone())
+        addresses.add(positions.data_ptr())
+        return torch.zeros(padded, 8)
+
+    ours.model = model
+    ours.sample_draft = lambda hidden_states, *args: torch.zeros(len(hidden_states), dtype=torch.int64)
+    monkeypatch.setattr(speculator, "prepare_decode_inputs", lambda tokens, *args: advance(len(tokens)))
+    monkeypatch.setattr(vllm_speculator, "update_draft_inputs", lambda *args, **kwargs: advance(padded))
+    monkeypatch.setattr(speculator, "set_forward_context", lambda *args, **kwargs: nullcontext())
+    monkeypatch.setattr(speculator.weight_updates, "refresh", lambda draft: None)
+    graph = BatchExecutionDescriptor(CUDAGraphMode.NONE, padded, padded)
+    monkeypatch.setattr(speculator, "dispatch_cg_and_sync_dp", lambda *args, **kwargs: (graph, None))
+    ours._fused_multi_step_decode = lambda num_reqs, *args: ours._generate_fused_drafts(
+        num_reqs, padded, None, None, None, CUDAGraphMode.NONE, drafts
+    )
+
+    def propose(dummy_run):
+        batch = SimpleNamespace(
+            num_reqs=3,
+            idx_mapping=requests,
+            seq_lens=seq_lens,
+            seq_lens_cpu_upper_bound=seq_lens,
+            num_computed_prefill_tokens_np=seq_lens.numpy(),
+            num_scheduled_tokens=torch.ones(3).numpy(),
+            prefill_len_np=seq_lens.numpy(),
+        )
+        ours.propose(
+            batch, {}, {}, torch.zeros(1), None, torch.ones(3), num_rejected, torch.zeros(slots, 1, dtype=torch.int64),
+            torch.zeros(1, slots, dtype=torch.int64), torch.zeros(slots), torch.zeros(slots), dummy_run=dummy_run,
+        )  # fmt: skip
+
+    propose(dummy_run=False)
+    first = seq_lens - num_rejected
+    for step, (rotary, positions) in enumerate(zip(seen, plain, strict=True)):
+        assert positions[:3].equal((first + step).long())
+        assert rotary.equal((positions + torch.cat([deltas[requests], torch.zeros(1)])).long().expand(3, padded))
+    assert len(seen) == drafts and len(addresses) == 1  # a graph reads and writes one buffer
+    assert ours.sample_src_positions[:3].equal((first + drafts).long())
+    seen.clear(), plain.clear()
+    del ours.model_state  # vLLM profiles before there is one
+    propose(dummy_run=True)
+    assert all(rotary.equal(positions.expand(3, padded)) for rotary, positions in zip(seen, plain, strict=True))

@@ -25,7 +25,7 @@ from vllm_quantspec.config import CACHE_DTYPES, QuantSpecOptions, draft_budget, 
 from vllm_quantspec.format import PageFormat, window_blocks_per_request, window_start
 from vllm_quantspec.kernels.decode_attention import row_tiles
 from vllm_quantspec.memory import draft_logits_bytes
-from vllm_quantspec.supported import head_size_of, text_part, undrafted, unsupported
+from vllm_quantspec.supported import head_size_of, text_part, towers_of, undrafted, unsupported
 
 GIB = 2**30
 # A 16-bit scale and zero point per group of weights.
@@ -489,7 +489,7 @@ def report(arguments, file=None) -> None:
         print(f"but its cache alone; with drafts an engine would stop with this: {no_drafts}", file=file)
     print(f"on {tp} GPU{'s' * (tp > 1)} with {arguments.gpu_memory:g} GiB each\n", file=file)
     print("memory, per GPU", file=file)
-    line("weights", f"{m.weights / GIB:.2f} GiB")
+    line("weights", f"{m.weights / GIB:.2f} GiB{', of the language model alone' if towers_of(config) else ''}")
     if not no_drafts:
         line("INT4 copy for drafting", f"{m.int4_weights / GIB:.2f} GiB (none with draft_weights=target)")
         if model.experts and draft_experts == "int4":

@@ -19,6 +19,12 @@ SINKS = "attention sinks"
 SOFT_CAP = "a logit soft-cap"
 SLIDING = "sliding-window attention"
 CHUNKED = "chunked local attention"
+STREAMED_INPUT = "audio that arrives while the model answers"
+
+# Architectures whose generated tokens carry audio as well.
+STREAMED = {"Qwen3ASRRealtimeGeneration", "VoxtralRealtimeGeneration"}
+# Model types whose tokens of one image attend to each other in both directions.
+_WITHIN_IMAGES = {"bagel", "gemma3", "molmo2", "moondream3", "paligemma"}
 
 # Keys of configurations that only models with Mamba, linear-attention or convolution layers have.
 _RECURRENT_KEYS = (
@@ -52,6 +58,14 @@ def wrong_head_size(model: str, head_size: int) -> str:
     )
 
 
+def attends_within_images(model: str) -> str:
+    """The sentence for a model whose tokens of an image attend to later ones of it, while it may be given images."""
+    return (
+        f"quantspec: {model} attends in both directions within an image, which the hierarchical KV cache does not have; "
+        "give it text alone (--limit-mm-per-prompt with 0 for its media), or run it without quantspec."
+    )
+
+
 def not_drafted_for(what: str, remedy: str) -> str:
     """The sentence for what the cache takes and speculation does not."""
     return f"quantspec: speculation does not support {what} yet; {remedy}."
@@ -60,6 +74,11 @@ def not_drafted_for(what: str, remedy: str) -> str:
 def text_part(config: dict[str, Any]) -> dict[str, Any]:
     """The language model's part of a configuration, the whole of it for models of text alone."""
     return config.get("text_config") or config
+
+
+def towers_of(config: dict[str, Any]) -> list[str]:
+    """Of ``vision`` and ``audio`` those that a model has a tower for."""
+    return [kind for kind in ("vision", "audio") if config.get(f"{kind}_config")]
 
 
 def attention_of(text: dict[str, Any], architectures: list[str]) -> Iterator[str]:
@@ -115,6 +134,8 @@ def unsupported(config: dict[str, Any], model: str) -> str | None:
     text, architectures = text_part(config), config.get("architectures") or []
     for what in (*_kinds_of(config, text, architectures), *attention_of(text, architectures)):
         return not_implemented(model, what)
+    if config.get("is_mm_prefix_lm", config.get("model_type") in _WITHIN_IMAGES):
+        return attends_within_images(model)
     head_size = head_size_of(text)
     if head_size is not None and head_size not in HEAD_SIZES:
         return wrong_head_size(model, head_size)
@@ -123,10 +144,6 @@ def unsupported(config: dict[str, Any], model: str) -> str | None:
 
 def undrafted(config: dict[str, Any]) -> str | None:
     """As ``unsupported``, for a model whose cache is supported: the sentence that stops its speculation, or None."""
-    text = text_part(config)
-    if any(config.get(f"{kind}_config") for kind in ("vision", "audio")):
-        return not_drafted_for("multimodal models", "use --attention-backend QUANTSPEC alone")
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    if isinstance(rope, dict) and "mrope_section" in rope:
-        return not_drafted_for("M-RoPE positions", "use --attention-backend QUANTSPEC alone")
+    if STREAMED.intersection(config.get("architectures") or ()):
+        return not_drafted_for(STREAMED_INPUT, "use --attention-backend QUANTSPEC alone")
     return None

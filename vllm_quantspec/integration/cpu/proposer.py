@@ -21,6 +21,7 @@ from vllm_quantspec.integration.cache.metadata import WINDOW_SUFFIX, QuantSpecMe
 from vllm_quantspec.integration.cpu.page_scores import PageScores, make_page_scores
 from vllm_quantspec.integration.draft import weight_updates
 from vllm_quantspec.integration.draft.model import DraftModel, build_configured_draft
+from vllm_quantspec.integration.draft.rotary import make_rotary_positions
 from vllm_quantspec.kernels.cpu_page_selection import PageSelection
 
 
@@ -33,6 +34,13 @@ class QuantSpecProposer(DraftModelProposer):
         self.runner = runner
         self.draft = DraftModel()
         self.page_scores: PageScores | None = None
+        self.rotary = make_rotary_positions(vllm_config.model_config, self.max_num_tokens, device)
+
+    def _raise_if_mrope(self) -> None:
+        """A second model would have to number a prompt's images; this draft goes on from the target's numbers."""
+
+    def _warn_if_multimodal(self) -> None:
+        """A draft is text, but it reads what the target has made of the images."""
 
     def load_model(self, target_model: nn.Module) -> None:
         self.draft = build_configured_draft(self.vllm_config, target_model)
@@ -41,7 +49,7 @@ class QuantSpecProposer(DraftModelProposer):
         self.page_scores = make_page_scores(self.vllm_config, target_model, self.draft, layers)
         self.model = self.draft.model
         self._draft_attn_layer_names = set(self.draft.attention_layers)
-        self.supports_mm_inputs = False
+        self.supports_mm_inputs = False  # images are in the prompt, which the target computes: a draft is text
 
     def validate_same_kv_cache_group(self, kv_cache_config: KVCacheConfig) -> None:
         """Draft layers share their target layer's group, whichever it is."""
@@ -84,6 +92,9 @@ class QuantSpecProposer(DraftModelProposer):
             for gid in (pages_gid, window_gid)
         }
         selection = self._select_pages(common_attn_metadata, num_rejected_tokens_gpu, verified, tables)
+        if self.rotary is not None:
+            requests = (self.runner.requests[r] for r in self.runner.input_batch.req_ids[:batch_size])
+            self.rotary.set_deltas(torch.tensor([request.mrope_position_delta for request in requests]))
 
         token_ids = next_token_ids
         drafts: list[torch.Tensor] = []
@@ -147,7 +158,7 @@ class QuantSpecProposer(DraftModelProposer):
         # Past the model's length the draft is thrown away; it only must not read beyond the position table.
         positions = positions.clamp_max(self.max_model_len - 1)
         self.input_ids[:batch_size] = token_ids
-        self.positions[:batch_size] = positions
+        self._set_positions(batch_size, positions if self.rotary is None else self.rotary(positions))
         by_group: dict[int, QuantSpecMetadata] = {}
         metadata: dict[str, object] = {}
         for draft, (pages_gid, window_name, window_gid) in self._groups.items():
@@ -167,6 +178,6 @@ class QuantSpecProposer(DraftModelProposer):
         with set_forward_context(metadata, self.vllm_config, num_tokens=batch_size, slot_mapping={}):
             return self.model(
                 input_ids=self.input_ids[:batch_size],
-                positions=self.positions[:batch_size],
+                positions=self._get_positions(batch_size),
                 inputs_embeds=None,
             )[:batch_size]

@@ -25,6 +25,7 @@ from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 
+from vllm_quantspec.integration.draft.rotary import make_rotary_positions
 from vllm_quantspec.memory import LENGTH, MOMENTS, TEXTS
 
 logger = init_logger("vllm.quantspec.calibration")
@@ -137,11 +138,15 @@ class _Forward:
 
     def __init__(self, vllm_config: VllmConfig, model: nn.Module, caches) -> None:
         self.vllm_config, self.model, self.caches = vllm_config, model, list(caches)
+        most = vllm_config.scheduler_config.max_num_batched_tokens
+        self.rotary = make_rotary_positions(vllm_config.model_config, most, next(model.parameters()).device)
 
     def __call__(self, ids: torch.Tensor, row: int, first: int) -> torch.Tensor:
         for cache in self.caches:
             cache.rows, cache.here = slice(row, row + len(ids)), slice(first, first + ids.shape[1])
         positions = torch.arange(first, first + ids.shape[1], device=ids.device).repeat(len(ids))
+        if self.rotary is not None:
+            positions = self.rotary(positions)
         with set_forward_context(None, self.vllm_config, num_tokens=ids.numel(), skip_compiled=True):
             return self.model(input_ids=ids.flatten(), positions=positions, inputs_embeds=None)
 

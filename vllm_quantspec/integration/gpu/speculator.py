@@ -31,6 +31,7 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator import (
 from vllm_quantspec.integration.cache.metadata import WINDOW_SUFFIX
 from vllm_quantspec.integration.draft import weight_updates
 from vllm_quantspec.integration.draft.model import DraftModel, build_configured_draft
+from vllm_quantspec.integration.draft.rotary import RotaryPositions, make_rotary_positions
 from vllm_quantspec.integration.gpu import sparse_drafts
 
 logger = init_logger("vllm.quantspec.speculator")
@@ -65,12 +66,19 @@ class DraftCudaGraphManager(SpeculatorCudaGraphManager):
 
 class QuantSpecSpeculator(TargetDependentARSpeculator):
     page_scores: sparse_drafts.SparseDrafts | None = None  # of an engine whose drafts choose their pages
+    rotary: RotaryPositions | None = None  # of a model with M-RoPE
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
         # The base class carries hidden states from step to step; a row per request is all that it touches here.
         self.hidden_states = self.hidden_states[: self.max_num_reqs].clone()
         self.draft = DraftModel()
+        self.rotary = make_rotary_positions(vllm_config.model_config, self.max_num_tokens, device)
+
+    def load_model(self, target_model: nn.Module) -> None:
+        super().load_model(target_model)
+        # Images are in the prompt, which the target computes: a draft is text, and its model embeds the tokens itself.
+        self.supports_mm_inputs, self.inputs_embeds = False, None
 
     def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
         self.draft = build_configured_draft(self.vllm_config, target_model)
@@ -149,6 +157,8 @@ class QuantSpecSpeculator(TargetDependentARSpeculator):
         self.draft_max_seq_len = min(int(seq_lens_upper_bound[:num_reqs].max()) + num_speculative_tokens, self.max_model_len)
         self._copy_request_inputs(num_reqs, input_batch.idx_mapping[:num_reqs], temperature, seeds, dummy_run=dummy_run)
         self._prepare_first_step(num_reqs, input_batch, num_sampled, num_rejected, last_sampled, next_prefill_tokens)
+        if self.rotary is not None:
+            self._set_rotary_deltas(input_batch.idx_mapping[:num_reqs], dummy_run)
         if self.page_scores is not None and not dummy_run:
             lengths = seq_lens_upper_bound[:num_reqs].numpy()
             self.page_scores.count_reading(lengths, input_batch.is_prefilling_np[:num_reqs], num_speculative_tokens)
@@ -177,6 +187,13 @@ class QuantSpecSpeculator(TargetDependentARSpeculator):
             num_speculative_tokens,
         )
         return self.draft_tokens[:num_reqs]
+
+    def _set_rotary_deltas(self, rows: torch.Tensor, dummy_run: bool) -> None:
+        """Take those of the requests ``rows`` from vLLM, whose buffer for them changes: no graph may read it."""
+        if dummy_run:
+            self.rotary.deltas.zero_()  # there are no requests, and in a profiling run no state of them
+        else:
+            self.rotary.set_deltas(self.model_state.rope_state.prefill_delta.gpu[rows])
 
     def _prepare_first_step(
         self,
@@ -248,6 +265,7 @@ class QuantSpecSpeculator(TargetDependentARSpeculator):
         cudagraph_runtime_mode: CUDAGraphMode = CUDAGraphMode.NONE,
         mm_inputs=None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        positions = self.input_buffers.positions[:num_tokens]
         with set_forward_context(
             attn_metadata,
             self.vllm_config,
@@ -259,7 +277,7 @@ class QuantSpecSpeculator(TargetDependentARSpeculator):
         ):
             hidden_states = self.model(
                 input_ids=self.input_buffers.input_ids[:num_tokens],
-                positions=self.input_buffers.positions[:num_tokens],
+                positions=positions if self.rotary is None else self.rotary(positions),
                 inputs_embeds=None,
             )
         return hidden_states, hidden_states

@@ -88,6 +88,8 @@ def check_config(config: VllmConfig) -> None:
     ):
         if present:
             raise ValueError(supported.not_implemented(model.model, what))
+    if model.is_mm_prefix_lm:  # not where images are switched off
+        raise ValueError(supported.attends_within_images(model.model))
     if model.get_head_size() not in HEAD_SIZES:
         raise ValueError(supported.wrong_head_size(model.model, model.get_head_size()))
     if config.scheduler_config.disable_hybrid_kv_cache_manager:
@@ -199,8 +201,11 @@ def check_speculation(config: VllmConfig) -> None:
             "LoRA with weight_rounding 'gptq', which watches the linears' own inputs,",
             "set weight_rounding to 'search'",
         ),
-        (config.model_config.is_multimodal_model, "multimodal models", "use --attention-backend QUANTSPEC alone"),
-        (config.model_config.uses_mrope, "M-RoPE positions", "use --attention-backend QUANTSPEC alone"),
+        (
+            supported.STREAMED & set(config.model_config.architectures),
+            supported.STREAMED_INPUT,
+            "use --attention-backend QUANTSPEC alone",
+        ),
     ):
         if present:
             raise ValueError(supported.not_drafted_for(what, remedy))
