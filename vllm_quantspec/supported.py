@@ -17,7 +17,8 @@ RECURRENT = "Mamba or linear-attention layers"
 ALIBI = "ALiBi position biases"
 SINKS = "attention sinks"
 SOFT_CAP = "a logit soft-cap"
-SLIDING = "sliding-window attention"
+SLIDING = "sliding-window attention in every layer"
+SOME_SLIDING = "models with sliding-window layers beside full ones"
 CHUNKED = "chunked local attention"
 
 # Keys of configurations that only models with Mamba, linear-attention or convolution layers have.
@@ -35,6 +36,9 @@ _RECURRENT_KEYS = (
     "state_size",
 )
 _RECURRENT_LAYERS = {"linear_attention", "mamba", "mamba2", "conv", "recurrent", "linear"}
+# Old configurations of these have no "layer_types": every so many-th layer is full, all others are sliding.
+_FULL_EVERY = {"cohere2": 4, "exaone4": 4, "gemma2": 2, "gemma3": 6, "gpt_oss": 2, "olmo3": 4}
+ALONE = "use --attention-backend QUANTSPEC alone"
 
 
 def not_implemented(model: str, what: str) -> str:
@@ -52,6 +56,14 @@ def wrong_head_size(model: str, head_size: int) -> str:
     )
 
 
+def two_way(model: str) -> str:
+    """The sentence for a model whose images' tokens attend to later ones."""
+    return (
+        f"quantspec: in {model} the tokens of an image attend to each other in both directions, which the hierarchical KV "
+        "cache does not implement; serve its text alone (--language-model-only), or run it without quantspec."
+    )
+
+
 def not_drafted_for(what: str, remedy: str) -> str:
     """The sentence for what the cache takes and speculation does not."""
     return f"quantspec: speculation does not support {what} yet; {remedy}."
@@ -60,6 +72,33 @@ def not_drafted_for(what: str, remedy: str) -> str:
 def text_part(config: dict[str, Any]) -> dict[str, Any]:
     """The language model's part of a configuration, the whole of it for models of text alone."""
     return config.get("text_config") or config
+
+
+def _full_every(text: dict[str, Any]) -> int | None:
+    """Of a configuration that does not list its layers: every so many-th layer is full."""
+    pattern = text.get("sliding_window_pattern")
+    known = _FULL_EVERY.get(str(text.get("model_type")).removesuffix("_text"))
+    return pattern if isinstance(pattern, int) and pattern > 1 else len(pattern) if isinstance(pattern, str) else known
+
+
+def sliding_layers(text: dict[str, Any]) -> str:
+    """Of a language model's layers, ``"none"``, ``"some"`` or ``"all"`` attend to a sliding window alone."""
+    if not text.get("sliding_window"):
+        return "none"
+    if layer_types := text.get("layer_types"):
+        number = list(layer_types).count("sliding_attention")
+        return "some" if 0 < number < len(layer_types) else "all" if number else "none"
+    if not text.get("use_sliding_window", True):
+        return "none"
+    return "some" if _full_every(text) else "all"
+
+
+def num_sliding_layers(text: dict[str, Any]) -> int:
+    """How many of ``num_hidden_layers``, where some are."""
+    if sliding_layers(text) != "some":
+        return 0
+    layer_types, number = text.get("layer_types"), text["num_hidden_layers"]
+    return list(layer_types).count("sliding_attention") if layer_types else number - number // _full_every(text)
 
 
 def attention_of(text: dict[str, Any], architectures: list[str]) -> Iterator[str]:
@@ -72,7 +111,7 @@ def attention_of(text: dict[str, Any], architectures: list[str]) -> Iterator[str
         yield SINKS
     if text.get("attn_logit_softcapping"):
         yield SOFT_CAP
-    if "sliding_attention" in layer_types or text.get("sliding_window") and text.get("use_sliding_window", True):
+    if sliding_layers(text) == "all":
         yield SLIDING
     if "chunked_attention" in layer_types:
         yield CHUNKED
@@ -124,9 +163,11 @@ def unsupported(config: dict[str, Any], model: str) -> str | None:
 def undrafted(config: dict[str, Any]) -> str | None:
     """As ``unsupported``, for a model whose cache is supported: the sentence that stops its speculation, or None."""
     text = text_part(config)
+    if sliding_layers(text) == "some":
+        return not_drafted_for(SOME_SLIDING, ALONE)
     if any(config.get(f"{kind}_config") for kind in ("vision", "audio")):
-        return not_drafted_for("multimodal models", "use --attention-backend QUANTSPEC alone")
+        return not_drafted_for("multimodal models", ALONE)
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     if isinstance(rope, dict) and "mrope_section" in rope:
-        return not_drafted_for("M-RoPE positions", "use --attention-backend QUANTSPEC alone")
+        return not_drafted_for("M-RoPE positions", ALONE)
     return None

@@ -110,6 +110,11 @@ class HierarchicalKVManager(FullAttentionManager):
 
     supports_fine_grained_hash_lookup: ClassVar[bool] = False
 
+    def __init__(self, kv_cache_spec: HierarchicalKVSpec, **kwargs) -> None:
+        # vLLM has new blocks zeroed where layers of several dtypes share the pool; pages are written whole before they are
+        # read, and of a window only what was written is read.
+        super().__init__(kv_cache_spec, **{**kwargs, "needs_kv_cache_zeroing": False})
+
     def cache_blocks(
         self, request, num_tokens: int, retention_interval: int | None = None, *, replay_boundaries: Sequence[int]
     ) -> None:
@@ -126,7 +131,7 @@ class RecentWindowManager(FullAttentionManager):
     supports_fine_grained_hash_lookup: ClassVar[bool] = False
 
     def __init__(self, kv_cache_spec: RecentWindowSpec, **kwargs) -> None:
-        super().__init__(kv_cache_spec, **kwargs)
+        super().__init__(kv_cache_spec, **{**kwargs, "needs_kv_cache_zeroing": False})  # as pages
         # {request id: index of the first block that may still be held}, so that a step frees in constant time.
         self._first_held: dict[str, int] = {}
 

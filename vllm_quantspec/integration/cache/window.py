@@ -9,11 +9,12 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec, SlidingWindowSpec
 
 from vllm_quantspec.integration.cache.backend import QuantSpecBackend, num_speculative_tokens
 from vllm_quantspec.integration.cache.metadata import WINDOW_SUFFIX, WindowMetadata
-from vllm_quantspec.integration.cache.specs import make_specs
+from vllm_quantspec.integration.cache.sliding import in_page_sized_blocks
+from vllm_quantspec.integration.cache.specs import HierarchicalKVSpec, make_specs
 from vllm_quantspec.integration.startup.backend_name import NAME
 
 
@@ -73,8 +74,13 @@ class RecentWindow(torch.nn.Module, AttentionLayerBase):
 def add_window_specs(vllm_config: VllmConfig, specs: dict[str, KVCacheSpec]) -> dict[str, KVCacheSpec]:
     """Give each QuantSpec attention layer its page spec, and a window layer beside it; idempotent.
 
+    Layers with a sliding window, which have a backend of vLLM's, get blocks of a page's bytes.
+
     Args:
         specs: what vLLM's runner found: layer name -> spec.
+
+    Raises:
+        ValueError: a page's bytes hold too few tokens of a sliding layer (`in_page_sized_blocks`).
     """
     layers = vllm_config.compilation_config.static_forward_context
     result: dict[str, KVCacheSpec] = {}
@@ -88,4 +94,8 @@ def add_window_specs(vllm_config: VllmConfig, specs: dict[str, KVCacheSpec]) -> 
         pages, window = make_specs(layer.impl.settings.format, num_speculative_tokens(vllm_config))
         layers.setdefault(name + WINDOW_SUFFIX, RecentWindow(window))
         result[name], result[name + WINDOW_SUFFIX] = pages, window
+    pages = next((spec for spec in result.values() if isinstance(spec, HierarchicalKVSpec)), None)
+    for name, spec in result.items():
+        if pages is not None and isinstance(spec, SlidingWindowSpec):
+            result[name] = in_page_sized_blocks(spec, layers[name].get_attn_backend(), pages)
     return result

@@ -83,11 +83,13 @@ def check_config(config: VllmConfig) -> None:
         (model.is_hybrid or model.is_attention_free, supported.RECURRENT),
         (model.uses_alibi, supported.ALIBI),
         *((True, what) for what in supported.attention_of(model.hf_text_config.to_dict(), model.architectures)),
-        (model.get_sliding_window(), supported.SLIDING),
+        (config.cache_config.sliding_window, supported.SLIDING),
         (model.runner_type != "generate", "a pooling runner"),
     ):
         if present:
             raise ValueError(supported.not_implemented(model.model, what))
+    if model.is_mm_prefix_lm:
+        raise ValueError(supported.two_way(model.model))
     if model.get_head_size() not in HEAD_SIZES:
         raise ValueError(supported.wrong_head_size(model.model, model.get_head_size()))
     if config.scheduler_config.disable_hybrid_kv_cache_manager:
@@ -192,15 +194,17 @@ def check_speculation(config: VllmConfig) -> None:
             f"quantspec: draft_context {context} is more tokens than a request of this engine has, {longest} "
             "(--max-model-len); make it smaller, or set it to 'all'."
         )
+    slides = supported.sliding_layers(config.model_config.hf_text_config.to_dict()) == "some"
     for present, what, remedy in (
+        (slides, supported.SOME_SLIDING, supported.ALONE),
         (config.parallel_config.pipeline_parallel_size > 1, "pipeline parallelism", "drop --pipeline-parallel-size"),
         (
             config.lora_config is not None and config.speculative_config.weight_rounding == "gptq",
             "LoRA with weight_rounding 'gptq', which watches the linears' own inputs,",
             "set weight_rounding to 'search'",
         ),
-        (config.model_config.is_multimodal_model, "multimodal models", "use --attention-backend QUANTSPEC alone"),
-        (config.model_config.uses_mrope, "M-RoPE positions", "use --attention-backend QUANTSPEC alone"),
+        (config.model_config.is_multimodal_model, "multimodal models", supported.ALONE),
+        (config.model_config.uses_mrope, "M-RoPE positions", supported.ALONE),
     ):
         if present:
             raise ValueError(supported.not_drafted_for(what, remedy))
