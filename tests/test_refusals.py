@@ -252,13 +252,6 @@ def test_model_runner_v2_on_a_cpu(chosen, how, books_4m, monkeypatch):
     assert "model runner V1" in sentence and "set VLLM_USE_V2_MODEL_RUNNER=0" in sentence
 
 
-def test_kv_connector(books_4m):
-    from vllm.config import KVTransferConfig
-
-    connector = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
-    assert "KV connectors" in refusal(books_4m, kv_transfer_config=connector)
-
-
 class Gpu:
     """A platform as `check_gpu` sees it."""
 

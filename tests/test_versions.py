@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT
 from vllm.config import AttentionConfig, CacheConfig, SpeculativeConfig, VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import OffloadingConnectorScheduler
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -26,7 +27,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import SpeculatorCudaGraphManager
 from vllm.v1.worker.utils import select_common_block_size
 
-from vllm_quantspec.integration.cache import backend, specs, window
+from vllm_quantspec.integration.cache import backend, offloading, specs, window
 from vllm_quantspec.integration.cpu import proposer
 from vllm_quantspec.integration.gpu import speculator
 from vllm_quantspec.integration.startup import speculative_config, version
@@ -37,7 +38,7 @@ OVERRIDES = {
     "update_draft_decode_metadata",
     backend.QuantSpecBackend: "forward_includes_kv_cache_update supported_dtypes "
     "supported_kv_cache_dtypes get_name get_supported_kernel_block_sizes get_supported_head_sizes "
-    "supported_kv_cache_layouts supports_kv_connector supports_attn_type get_impl_cls get_builder_cls",
+    "supported_kv_cache_layouts supports_attn_type get_impl_cls get_builder_cls",
     backend.QuantSpecImpl: "__init__ forward",
     window.WindowMetadataBuilder: "_cudagraph_support supports_draft_decode_metadata_update __init__ build "
     "update_draft_decode_metadata",
@@ -50,6 +51,7 @@ OVERRIDES = {
     specs.RecentWindowManager: "supports_fine_grained_hash_lookup __init__ get_num_blocks_to_allocate allocate_new_blocks "
     "add_local_computed_blocks allocate_external_computed_blocks remove_skipped_blocks pop_blocks_for_free "
     "cache_blocks find_longest_cache_hit",
+    offloading.PageOffloadingConnector: "get_num_new_matched_tokens",
     speculator.QuantSpecSpeculator: "__init__ load_draft_model set_attn _configure_decode_metadata_update "
     "init_cudagraph_manager capture propose _generate_fused_drafts _run_model",
     proposer.QuantSpecProposer: "__init__ load_model validate_same_kv_cache_group initialize_attn_backend propose "
@@ -240,6 +242,7 @@ def test_our_calls_into_vllm():
         (SpeculatorCudaGraphManager.capture, 7 * (0,), "progress_bar_desc specialize_spec_tokens"),
         (SpeculatorCudaGraphManager.specialize_spec_tokens, 3 * (0,), ""),
         (select_common_block_size, 3 * (0,), ""),
+        (OffloadingConnectorScheduler.get_num_new_matched_tokens, 3 * (0,), "max_num_new_tokens"),
         (speculator.prepare_decode_inputs, 7 * (0,), ""),
     ):
         signature = inspect.signature(function)

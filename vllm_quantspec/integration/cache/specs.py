@@ -179,7 +179,7 @@ class RecentWindowManager(FullAttentionManager):
         self.req_to_blocks[request_id].extend([self._null_block] * cdiv(num_computed, self.block_size))
 
     def allocate_external_computed_blocks(self, *args, **kwargs) -> None:
-        """Tokens that a KV connector loads have no exact copy (connectors are refused at start)."""
+        """Tokens that a KV connector loads have no exact copy: their entries are null already."""
 
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None

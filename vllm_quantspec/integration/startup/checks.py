@@ -12,6 +12,7 @@ from vllm_quantspec import supported
 from vllm_quantspec.config import CACHE_DTYPES, HEAD_SIZES
 from vllm_quantspec.format import GROUP_SIZES
 from vllm_quantspec.integration.startup.cache_dtype import page_bits
+from vllm_quantspec.integration.startup.offloading import check_connector
 from vllm_quantspec.integration.startup.version import check_version
 from vllm_quantspec.kernels.decode_attention import MAX_REQUESTS
 from vllm_quantspec.kernels.device import MIN_CAPABILITY
@@ -63,11 +64,10 @@ def check_args(args: EngineArgs) -> None:
     for flag, value, unset, what in (
         ("--decode-context-parallel-size", args.decode_context_parallel_size, 1, "decode-context parallelism"),
         ("--prefill-context-parallel-size", args.prefill_context_parallel_size, 1, "prefill-context parallelism"),
-        ("--kv-transfer-config", args.kv_transfer_config, None, "KV connectors"),
-        ("--kv-offloading-size", args.kv_offloading_size, None, "KV offloading"),
     ):
         if value != unset:
             raise ValueError(f"quantspec: {what} is not supported by the hierarchical KV cache; drop {flag}.")
+    check_connector(args)
 
 
 def check_config(config: VllmConfig) -> None:

@@ -18,6 +18,7 @@ from vllm_quantspec.integration.startup import checks
 from vllm_quantspec.integration.startup.backend_name import quantspec_backend
 from vllm_quantspec.integration.startup.cache_dtype import take_cache_dtype
 from vllm_quantspec.integration.startup.layer_backends import leave_sliding_layers, wants_quantspec_cache
+from vllm_quantspec.integration.startup.offloading import offload_pages
 from vllm_quantspec.integration.startup.overlap import let_compiled_kernels_overlap
 from vllm_quantspec.integration.startup.replace import replace
 
@@ -103,6 +104,7 @@ def _with_checks(create_engine_config):
         if uses_quantspec:
             checks.check_config(config)
             leave_sliding_layers(config)
+            offload_pages(config)
             let_compiled_kernels_overlap(config)
         return config
 
