@@ -68,8 +68,7 @@ REFUSED = {
     "gemma 2": (GEMMA_2 | {"attn_logit_softcapping": 50.0}, "a logit soft-cap"),
     "mistral": (LLAMA_8B | {"model_type": "mistral", "sliding_window": 4096}, "sliding-window attention in every layer"),
     "llama 4": (LLAMA_8B | {"layer_types": ["chunked_attention"]}, "chunked local attention"),
-    "jamba": (LLAMA_8B | {"attn_layer_period": 8, "mamba_d_state": 16}, "Mamba or linear-attention"),
-    "qwen 3 next": (QWEN3_30B_A3B | {"layer_types": ["linear_attention", "full_attention"]}, "Mamba or linear-attention"),
+    "mamba": ({"architectures": ["MambaForCausalLM"], "state_size": 16}, "Mamba layers and no attention"),
     "falcon": (LLAMA_8B | {"alibi": True}, "ALiBi"),
     "gpt-oss": (LLAMA_8B | {"architectures": ["GptOssForCausalLM"]}, "attention sinks"),
     "bart": (LLAMA_8B | {"is_encoder_decoder": True}, "an encoder and a decoder"),
@@ -378,6 +377,12 @@ def test_a_model_with_sliding_layers(tmp_path, capsys):
     dense = estimate.model_from(GEMMA_3_27B | {"sliding_window": None}, "dense")
     assert estimate.speed(dense, 4e12, 131072, 1, 1, 128, 0.9, 4).exact > 1.5 * times[2].exact
     assert times[0].exact < times[1].exact < times[2].exact and times[2].cache < times[2].exact
+
+
+@pytest.mark.parametrize("kind", [{"mamba_d_state": 16}, {"layer_types": ["linear_attention", "full_attention"]}])
+def test_no_estimate_of_states(kind, tmp_path, capsys):
+    assert run(tmp_path, LLAMA_8B | kind) == 2
+    assert "has Mamba or linear-attention layers, which estimates do not count" in capsys.readouterr().err
 
 
 def test_no_configuration(tmp_path, capsys):

@@ -53,12 +53,14 @@ MODELS = {
         "vocab_size": 512,
         "torch_dtype": "bfloat16",
     },
-    "Mamba": {
-        **LLAMA,
-        "architectures": ["JambaForCausalLM"],
-        "model_type": "jamba",
-        "attn_layer_period": 2,
-        "attn_layer_offset": 1,
+    "Mamba layers and no attention": {
+        "architectures": ["MambaForCausalLM"],
+        "model_type": "mamba",
+        "hidden_size": 256,
+        "num_hidden_layers": 2,
+        "state_size": 16,
+        "vocab_size": 512,
+        "torch_dtype": "bfloat16",
     },
     "ALiBi": {
         "architectures": ["BloomForCausalLM"],

@@ -68,8 +68,9 @@ def spoil_pool(llm: LLM) -> None:
     """What other layers leave in a block may be no number: fill the pool with such bytes."""
     (runner,) = llm.llm_engine.collective_rpc(lambda worker: worker.model_runner)
     for layer in runner.compilation_config.static_forward_context.values():
-        storage = layer.kv_cache.untyped_storage()
-        torch.tensor([], dtype=torch.uint8).set_(storage).fill_(255)
+        cache = getattr(layer, "kv_cache", None)
+        if isinstance(cache, torch.Tensor):
+            torch.tensor([], dtype=torch.uint8).set_(cache.untyped_storage()).fill_(255)
 
 
 def groups_of(llm: LLM):

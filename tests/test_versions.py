@@ -38,7 +38,7 @@ OVERRIDES = {
     "update_draft_decode_metadata",
     backend.QuantSpecBackend: "forward_includes_kv_cache_update supported_dtypes "
     "supported_kv_cache_dtypes get_name get_supported_kernel_block_sizes get_supported_head_sizes "
-    "supported_kv_cache_layouts supports_attn_type get_impl_cls get_builder_cls",
+    "supported_kv_cache_layouts customize_spec supports_attn_type get_impl_cls get_builder_cls",
     backend.QuantSpecImpl: "__init__ forward",
     window.WindowMetadataBuilder: "_cudagraph_support supports_draft_decode_metadata_update __init__ build "
     "update_draft_decode_metadata",

@@ -25,7 +25,14 @@ from vllm_quantspec.config import CACHE_DTYPES, QuantSpecOptions, draft_budget, 
 from vllm_quantspec.format import PageFormat, window_blocks_per_request, window_start
 from vllm_quantspec.kernels.decode_attention import row_tiles
 from vllm_quantspec.memory import draft_logits_bytes
-from vllm_quantspec.supported import head_size_of, num_sliding_layers, text_part, undrafted, unsupported
+from vllm_quantspec.supported import (
+    has_recurrent_layers,
+    head_size_of,
+    num_sliding_layers,
+    text_part,
+    undrafted,
+    unsupported,
+)
 
 GIB = 2**30
 # A 16-bit scale and zero point per group of weights.
@@ -179,6 +186,8 @@ def model_from(config: dict, name: str) -> Model:
     if refusal:
         raise ValueError(f"not supported; an engine would stop with this: {refusal}")
     text = text_part(config)
+    if has_recurrent_layers(text):
+        raise ValueError(f"{name} has Mamba or linear-attention layers, which estimates do not count; there is no estimate.")
     c = SimpleNamespace(**text)
     missing = [
         key

@@ -13,11 +13,12 @@ from vllm_quantspec.config import HEAD_SIZES
 
 MLA = "multi-head latent attention (MLA)"
 ENCODER = "an encoder and a decoder"
-RECURRENT = "Mamba or linear-attention layers"
+RECURRENT_ALONE = "Mamba layers and no attention"
 ALIBI = "ALiBi position biases"
 SINKS = "attention sinks"
 SOFT_CAP = "a logit soft-cap"
 SLIDING = "sliding-window attention in every layer"
+SOME_RECURRENT = "models with Mamba or linear-attention layers"
 SOME_SLIDING = "models with sliding-window layers beside full ones"
 CHUNKED = "chunked local attention"
 
@@ -74,6 +75,12 @@ def text_part(config: dict[str, Any]) -> dict[str, Any]:
     return config.get("text_config") or config
 
 
+def has_recurrent_layers(text: dict[str, Any]) -> bool:
+    """Whether some layers of a language model are Mamba, linear-attention or convolution layers."""
+    layer_types = text.get("layer_types") or ()
+    return any(text.get(key) for key in _RECURRENT_KEYS) or bool(_RECURRENT_LAYERS.intersection(layer_types))
+
+
 def _full_every(text: dict[str, Any]) -> int | None:
     """Of a configuration that does not list its layers: every so many-th layer is full."""
     pattern = text.get("sliding_window_pattern")
@@ -124,8 +131,8 @@ def _kinds_of(config: dict[str, Any], text: dict[str, Any], architectures: list[
         yield MLA
     if config.get("is_encoder_decoder"):
         yield ENCODER
-    if any(text.get(key) for key in _RECURRENT_KEYS) or _RECURRENT_LAYERS.intersection(text.get("layer_types") or ()):
-        yield RECURRENT
+    if has_recurrent_layers(text) and not text.get("num_attention_heads"):
+        yield RECURRENT_ALONE
     if (
         text.get("alibi")
         or "BloomForCausalLM" in architectures
@@ -163,6 +170,8 @@ def unsupported(config: dict[str, Any], model: str) -> str | None:
 def undrafted(config: dict[str, Any]) -> str | None:
     """As ``unsupported``, for a model whose cache is supported: the sentence that stops its speculation, or None."""
     text = text_part(config)
+    if has_recurrent_layers(text):
+        return not_drafted_for(SOME_RECURRENT, ALONE)
     if sliding_layers(text) == "some":
         return not_drafted_for(SOME_SLIDING, ALONE)
     if any(config.get(f"{kind}_config") for kind in ("vision", "audio")):

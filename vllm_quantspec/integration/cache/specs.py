@@ -78,8 +78,14 @@ class RecentWindowSpec(AttentionSpec):
         return all(isinstance(spec, RecentWindowSpec) for spec in kv_cache_specs.values())
 
 
-def make_specs(page_format: PageFormat, num_speculative_tokens: int) -> tuple[HierarchicalKVSpec, RecentWindowSpec]:
-    """The two specs of one attention layer; both say ``uint8``, so vLLM has no reason to zero new blocks."""
+def make_specs(
+    page_format: PageFormat, num_speculative_tokens: int, pages_per_block: int = 1
+) -> tuple[HierarchicalKVSpec, RecentWindowSpec]:
+    """The two specs of one attention layer; both say ``uint8``, so vLLM has no reason to zero new blocks.
+
+    Where vLLM needs larger blocks, for a Mamba layer's state, a block has several pages, or as many window blocks, each
+    of a page's bytes: the layer's kernel blocks.
+    """
     heads, head_size = page_format.num_kv_heads, page_format.head_size
     common = dict(
         num_kv_heads=heads,
@@ -90,18 +96,19 @@ def make_specs(page_format: PageFormat, num_speculative_tokens: int) -> tuple[Hi
         num_speculative_tokens=num_speculative_tokens,
     )
     pages = HierarchicalKVSpec(
-        block_size=page_format.group_size,
+        block_size=pages_per_block * page_format.group_size,
         tokens_per_state=page_format.group_size,
         state_content_bytes=page_format.head_bytes,
         **common,
     )
-    window = RecentWindowSpec(
-        block_size=page_format.window_block_size,
-        state_content_bytes=2 * head_size * page_format.dtype.itemsize,
-        page_size_padded=pages.page_size_bytes,
-        group_size=page_format.group_size,
-        **common,
-    )
+    size = page_format.window_block_size
+    if pages_per_block == 1:
+        bytes_of = dict(
+            state_content_bytes=2 * head_size * page_format.dtype.itemsize, page_size_padded=pages.page_size_bytes
+        )
+    else:  # a padded block cannot be split, so each window block is one state
+        bytes_of = dict(state_content_bytes=page_format.head_bytes, tokens_per_state=size)
+    window = RecentWindowSpec(block_size=pages_per_block * size, group_size=page_format.group_size, **bytes_of, **common)
     return pages, window
 
 

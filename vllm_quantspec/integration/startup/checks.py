@@ -80,7 +80,7 @@ def check_config(config: VllmConfig) -> None:
     for present, what in (
         (model.use_mla, supported.MLA),
         (model.is_encoder_decoder, supported.ENCODER),
-        (model.is_hybrid or model.is_attention_free, supported.RECURRENT),
+        (model.is_attention_free, supported.RECURRENT_ALONE),
         (model.uses_alibi, supported.ALIBI),
         *((True, what) for what in supported.attention_of(model.hf_text_config.to_dict(), model.architectures)),
         (config.cache_config.sliding_window, supported.SLIDING),
@@ -102,6 +102,8 @@ def check_config(config: VllmConfig) -> None:
         check_cpu_runner(config.use_v2_model_runner)
     else:
         check_gpu(config, current_platform)
+    if model.is_hybrid:
+        check_hybrid(config)
     if config.speculative_config is not None:
         check_speculation(config)
     if current_platform.is_cpu() and config.parallel_config.pipeline_parallel_size > 1:
@@ -109,6 +111,17 @@ def check_config(config: VllmConfig) -> None:
         raise ValueError(
             "quantspec: vLLM's CPU engine fails at the first request with pipeline parallelism, whatever the KV cache; "
             "drop --pipeline-parallel-size, or use --tensor-parallel-size."
+        )
+
+
+def check_hybrid(config: VllmConfig) -> None:
+    """What does not go with Mamba and linear-attention layers, which have a state instead of keys and values."""
+    if config.speculative_config is not None:
+        raise ValueError(supported.not_drafted_for(supported.SOME_RECURRENT, supported.ALONE))
+    if config.kv_transfer_config is not None:
+        raise ValueError(
+            f"quantspec: KV offloading was not tried with {supported.SOME_RECURRENT} on this cache; drop "
+            "--kv-offloading-size and --kv-transfer-config."
         )
 
 
