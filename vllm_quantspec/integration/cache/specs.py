@@ -1,6 +1,6 @@
 """KV cache specs and managers: hierarchical pages and the recent window, both blocks of vLLM's one pool.
 
-A pool block has the bytes of one page. A request holds
+A pool block has the bytes of one page, or of several where a Mamba layer's state needs them. A request holds
 - one *page* per ``group_size`` tokens: quantized, prefix-cacheable, freed with the request;
 - *window blocks* with the exact keys and values of its newest tokens (``window_block_size`` tokens each). Their table is
   indexed by position; entries below the window are vLLM's null block. A request that starts from a prefix-cache hit
