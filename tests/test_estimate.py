@@ -2,10 +2,13 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from vllm.v1.core.kv_cache_utils import _get_kv_cache_groups_uniform_page_size
+from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
 from vllm_quantspec import cli, estimate, supported
 from vllm_quantspec.config import CACHE_DTYPES, DEFAULT_CACHE_DTYPE, QuantSpecOptions
@@ -63,10 +66,9 @@ GEMMA_2 = LLAMA_8B | {"architectures": ["Gemma2ForCausalLM"], "sliding_window": 
 REFUSED = {
     "deepseek": (LLAMA_8B | {"kv_lora_rank": 512, "qk_rope_head_dim": 64}, "multi-head latent attention"),
     "gemma 2": (GEMMA_2 | {"attn_logit_softcapping": 50.0}, "a logit soft-cap"),
-    "gemma 3": (GEMMA_2 | {"layer_types": ["sliding_attention", "full_attention"]}, "sliding-window attention"),
+    "mistral": (LLAMA_8B | {"model_type": "mistral", "sliding_window": 4096}, "sliding-window attention in every layer"),
     "llama 4": (LLAMA_8B | {"layer_types": ["chunked_attention"]}, "chunked local attention"),
-    "jamba": (LLAMA_8B | {"attn_layer_period": 8, "mamba_d_state": 16}, "Mamba or linear-attention"),
-    "qwen 3 next": (QWEN3_30B_A3B | {"layer_types": ["linear_attention", "full_attention"]}, "Mamba or linear-attention"),
+    "mamba": ({"architectures": ["MambaForCausalLM"], "state_size": 16}, "Mamba layers and no attention"),
     "falcon": (LLAMA_8B | {"alibi": True}, "ALiBi"),
     "gpt-oss": (LLAMA_8B | {"architectures": ["GptOssForCausalLM"]}, "attention sinks"),
     "bart": (LLAMA_8B | {"is_encoder_decoder": True}, "an encoder and a decoder"),
@@ -338,6 +340,59 @@ def test_a_model_that_sees(tmp_path, capsys):
     seeing = capsys.readouterr().out
     assert run(tmp_path, LLAMA_8B) == 0
     assert seeing.replace(", of the language model alone", "") == capsys.readouterr().out != seeing
+
+
+GEMMA_3_27B = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "head_dim": 128,
+    "hidden_size": 5376,
+    "intermediate_size": 21504,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 62,
+    "num_key_value_heads": 16,
+    "sliding_window": 1024,
+    "sliding_window_pattern": 6,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 262208,
+}
+
+
+@pytest.mark.parametrize(("full", "sliding"), [(10, 52), (13, 12), (12, 13), (4, 22), (16, 48), (1, 1)])
+def test_layers_in_the_pool_are_those_of_vllms_groups(full, sliding):
+    config = GEMMA_3_27B | {"num_hidden_layers": full + sliding}
+    config["layer_types"] = full * ["full_attention"] + sliding * ["sliding_attention"]
+    pages, window = make_specs(PageFormat(16, 128), 0)
+    spec = SlidingWindowSpec(block_size=64, num_kv_heads=16, head_size=128, dtype=torch.bfloat16, sliding_window=1024)
+    spec = replace(spec, page_size_padded=pages.page_size_bytes)
+    specs = {f"full.{i}": pages for i in range(full)} | {f"full.{i}.window": window for i in range(full)}
+    groups = _get_kv_cache_groups_uniform_page_size(specs | {f"sliding.{i}": spec for i in range(sliding)})
+    size = max(len(group.layer_names) for group in groups)
+    numbers = [size * sum(isinstance(g.kv_cache_spec, kind) for g in groups) for kind in (type(pages), SlidingWindowSpec)]
+    assert estimate.model_from(config, "gemma").layers_in_pool == tuple(numbers)
+
+
+def test_a_model_with_sliding_layers(tmp_path, capsys):
+    assert run(tmp_path, GEMMA_3_27B, "--gpu-memory", "141", "--context", "32768") == 0
+    text = capsys.readouterr().out
+    assert "speculation does not support models with sliding-window layers beside full ones yet" in text
+    assert "52 of 62 layers, 1024 tokens, 16 bits" in text
+    model = estimate.model_from(GEMMA_3_27B, "gemma")
+    m = estimate.memory(model, 140 * estimate.GIB, 0.9, 1, 128, 0)
+    assert m.kv_bytes_per_token == 10 * 16 * 2 * 128 * 2  # of the full layers alone
+    assert m.requests(32768, quantspec=True, draft=False) > 1.4 * m.requests(32768, quantspec=False)
+    assert m.requests(131072, quantspec=True, draft=False) > 1.75 * m.requests(131072, quantspec=False)
+    times = [estimate.speed(model, 4e12, context, 1, 1, 128, 0.9, 4) for context in (1024, 32768, 131072)]
+    dense = estimate.model_from(GEMMA_3_27B | {"sliding_window": None}, "dense")
+    assert estimate.speed(dense, 4e12, 131072, 1, 1, 128, 0.9, 4).exact > 1.5 * times[2].exact
+    assert times[0].exact < times[1].exact < times[2].exact and times[2].cache < times[2].exact
+
+
+@pytest.mark.parametrize("kind", [{"mamba_d_state": 16}, {"layer_types": ["linear_attention", "full_attention"]}])
+def test_no_estimate_of_states(kind, tmp_path, capsys):
+    assert run(tmp_path, LLAMA_8B | kind) == 2
+    assert "has Mamba or linear-attention layers, which estimates do not count" in capsys.readouterr().err
 
 
 def test_no_configuration(tmp_path, capsys):

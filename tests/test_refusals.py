@@ -55,12 +55,14 @@ MODELS = {
         "vocab_size": 512,
         "torch_dtype": "bfloat16",
     },
-    "Mamba": {
-        **LLAMA,
-        "architectures": ["JambaForCausalLM"],
-        "model_type": "jamba",
-        "attn_layer_period": 2,
-        "attn_layer_offset": 1,
+    "Mamba layers and no attention": {
+        "architectures": ["MambaForCausalLM"],
+        "model_type": "mamba",
+        "hidden_size": 256,
+        "num_hidden_layers": 2,
+        "state_size": 16,
+        "vocab_size": 512,
+        "torch_dtype": "bfloat16",
     },
     "ALiBi": {
         "architectures": ["BloomForCausalLM"],
@@ -318,13 +320,6 @@ def test_model_runner_v2_on_a_cpu(chosen, how, books_4m, monkeypatch):
         monkeypatch.setattr(vllm.config.vllm, "HAS_TRITON", True)  # as with Triton for CPU
     sentence = refusal(books_4m, **{"speculative_config": None, **how})
     assert "model runner V1" in sentence and "set VLLM_USE_V2_MODEL_RUNNER=0" in sentence
-
-
-def test_kv_connector(books_4m):
-    from vllm.config import KVTransferConfig
-
-    connector = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
-    assert "KV connectors" in refusal(books_4m, kv_transfer_config=connector)
 
 
 class Gpu:

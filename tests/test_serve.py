@@ -487,7 +487,7 @@ def test_what_cannot_work_ends_before_weights_are_read(books_4m, tmp_path):
             "quantspec: unknown option 'draft_wieghts' in the speculative config; did you mean 'draft_weights'?"
         ),
         (str(folder), "--speculative-config", "quantspec", "--skip-tokenizer-init"): (
-            f"quantspec: {folder} has sliding-window attention, which the hierarchical KV cache does not implement"
+            f"quantspec: {folder} has sliding-window attention in every layer, which the hierarchical KV cache does not"
         ),
     }
     with ThreadPoolExecutor(len(cases)) as pool:

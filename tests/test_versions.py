@@ -14,18 +14,20 @@ from dataclasses import fields
 import pytest
 import torch
 from conftest import ROOT
-from vllm.config import SpeculativeConfig, VllmConfig
+from vllm.config import AttentionConfig, CacheConfig, SpeculativeConfig, VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.scheduler import OffloadingConnectorScheduler
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheConfig, KVCacheSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheConfig, KVCacheSpec, SlidingWindowSpec
 from vllm.v1.worker import gpu_model_runner
 from vllm.v1.worker.gpu import model_runner
 from vllm.v1.worker.gpu.dp_utils import DPSyncState, dispatch_cg_and_sync_dp
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import SpeculatorCudaGraphManager
+from vllm.v1.worker.utils import select_common_block_size
 
-from vllm_quantspec.integration.cache import backend, specs, window
+from vllm_quantspec.integration.cache import backend, offloading, specs, window
 from vllm_quantspec.integration.cpu import proposer
 from vllm_quantspec.integration.gpu import speculator
 from vllm_quantspec.integration.startup import speculative_config, version
@@ -36,7 +38,7 @@ OVERRIDES = {
     "update_draft_decode_metadata",
     backend.QuantSpecBackend: "forward_includes_kv_cache_update supported_dtypes "
     "supported_kv_cache_dtypes get_name get_supported_kernel_block_sizes get_supported_head_sizes "
-    "supported_kv_cache_layouts supports_kv_connector supports_attn_type get_impl_cls get_builder_cls",
+    "supported_kv_cache_layouts customize_spec supports_attn_type get_impl_cls get_builder_cls",
     backend.QuantSpecImpl: "__init__ forward",
     window.WindowMetadataBuilder: "_cudagraph_support supports_draft_decode_metadata_update __init__ build "
     "update_draft_decode_metadata",
@@ -45,10 +47,11 @@ OVERRIDES = {
     specs.HierarchicalKVSpec: "merge",
     specs.RecentWindowSpec: "prefix_cacheable uses_slot_mapping block_table_token_alignment max_memory_usage_bytes "
     "is_uniform_with_collection",
-    specs.HierarchicalKVManager: "supports_fine_grained_hash_lookup cache_blocks",
+    specs.HierarchicalKVManager: "supports_fine_grained_hash_lookup __init__ cache_blocks",
     specs.RecentWindowManager: "supports_fine_grained_hash_lookup __init__ get_num_blocks_to_allocate allocate_new_blocks "
     "add_local_computed_blocks allocate_external_computed_blocks remove_skipped_blocks pop_blocks_for_free "
     "cache_blocks find_longest_cache_hit",
+    offloading.PageOffloadingConnector: "get_num_new_matched_tokens",
     speculator.QuantSpecSpeculator: "__init__ load_draft_model set_attn _configure_decode_metadata_update "
     "init_cudagraph_manager capture propose _generate_fused_drafts _run_model",
     proposer.QuantSpecProposer: "__init__ load_model validate_same_kv_cache_group initialize_attn_backend propose "
@@ -72,6 +75,7 @@ REPLACED = {
     "vllm.v1.worker.gpu_model_runner.GPUModelRunner._prepare_inputs": "self scheduler_output",
     "vllm.v1.worker.gpu_model_runner.GPUModelRunner._get_spec_decode_draft_probs": "self spec_decode_metadata",
     "vllm.v1.worker.gpu_model_runner.GPUModelRunner._bookkeeping_sync": "self",
+    "vllm.v1.worker.cpu_model_runner.CPUModelRunner._zero_block_ids": "self block_ids",
     "vllm.v1.worker.gpu.model_runner.GPUModelRunner.get_kv_cache_spec": "self",
     "vllm.v1.worker.gpu.model_runner.GPUModelRunner.prepare_inputs": "self",
     "vllm.v1.worker.gpu.model_runner.init_speculator": "vllm_config device req_states",
@@ -90,6 +94,9 @@ FIELDS = {
     SchedulerOutput: "scheduled_spec_decode_tokens",
     KVCacheConfig: "kv_cache_groups",
     AttentionSpec: "block_size num_kv_heads head_size tokens_per_state state_content_bytes page_size_padded",
+    SlidingWindowSpec: "block_size page_size_padded sliding_window",
+    AttentionConfig: "backend backend_per_kind",
+    CacheConfig: "sliding_window",
 }
 
 
@@ -234,6 +241,8 @@ def test_our_calls_into_vllm():
         (dispatch_cg_and_sync_dp, 3 * (0,), "uniform_token_count dp_size dp_rank need_eager dp_sync_state"),
         (SpeculatorCudaGraphManager.capture, 7 * (0,), "progress_bar_desc specialize_spec_tokens"),
         (SpeculatorCudaGraphManager.specialize_spec_tokens, 3 * (0,), ""),
+        (select_common_block_size, 3 * (0,), ""),
+        (OffloadingConnectorScheduler.get_num_new_matched_tokens, 3 * (0,), "max_num_new_tokens"),
         (speculator.prepare_decode_inputs, 7 * (0,), ""),
     ):
         signature = inspect.signature(function)
@@ -257,6 +266,10 @@ def test_verifications_of_this_vllm_are_known():
     lossy = {speculative_config.BENCHMARK, "fly"}
     assert set(RejectionSampleMethod.__args__) <= {*speculative_config.LOSSLESS, *lossy}
     assert set(DraftSampleMethod.__args__) == {"greedy", "probabilistic"}  # both keep it
+
+
+def test_managers_take_what_ours_set():
+    assert "needs_kv_cache_zeroing" in parameters(specs.FullAttentionManager.__init__)
 
 
 def test_properties_of_the_configuration():

@@ -25,7 +25,15 @@ from vllm_quantspec.config import CACHE_DTYPES, QuantSpecOptions, draft_budget, 
 from vllm_quantspec.format import PageFormat, window_blocks_per_request, window_start
 from vllm_quantspec.kernels.decode_attention import row_tiles
 from vllm_quantspec.memory import draft_logits_bytes
-from vllm_quantspec.supported import head_size_of, text_part, towers_of, undrafted, unsupported
+from vllm_quantspec.supported import (
+    has_recurrent_layers,
+    head_size_of,
+    num_sliding_layers,
+    text_part,
+    towers_of,
+    undrafted,
+    unsupported,
+)
 
 GIB = 2**30
 # A 16-bit scale and zero point per group of weights.
@@ -107,6 +115,7 @@ class Experts:
 class Model:
     """Sizes of a decoder-only transformer; ``*_weights`` are numbers of weights.
 
+    Of ``num_layers``, ``sliding_layers`` attend to the newest ``sliding_window`` tokens alone, in 16 bits.
     ``linear_weights`` are without experts. Of these and the head the draft has a copy in INT4, of the experts if asked for.
     """
 
@@ -121,6 +130,18 @@ class Model:
     vocab_size: int
     dtype: torch.dtype
     experts: Experts | None = None
+    sliding_layers: int = 0
+    sliding_window: int = 0
+
+    @property
+    def layers_in_pool(self) -> tuple[int, int]:
+        """Full and sliding layers that vLLM's pool has room for: it splits them into groups of equally many layers."""
+        full, sliding = self.num_layers - self.sliding_layers, self.sliding_layers
+        if not sliding:
+            return full, 0
+        least, most = min(full, sliding), max(full, sliding)
+        group = most if most < 1.5 * least else least
+        return math.ceil(full / group) * group, math.ceil(sliding / group) * group
 
     @property
     def weights(self) -> int:
@@ -166,6 +187,8 @@ def model_from(config: dict, name: str) -> Model:
     if refusal:
         raise ValueError(f"not supported; an engine would stop with this: {refusal}")
     text = text_part(config)
+    if has_recurrent_layers(text):
+        raise ValueError(f"{name} has Mamba or linear-attention layers, which estimates do not count; there is no estimate.")
     c = SimpleNamespace(**text)
     missing = [
         key
@@ -196,6 +219,8 @@ def model_from(config: dict, name: str) -> Model:
         c.vocab_size,
         dtype if dtype.itemsize == 2 else torch.bfloat16,
         experts,
+        num_sliding_layers(text),
+        text.get("sliding_window") or 0,
     )
 
 
@@ -236,15 +261,17 @@ class Memory:
     kv_bytes_per_token: float
     quantspec_bytes_per_token: float
     window_bytes_per_request: float
+    sliding_bytes_per_request: float
     free: float
     free_with_draft: float
 
     def requests(self, context: int, *, quantspec: bool, draft: bool = True) -> int:
         """Requests of ``context`` tokens that are held at once."""
         if not quantspec:
-            return max(0, int(self.free // (self.kv_bytes_per_token * context)))
+            return max(0, int(self.free // (self.kv_bytes_per_token * context + self.sliding_bytes_per_request)))
         free = self.free_with_draft if draft else self.free
-        return max(0, int(free // (self.quantspec_bytes_per_token * context + self.window_bytes_per_request)))
+        windows = self.window_bytes_per_request + self.sliding_bytes_per_request
+        return max(0, int(free // (self.quantspec_bytes_per_token * context + windows)))
 
 
 def memory(
@@ -281,13 +308,16 @@ def memory(
     max_num_seqs = max_num_seqs or default_max_num_seqs(gpu_memory)
     logits = draft_logits_bytes(max_num_seqs, num_speculative_tokens, model.vocab_size, model.dtype.itemsize)
     window_blocks = window_blocks_per_request(group_size, fmt.window_block_size, num_speculative_tokens)
+    full_layers, sliding_layers = model.layers_in_pool
+    exact = fmt.num_kv_heads * 2 * model.head_size * model.dtype.itemsize
     return Memory(
         weights,
         int4,
         logits,
-        model.num_layers * fmt.num_kv_heads * 2 * model.head_size * model.dtype.itemsize,
-        model.num_layers * fmt.bytes_per_token(),
-        model.num_layers * window_blocks * fmt.page_bytes,
+        full_layers * exact,
+        full_layers * fmt.bytes_per_token(),
+        full_layers * window_blocks * fmt.page_bytes,
+        sliding_layers * (model.sliding_window + group_size) * exact,
         max(0.0, free),
         max(0.0, free - int4 - logits),
     )
@@ -394,8 +424,10 @@ def speed(
             cache_bytes += WINDOW_READ_GROUPS * group_size * exact_bytes
             tiles, passes = row_tiles(model.head_size, query_rows)  # every pass reads the cache
         read = read_ms(batch * cache_bytes, READ) * (1 + ROW_TILE * (tiles - 1)) + ROW_TILE_US * (tiles - 1) / 1e3
-        fixed = LAYER_US[kind] + TOKEN_US * num_tokens + (2 * ALL_REDUCE_US if tp > 1 else 0)
-        return model.num_layers * (passes * read + fixed / 1e3)
+        rest = TOKEN_US * num_tokens + (2 * ALL_REDUCE_US if tp > 1 else 0)
+        full = (model.num_layers - model.sliding_layers) * (passes * read + (LAYER_US[kind] + rest) / 1e3)
+        newest = read_ms(batch * min(context, model.sliding_window) * exact_bytes, READ)
+        return full + model.sliding_layers * (newest + (LAYER_US["exact"] + rest) / 1e3)
 
     share = draft_share(
         model, context, batch, tp, group_size, num_speculative_tokens, page_bits, draft_context, draft_experts
@@ -499,6 +531,9 @@ def report(arguments, file=None) -> None:
     line("KV cache, 16 bits", f"{m.kv_bytes_per_token / 1024:.1f} KiB per token")
     line(f"KV cache, {arguments.kv_cache_dtype}", f"{m.quantspec_bytes_per_token / 1024:.1f} KiB per token")
     line("recent window, QuantSpec", f"{m.window_bytes_per_request / 2**20:.0f} MiB per running request, at most")
+    if model.sliding_layers:
+        layers = f"{model.sliding_layers} of {model.num_layers} layers, {model.sliding_window} tokens, 16 bits"
+        line("sliding windows", f"{m.sliding_bytes_per_request / 2**20:.0f} MiB per running request ({layers})")
     beside = "" if no_drafts else f", {m.free_with_draft / GIB:.1f} GiB beside what drafting takes"
     line("free for the cache", f"{m.free / GIB:.1f} GiB{beside}")
     if m.free_with_draft == 0 and not (no_drafts and m.free):

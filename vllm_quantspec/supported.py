@@ -13,11 +13,13 @@ from vllm_quantspec.config import HEAD_SIZES
 
 MLA = "multi-head latent attention (MLA)"
 ENCODER = "an encoder and a decoder"
-RECURRENT = "Mamba or linear-attention layers"
+RECURRENT_ALONE = "Mamba layers and no attention"
 ALIBI = "ALiBi position biases"
 SINKS = "attention sinks"
 SOFT_CAP = "a logit soft-cap"
-SLIDING = "sliding-window attention"
+SLIDING = "sliding-window attention in every layer"
+SOME_RECURRENT = "models with Mamba or linear-attention layers"
+SOME_SLIDING = "models with sliding-window layers beside full ones"
 CHUNKED = "chunked local attention"
 STREAMED_INPUT = "audio that arrives while the model answers"
 
@@ -41,6 +43,9 @@ _RECURRENT_KEYS = (
     "state_size",
 )
 _RECURRENT_LAYERS = {"linear_attention", "mamba", "mamba2", "conv", "recurrent", "linear"}
+# Old configurations of these have no "layer_types": every so many-th layer is full, all others are sliding.
+_FULL_EVERY = {"cohere2": 4, "exaone4": 4, "gemma2": 2, "gemma3": 6, "gpt_oss": 2, "olmo3": 4}
+ALONE = "use --attention-backend QUANTSPEC alone"
 
 
 def not_implemented(model: str, what: str) -> str:
@@ -81,6 +86,39 @@ def towers_of(config: dict[str, Any]) -> list[str]:
     return [kind for kind in ("vision", "audio") if config.get(f"{kind}_config")]
 
 
+def has_recurrent_layers(text: dict[str, Any]) -> bool:
+    """Whether some layers of a language model are Mamba, linear-attention or convolution layers."""
+    layer_types = text.get("layer_types") or ()
+    return any(text.get(key) for key in _RECURRENT_KEYS) or bool(_RECURRENT_LAYERS.intersection(layer_types))
+
+
+def _full_every(text: dict[str, Any]) -> int | None:
+    """Of a configuration that does not list its layers: every so many-th layer is full."""
+    pattern = text.get("sliding_window_pattern")
+    known = _FULL_EVERY.get(str(text.get("model_type")).removesuffix("_text"))
+    return pattern if isinstance(pattern, int) and pattern > 1 else len(pattern) if isinstance(pattern, str) else known
+
+
+def sliding_layers(text: dict[str, Any]) -> str:
+    """Of a language model's layers, ``"none"``, ``"some"`` or ``"all"`` attend to a sliding window alone."""
+    if not text.get("sliding_window"):
+        return "none"
+    if layer_types := text.get("layer_types"):
+        number = list(layer_types).count("sliding_attention")
+        return "some" if 0 < number < len(layer_types) else "all" if number else "none"
+    if not text.get("use_sliding_window", True):
+        return "none"
+    return "some" if _full_every(text) else "all"
+
+
+def num_sliding_layers(text: dict[str, Any]) -> int:
+    """How many of ``num_hidden_layers``, where some are."""
+    if sliding_layers(text) != "some":
+        return 0
+    layer_types, number = text.get("layer_types"), text["num_hidden_layers"]
+    return list(layer_types).count("sliding_attention") if layer_types else number - number // _full_every(text)
+
+
 def attention_of(text: dict[str, Any], architectures: list[str]) -> Iterator[str]:
     """What an attention layer of this language model has that the cache does not implement.
 
@@ -91,7 +129,7 @@ def attention_of(text: dict[str, Any], architectures: list[str]) -> Iterator[str
         yield SINKS
     if text.get("attn_logit_softcapping"):
         yield SOFT_CAP
-    if "sliding_attention" in layer_types or text.get("sliding_window") and text.get("use_sliding_window", True):
+    if sliding_layers(text) == "all":
         yield SLIDING
     if "chunked_attention" in layer_types:
         yield CHUNKED
@@ -104,8 +142,8 @@ def _kinds_of(config: dict[str, Any], text: dict[str, Any], architectures: list[
         yield MLA
     if config.get("is_encoder_decoder"):
         yield ENCODER
-    if any(text.get(key) for key in _RECURRENT_KEYS) or _RECURRENT_LAYERS.intersection(text.get("layer_types") or ()):
-        yield RECURRENT
+    if has_recurrent_layers(text) and not text.get("num_attention_heads"):
+        yield RECURRENT_ALONE
     if (
         text.get("alibi")
         or "BloomForCausalLM" in architectures
@@ -146,4 +184,9 @@ def undrafted(config: dict[str, Any]) -> str | None:
     """As ``unsupported``, for a model whose cache is supported: the sentence that stops its speculation, or None."""
     if STREAMED.intersection(config.get("architectures") or ()):
         return not_drafted_for(STREAMED_INPUT, "use --attention-backend QUANTSPEC alone")
+    text = text_part(config)
+    if has_recurrent_layers(text):
+        return not_drafted_for(SOME_RECURRENT, ALONE)
+    if sliding_layers(text) == "some":
+        return not_drafted_for(SOME_SLIDING, ALONE)
     return None

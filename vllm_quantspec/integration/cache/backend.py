@@ -10,6 +10,7 @@ A layer of the draft does 1 and 3, and reads the upper 4 bits. The work itself i
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -31,6 +32,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 from vllm_quantspec.config import HEAD_SIZES
 from vllm_quantspec.format import GROUP_SIZES, PageFormat
 from vllm_quantspec.integration.cache.metadata import WINDOW_SUFFIX, LayerSettings, QuantSpecMetadata
+from vllm_quantspec.integration.cache.specs import HierarchicalKVSpec
 from vllm_quantspec.integration.startup.backend_name import NAME
 from vllm_quantspec.integration.startup.cache_dtype import page_bits
 
@@ -92,6 +94,8 @@ class QuantSpecMetadataBuilder(AttentionMetadataBuilder[QuantSpecMetadata]):
 class QuantSpecBackend(AttentionBackend):
     forward_includes_kv_cache_update: bool = True
     accept_output_buffer: bool = True
+    # Of the engine that this process has built last: `customize_spec` is not told which engine asks.
+    page_format: ClassVar[PageFormat | None] = None
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "bfloat16", "float16"]
 
@@ -101,7 +105,16 @@ class QuantSpecBackend(AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec=None) -> list[int]:
-        return list(GROUP_SIZES)
+        """A page, of which a block of vLLM's pool may have several (`make_specs`)."""
+        return [kv_cache_spec.tokens_per_state] if isinstance(kv_cache_spec, HierarchicalKVSpec) else list(GROUP_SIZES)
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """vLLM asks for the bytes of a token, of which it makes blocks that hold a Mamba layer's state."""
+        fmt = cls.page_format
+        if fmt is None or isinstance(spec, HierarchicalKVSpec):
+            return spec
+        return replace(spec, dtype=torch.uint8, state_content_bytes=fmt.head_bytes // fmt.group_size)
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
@@ -110,10 +123,6 @@ class QuantSpecBackend(AttentionBackend):
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         return (KVCacheLayout.LBHNC,)
-
-    @classmethod
-    def supports_kv_connector(cls) -> bool:
-        return False
 
     @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
@@ -182,6 +191,7 @@ class QuantSpecImpl(AttentionImpl):
         )
         self.page_scores: Any = None  # of an engine with sparse drafts: set when these are set up
         refuse_unlike(self.settings.format, vllm_config)
+        QuantSpecBackend.page_format = self.settings.format
         attention.check_shapes(self.settings)
 
     def forward(
@@ -216,7 +226,7 @@ class QuantSpecImpl(AttentionImpl):
             self.settings,
             attn_metadata,
             kv_cache.squeeze(2),
-            context.no_compile_layers[window_name].kv_cache.view(self.settings.format.dtype),
+            context.no_compile_layers[window_name].exact(self.settings.format),
             context.attn_metadata[window_name].block_table,
             query[:num_tokens],
             key[:num_tokens],

@@ -1,6 +1,6 @@
 """KV cache specs and managers: hierarchical pages and the recent window, both blocks of vLLM's one pool.
 
-A pool block has the bytes of one page. A request holds
+A pool block has the bytes of one page, or of several where a Mamba layer's state needs them. A request holds
 - one *page* per ``group_size`` tokens: quantized, prefix-cacheable, freed with the request;
 - *window blocks* with the exact keys and values of its newest tokens (``window_block_size`` tokens each). Their table is
   indexed by position; entries below the window are vLLM's null block. A request that starts from a prefix-cache hit
@@ -78,8 +78,14 @@ class RecentWindowSpec(AttentionSpec):
         return all(isinstance(spec, RecentWindowSpec) for spec in kv_cache_specs.values())
 
 
-def make_specs(page_format: PageFormat, num_speculative_tokens: int) -> tuple[HierarchicalKVSpec, RecentWindowSpec]:
-    """The two specs of one attention layer; both say ``uint8``, so vLLM has no reason to zero new blocks."""
+def make_specs(
+    page_format: PageFormat, num_speculative_tokens: int, pages_per_block: int = 1
+) -> tuple[HierarchicalKVSpec, RecentWindowSpec]:
+    """The two specs of one attention layer; both say ``uint8``, so vLLM has no reason to zero new blocks.
+
+    Where vLLM needs larger blocks, for a Mamba layer's state, a block has several pages, or as many window blocks, each
+    of a page's bytes: the layer's kernel blocks.
+    """
     heads, head_size = page_format.num_kv_heads, page_format.head_size
     common = dict(
         num_kv_heads=heads,
@@ -90,18 +96,19 @@ def make_specs(page_format: PageFormat, num_speculative_tokens: int) -> tuple[Hi
         num_speculative_tokens=num_speculative_tokens,
     )
     pages = HierarchicalKVSpec(
-        block_size=page_format.group_size,
+        block_size=pages_per_block * page_format.group_size,
         tokens_per_state=page_format.group_size,
         state_content_bytes=page_format.head_bytes,
         **common,
     )
-    window = RecentWindowSpec(
-        block_size=page_format.window_block_size,
-        state_content_bytes=2 * head_size * page_format.dtype.itemsize,
-        page_size_padded=pages.page_size_bytes,
-        group_size=page_format.group_size,
-        **common,
-    )
+    size = page_format.window_block_size
+    if pages_per_block == 1:
+        bytes_of = dict(
+            state_content_bytes=2 * head_size * page_format.dtype.itemsize, page_size_padded=pages.page_size_bytes
+        )
+    else:  # a padded block cannot be split, so each window block is one state
+        bytes_of = dict(state_content_bytes=page_format.head_bytes, tokens_per_state=size)
+    window = RecentWindowSpec(block_size=pages_per_block * size, group_size=page_format.group_size, **bytes_of, **common)
     return pages, window
 
 
@@ -109,6 +116,11 @@ class HierarchicalKVManager(FullAttentionManager):
     """Full attention's manager, except that a page is offered to other requests only when it is surely quantized."""
 
     supports_fine_grained_hash_lookup: ClassVar[bool] = False
+
+    def __init__(self, kv_cache_spec: HierarchicalKVSpec, **kwargs) -> None:
+        # vLLM has new blocks zeroed where layers of several dtypes share the pool; pages are written whole before they are
+        # read, and of a window only what was written is read.
+        super().__init__(kv_cache_spec, **{**kwargs, "needs_kv_cache_zeroing": False})
 
     def cache_blocks(
         self, request, num_tokens: int, retention_interval: int | None = None, *, replay_boundaries: Sequence[int]
@@ -126,7 +138,7 @@ class RecentWindowManager(FullAttentionManager):
     supports_fine_grained_hash_lookup: ClassVar[bool] = False
 
     def __init__(self, kv_cache_spec: RecentWindowSpec, **kwargs) -> None:
-        super().__init__(kv_cache_spec, **kwargs)
+        super().__init__(kv_cache_spec, **{**kwargs, "needs_kv_cache_zeroing": False})  # as pages
         # {request id: index of the first block that may still be held}, so that a step frees in constant time.
         self._first_held: dict[str, int] = {}
 
@@ -174,7 +186,7 @@ class RecentWindowManager(FullAttentionManager):
         self.req_to_blocks[request_id].extend([self._null_block] * cdiv(num_computed, self.block_size))
 
     def allocate_external_computed_blocks(self, *args, **kwargs) -> None:
-        """Tokens that a KV connector loads have no exact copy (connectors are refused at start)."""
+        """Tokens that a KV connector loads have no exact copy: their entries are null already."""
 
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None

@@ -6,7 +6,9 @@ vLLM has no public hook for any of them in 0.32; each replaces one method, and d
 from __future__ import annotations
 
 import torch
+from vllm.v1.kv_cache_interface import AttentionSpec, iter_layer_specs
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_quantspec.integration.cache.backend import QuantSpecBackend, QuantSpecMetadataBuilder
@@ -52,6 +54,32 @@ def give_placeholders_probs(runner, num_draft_tokens: list[int]) -> None:
         runner._draft_prob_req_ids = [*known, *missing]
 
 
+def zero_blocks(runner, block_ids: list[int]) -> None:
+    """Zero these blocks in the caches of all attention layers.
+
+    vLLM does so where layers of several dtypes share its pool: what one leaves in a block may be no number to another, whose
+    kernel multiplies the slots behind its last token by zero. Its CPU runner zeroes them in full layers alone, of which a
+    model may have fewer than sliding ones.
+    """
+    layers, ids, done = runner.compilation_config.static_forward_context, torch.tensor(block_ids), set()
+    for group in runner.kv_cache_config.kv_cache_groups:
+        if not all(isinstance(spec, AttentionSpec) for spec in iter_layer_specs(group.kv_cache_spec)):
+            continue
+        for name in group.layer_names:
+            cache = layers[name].kv_cache
+            place = (cache.data_ptr(), cache[0].nbytes)
+            if place not in done:
+                cache[ids] = 0
+                done.add(place)
+
+
+def _in_all_layers(_zero_block_ids):
+    def zero_block_ids_in_all_layers(self, block_ids):
+        zero_blocks(self, block_ids)
+
+    return zero_block_ids_in_all_layers
+
+
 def _with_windows(get_kv_cache_spec):
     def get_kv_cache_spec_with_windows(self):
         specs = add_window_specs(self.vllm_config, get_kv_cache_spec(self))
@@ -90,8 +118,9 @@ def _making_ours(_new):
 
 
 def install() -> None:
-    """Replace the four methods."""
+    """Replace the five methods."""
     replace(GPUModelRunner, "get_kv_cache_spec", _with_windows)
     replace(GPUModelRunner, "_prepare_inputs", _with_draft_counts)
+    replace(CPUModelRunner, "_zero_block_ids", _in_all_layers)
     replace(GPUModelRunner, "_get_spec_decode_draft_probs", _of_all_requests)
     replace(DraftModelProposer, "__new__", _making_ours)

@@ -12,6 +12,7 @@ from vllm_quantspec import supported
 from vllm_quantspec.config import CACHE_DTYPES, HEAD_SIZES
 from vllm_quantspec.format import GROUP_SIZES
 from vllm_quantspec.integration.startup.cache_dtype import page_bits
+from vllm_quantspec.integration.startup.offloading import check_connector
 from vllm_quantspec.integration.startup.version import check_version
 from vllm_quantspec.kernels.decode_attention import MAX_REQUESTS
 from vllm_quantspec.kernels.device import MIN_CAPABILITY
@@ -63,11 +64,10 @@ def check_args(args: EngineArgs) -> None:
     for flag, value, unset, what in (
         ("--decode-context-parallel-size", args.decode_context_parallel_size, 1, "decode-context parallelism"),
         ("--prefill-context-parallel-size", args.prefill_context_parallel_size, 1, "prefill-context parallelism"),
-        ("--kv-transfer-config", args.kv_transfer_config, None, "KV connectors"),
-        ("--kv-offloading-size", args.kv_offloading_size, None, "KV offloading"),
     ):
         if value != unset:
             raise ValueError(f"quantspec: {what} is not supported by the hierarchical KV cache; drop {flag}.")
+    check_connector(args)
 
 
 def check_config(config: VllmConfig) -> None:
@@ -80,10 +80,10 @@ def check_config(config: VllmConfig) -> None:
     for present, what in (
         (model.use_mla, supported.MLA),
         (model.is_encoder_decoder, supported.ENCODER),
-        (model.is_hybrid or model.is_attention_free, supported.RECURRENT),
+        (model.is_attention_free, supported.RECURRENT_ALONE),
         (model.uses_alibi, supported.ALIBI),
         *((True, what) for what in supported.attention_of(model.hf_text_config.to_dict(), model.architectures)),
-        (model.get_sliding_window(), supported.SLIDING),
+        (config.cache_config.sliding_window, supported.SLIDING),
         (model.runner_type != "generate", "a pooling runner"),
     ):
         if present:
@@ -102,6 +102,8 @@ def check_config(config: VllmConfig) -> None:
         check_cpu_runner(config.use_v2_model_runner)
     else:
         check_gpu(config, current_platform)
+    if model.is_hybrid:
+        check_hybrid(config)
     if config.speculative_config is not None:
         check_speculation(config)
     if current_platform.is_cpu() and config.parallel_config.pipeline_parallel_size > 1:
@@ -109,6 +111,17 @@ def check_config(config: VllmConfig) -> None:
         raise ValueError(
             "quantspec: vLLM's CPU engine fails at the first request with pipeline parallelism, whatever the KV cache; "
             "drop --pipeline-parallel-size, or use --tensor-parallel-size."
+        )
+
+
+def check_hybrid(config: VllmConfig) -> None:
+    """What does not go with Mamba and linear-attention layers, which have a state instead of keys and values."""
+    if config.speculative_config is not None:
+        raise ValueError(supported.not_drafted_for(supported.SOME_RECURRENT, supported.ALONE))
+    if config.kv_transfer_config is not None:
+        raise ValueError(
+            f"quantspec: KV offloading was not tried with {supported.SOME_RECURRENT} on this cache; drop "
+            "--kv-offloading-size and --kv-transfer-config."
         )
 
 
@@ -194,7 +207,9 @@ def check_speculation(config: VllmConfig) -> None:
             f"quantspec: draft_context {context} is more tokens than a request of this engine has, {longest} "
             "(--max-model-len); make it smaller, or set it to 'all'."
         )
+    slides = supported.sliding_layers(config.model_config.hf_text_config.to_dict()) == "some"
     for present, what, remedy in (
+        (slides, supported.SOME_SLIDING, supported.ALONE),
         (config.parallel_config.pipeline_parallel_size > 1, "pipeline parallelism", "drop --pipeline-parallel-size"),
         (
             config.lora_config is not None and config.speculative_config.weight_rounding == "gptq",

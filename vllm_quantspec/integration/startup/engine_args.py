@@ -15,8 +15,10 @@ from vllm.engine.arg_utils import EngineArgs
 
 from vllm_quantspec.config import CACHE_DTYPES, METHOD, is_quantspec, parse_options
 from vllm_quantspec.integration.startup import checks
-from vllm_quantspec.integration.startup.backend_name import NAME, quantspec_backend
+from vllm_quantspec.integration.startup.backend_name import quantspec_backend
 from vllm_quantspec.integration.startup.cache_dtype import take_cache_dtype
+from vllm_quantspec.integration.startup.layer_backends import leave_sliding_layers, wants_quantspec_cache
+from vllm_quantspec.integration.startup.offloading import offload_pages
 from vllm_quantspec.integration.startup.overlap import let_compiled_kernels_overlap
 from vllm_quantspec.integration.startup.replace import replace
 
@@ -27,11 +29,6 @@ def extension_path(users_extension: str) -> str:
     if not users_extension or users_extension.startswith(path):
         return users_extension or path
     return f"{path}_of_{users_extension.encode().hex()}"
-
-
-def wants_quantspec_cache(args: EngineArgs) -> bool:
-    backend = args.attention_backend if args.attention_backend is not None else args.attention_config.backend
-    return backend is not None and getattr(backend, "name", str(backend)).upper() == NAME
 
 
 def prepare_args(args: EngineArgs) -> bool:
@@ -106,6 +103,8 @@ def _with_checks(create_engine_config):
         config = create_engine_config(self, *args, **kwargs)
         if uses_quantspec:
             checks.check_config(config)
+            leave_sliding_layers(config)
+            offload_pages(config)
             let_compiled_kernels_overlap(config)
         return config
 
