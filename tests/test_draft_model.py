@@ -391,6 +391,15 @@ def test_target_weights(runner, build, monkeypatch):
     assert calls == list(draft.attention_layers)
 
 
+def test_int4_experts_without_a_mixture_are_said_to_have_no_effect(build, monkeypatch):
+    lines = []
+    monkeypatch.setattr(draft_model.logger, "warning", lambda message, *values: lines.append(message % values))
+    build()
+    assert not lines
+    build(draft_experts="int4")
+    assert lines == ["quantspec: draft_experts 'int4' has no effect: this model has no mixture of experts"]
+
+
 def test_options_are_checked(build):
     with pytest.raises(ValueError, match="draft_weights"):
         build(draft_weights="int8")
