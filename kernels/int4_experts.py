@@ -1,8 +1,9 @@
-"""A mixture's experts in INT4 for a few tokens: two Triton launches, on the weights in the layout of vLLM's Marlin kernel.
+"""A mixture's experts in INT4 for a few tokens: two launches, on the weights in the layout of vLLM's Marlin kernel.
 
-The first computes ``activation(x gate^T) * (x up^T)`` for each token and each of its experts, the second the weighted sum
-of their ``down``. Tokens are not sorted by expert, so an expert that two tokens chose is read twice (the second time likely
-out of the L2 cache): made for as few tokens as rarely share one. Many tokens are Marlin's, which reads the same bytes.
+On a GPU a CUDA kernel, compiled by NVRTC when a shape is first used, reads each chosen expert once for 8 tokens, without
+sorting them first; its idea is in ``int4_experts.cu``. The first launch computes ``x gate^T`` and ``x up^T`` for each token
+and each of its experts, the second ``activation(gate) * up`` and the weighted sum of ``down``. Many tokens are Marlin's,
+which reads the same bytes.
 
 Layout, of one expert's weight [out, in] in groups of input channels:
 
@@ -18,19 +19,27 @@ Layout, of one expert's weight [out, in] in groups of input channels:
 
 from __future__ import annotations
 
+import ctypes
 from functools import cache, partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from vllm_quantspec.kernels.launch import check_device, jit, overlap, power_of_two, tl
+from vllm_quantspec.kernels import nvrtc
+from vllm_quantspec.kernels.device import MIN_CAPABILITY, device_properties
+from vllm_quantspec.kernels.workspace import Workspace
 
+SOURCE = Path(__file__).with_suffix(".cu")
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
-# Up to so many tokens; not measured yet, see benchmarks/NOTES.md.
-MAX_TOKENS = 8
-# Of a program: outputs (an eighth of each 64 times this), input channels at a time, warps.
-PARTS, CHANNELS, WARPS = 2, 512, 4
+GROUP_SIZES = (32, 64, 128)
+# Up to so many tokens, where they have most experts of a mixture; not measured yet, see benchmarks/NOTES.md.
+MAX_TOKENS = 32
+# Outputs of a strip; tokens that read an expert's bytes together; tokens of a launch.
+STRIP, LOT, MAX_LAUNCHED = 64, 8, 64
+# Input channels of which a CTA holds the tokens' values.
+MAX_CHANNELS = 2048
 # Order of eight codes in a word: those that become floats together lie 16 bits apart.
 _INTERLEAVE = [0, 2, 4, 6, 1, 3, 5, 7]
 
@@ -109,65 +118,38 @@ def int4_experts(
     w13: Packed,
     w2: Packed,
     activation: str = "silu",
+    plans: tuple[Plan, Plan] | None = None,
 ) -> torch.Tensor:
     """Sum over a token's experts of ``weight * (activation(x gate^T) * (x up^T)) down^T``, in fp32 sums.
 
-    A token's result is the same whatever the others. Can be captured in a CUDA graph.
+    What ``down`` multiplies is rounded to x's dtype. A token's result is the same whatever the others. Can be captured in a
+    CUDA graph, after one run with any number of tokens. Launches on a device share a workspace, so they have to follow one
+    another.
 
     Args:
-        x: [tokens, hidden] in the dtype of the scales; rows may be strided.
+        x: [tokens, hidden] in the dtype of the scales, bfloat16 or float16; rows may be strided.
         topk_weights: float32 [tokens, experts per token], topk_ids: int32 or int64 likewise, 0 .. experts - 1; contiguous.
-        w13: the outputs are those of the gate and then those of up; w2: of down.
+        w13: the outputs are those of the gate and then those of up; w2: of down. Hidden size and width are multiples of 64,
+            groups have 32, 64 or 128 channels.
         activation: a key of ``ACTIVATIONS``.
+        plans: of both launches, for tuning.
 
     Returns:
         [tokens, hidden] in x's dtype.
 
     Raises:
-        ValueError: an argument does not fit the above.
-        RuntimeError: where Triton is not installed.
+        ValueError: an argument does not fit the above, or is not on a GPU.
+        RuntimeError: on a GPU older than compute capability 8.0, or where a shape is first seen during a capture.
     """
     _check(x, topk_weights, topk_ids, w13, w2, activation)
-    check_device(x)
-    (tokens, hidden), chosen = x.shape, topk_ids.shape[1]
-    width = w13.codes.shape[2] // 4
-    inner = torch.empty(tokens * chosen, width, dtype=torch.float32, device=x.device)
-    out = torch.empty(tokens, hidden, dtype=x.dtype, device=x.device)
-    if tokens == 0:
-        return out
-    options = {"PARTS": PARTS, "num_warps": WARPS, **overlap(x)}
-    strips = 8 // PARTS
-    _gate_up[(width // 64 * strips, tokens * chosen)](
-        x,
-        topk_ids,
-        *w13,
-        inner,
-        x.stride(0),
-        HIDDEN=hidden,
-        WIDTH=width,
-        CHOSEN=chosen,
-        ACTIVATION=activation,
-        **_groups_of(w13, hidden),
-        **options,
-    )
-    _down[(hidden // 64 * strips, tokens)](
-        inner,
-        topk_weights,
-        topk_ids,
-        *w2,
-        out,
-        HIDDEN=hidden,
-        WIDTH=width,
-        CHOSEN=chosen,
-        **_groups_of(w2, width),
-        **options,
-    )
+    if not x.is_cuda:
+        raise ValueError(f"int4_experts runs on a GPU, not on {x.device}; reference computes the same in PyTorch.")
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    with torch.cuda.device(x.device.index):
+        for first in range(0, x.shape[0], MAX_LAUNCHED):
+            some = slice(first, first + MAX_LAUNCHED)
+            _launch(x[some], topk_weights[some], topk_ids[some], w13, w2, activation, plans, out[some])
     return out
-
-
-def _groups_of(weight: Packed, in_features: int) -> dict[str, int]:
-    group = in_features // weight.scales.shape[1]
-    return {"GROUP": group, "GROUPS": min(power_of_two(in_features // group), CHANNELS // group)}
 
 
 def reference(
@@ -178,13 +160,16 @@ def reference(
     w2: Packed,
     activation: str = "silu",
 ) -> torch.Tensor:
-    """`int4_experts` in plain PyTorch, token by token: the experts of all tokens together may be larger than a GPU."""
+    """`int4_experts` in plain PyTorch, an expert at a time; what ``down`` multiplies stays in fp32."""
     _check(x, topk_weights, topk_ids, w13, w2, activation)
-    gate_and_up, down, out = dequantize(w13), dequantize(w2), torch.empty_like(x)
-    for token, weights, ids, row in zip(x.float(), topk_weights, topk_ids.long(), out, strict=True):
-        gate, up = torch.einsum("koi,i->ko", gate_and_up[ids], token).chunk(2, dim=-1)
-        row.copy_(weights @ torch.einsum("koi,ki->ko", down[ids], ACTIVATIONS[activation](gate) * up))
-    return out
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for expert in topk_ids.unique().tolist():
+        gate_up, down = (dequantize(Packed(*(part[expert : expert + 1] for part in w)))[0] for w in (w13, w2))
+        token, place = (topk_ids == expert).nonzero(as_tuple=True)
+        gate, up = (x[token].float() @ gate_up.t()).chunk(2, dim=-1)
+        inner = ACTIVATIONS[activation](gate) * up
+        out.index_add_(0, token, topk_weights[token, place].unsqueeze(-1) * (inner @ down.t()))
+    return out.to(x.dtype)
 
 
 def _check(x, topk_weights, topk_ids, w13: Packed, w2: Packed, activation: str) -> None:
@@ -192,12 +177,19 @@ def _check(x, topk_weights, topk_ids, w13: Packed, w2: Packed, activation: str) 
         raise ValueError(
             f"x must be {w13.scales.dtype} [tokens, hidden] with contiguous rows, got {x.dtype} {list(x.shape)}."
         )
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"INT4 experts take bfloat16 or float16 activations, not {x.dtype}.")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}.")
     hidden, width = x.shape[1], w13.codes.shape[2] // 4
     number = w13.codes.shape[0]
     if w13.codes.shape[1] * 16 != hidden or w2.codes.shape != (number, width // 16, 2 * hidden):
         raise ValueError(f"weights {list(w13.codes.shape)} and {list(w2.codes.shape)} are not those of x {list(x.shape)}.")
+    if hidden % STRIP or width % STRIP or not {_group_of(w13), _group_of(w2)} <= set(GROUP_SIZES):
+        raise ValueError(
+            f"hidden size and width must be multiples of {STRIP}, in groups of 32, 64 or 128 channels, not {hidden} and "
+            f"{width} in groups of {_group_of(w13)} and {_group_of(w2)}."
+        )
     if topk_weights.shape != topk_ids.shape or topk_ids.shape[0] != x.shape[0] or topk_weights.dtype != torch.float32:
         raise ValueError("topk_weights (float32) and topk_ids must be [tokens, experts per token].")
     if topk_ids.dtype not in (torch.int32, torch.int64) or not (topk_ids.is_contiguous() and topk_weights.is_contiguous()):
@@ -206,162 +198,167 @@ def _check(x, topk_weights, topk_ids, w13: Packed, w2: Packed, activation: str) 
         raise ValueError("packed weights must be contiguous.")
 
 
-@jit
-def _add_strip(
-    low,
-    high,
-    codes,
-    scales,
-    zeros,
-    x,
-    factor,
-    strip,
-    IN: tl.constexpr,
-    OUT: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUPS: tl.constexpr,
-    PARTS: tl.constexpr,
-):
-    """Add ``factor`` times the products of a strip's two halves of outputs, each [GROUPS, GROUP / 16, 16 * PARTS].
-
-    A word's four channels stay apart until `_outputs`. ``codes``, ``scales``, ``zeros`` are an expert's.
-    """
-    word = tl.arange(0, 16 * PARTS)[None, None, :]
-    row = tl.arange(0, GROUP // 16)[None, :, None]
-    j, q, c = word % 4, word // 4 % 4, word // 16
-    tile, first = strip // (8 // PARTS), strip % (8 // PARTS) * PARTS
-    x += 16 * row + 2 * q
-    codes += tile * 128 + first * 16 + word
-    # For every row, though rows of a group have the same: a smaller tensor would go through shared memory, and the barriers
-    # would keep the loads of the next channels back.
-    scales += tile * 64 + (first + c) * 8 + 2 * j + 0 * row
-    zeros += tile * 8 + first + c + 0 * row
-    for start in tl.static_range(0, IN // GROUP, GROUPS):
-        group = start + tl.arange(0, GROUPS)[:, None, None]
-        there = group < IN // GROUP
-        w = tl.load(codes + (group * (GROUP // 16) + row) * (2 * OUT), mask=there, other=0)
-        x0 = tl.load(x + group * GROUP, mask=there, other=0).to(tl.float32)
-        x1 = tl.load(x + group * GROUP + 1, mask=there, other=0).to(tl.float32)
-        x8 = tl.load(x + group * GROUP + 8, mask=there, other=0).to(tl.float32)
-        x9 = tl.load(x + group * GROUP + 9, mask=there, other=0).to(tl.float32)
-        s_low = tl.load(scales + group * OUT, mask=there, other=0).to(tl.float32) * factor
-        s_high = tl.load(scales + group * OUT + 1, mask=there, other=0).to(tl.float32) * factor
-        z = tl.load(zeros + group * (OUT // 8), mask=there, other=0)
-        z_low, z_high = (z >> 4 * j & 15).to(tl.float32), (z >> 4 * j + 16 & 15).to(tl.float32)
-        total = x0 + x1 + x8 + x9
-        dot = (w & 15).to(tl.float32) * x0 + (w >> 16 & 15).to(tl.float32) * x1
-        dot += (w >> 4 & 15).to(tl.float32) * x8 + (w >> 20 & 15).to(tl.float32) * x9
-        low += s_low * (dot - z_low * total)
-        dot = (w >> 8 & 15).to(tl.float32) * x0 + (w >> 24 & 15).to(tl.float32) * x1
-        dot += (w >> 12 & 15).to(tl.float32) * x8 + (w >> 28 & 15).to(tl.float32) * x9
-        high += s_high * (dot - z_high * total)
-    return low, high
+def _group_of(weight: Packed) -> int:
+    return weight.codes.shape[1] * 16 // weight.scales.shape[1]
 
 
-@jit
-def _outputs(sums, PARTS: tl.constexpr):
-    """[PARTS, 4]: a strip's sums over channels, of the outputs ``16 * j + c`` (or 8 more) of its tile."""
-    return tl.sum(tl.reshape(tl.sum(tl.sum(sums, 0), 0), [PARTS, 4, 4]), 1)
+# --- Launching --------------------------------------------------------------------------------------------------------
 
 
-@jit
-def _places(strip, PARTS: tl.constexpr):
-    """[PARTS, 4]: the outputs of a strip's first half; those of the second are 8 more."""
-    c = strip % (8 // PARTS) * PARTS + tl.arange(0, PARTS)[:, None]
-    return strip // (8 // PARTS) * 64 + 16 * tl.arange(0, 4)[None, :] + c
+class Plan(NamedTuple):
+    """How a launch divides its work. ``strips`` alone may depend on the number of tokens: the others order the sums."""
+
+    warps: int
+    splits: int  # CTAs that share the input channels of a strip
+    min_ctas: int  # CTAs that registers allow on a multiprocessor
+    strips: int  # that a CTA computes one after the other
+
+    def shared_bytes(self, in_features: int) -> int:
+        unit = unit_of(in_features)
+        channels = -(-in_features // unit // self.splits) * unit
+        return LOT * (channels + 8) * 2 + self.warps * (2048 + unit // 16 * 512)
 
 
-@jit
-def _activated(gate, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "silu":
-        return gate * tl.sigmoid(gate)
-    if ACTIVATION == "gelu":
-        return 0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476))
-    # 1 + tanh(u) = 2 sigmoid(2 u)
-    return gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
-
-
-@jit
-def _gate_up(
-    x,
-    topk_ids,
-    codes,
-    scales,
-    zeros,
-    inner,
-    x_stride,
-    HIDDEN: tl.constexpr,
-    WIDTH: tl.constexpr,
-    CHOSEN: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUPS: tl.constexpr,
-    PARTS: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    strip, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    expert = tl.load(topk_ids + pair).to(tl.int64)
-    x += pair // CHOSEN * x_stride
-    codes += expert * (HIDDEN // 16 * 4 * WIDTH)
-    scales += expert * (HIDDEN // GROUP * 2 * WIDTH)
-    zeros += expert * (HIDDEN // GROUP * (WIDTH // 4))
-    nothing = tl.zeros([GROUPS, GROUP // 16, 16 * PARTS], tl.float32)
-    up_strip = strip + WIDTH // 64 * (8 // PARTS)
-    gate_low, gate_high = _add_strip(
-        nothing, nothing, codes, scales, zeros, x, 1.0, strip, HIDDEN, 2 * WIDTH, GROUP, GROUPS, PARTS
+class _Params(ctypes.Structure):
+    _names = ("x", "gate_up", "ids", "topk_weights", "codes", "scales", "zeros", "sums", "arrived", "out")
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in _names]
+        + [("x_stride", ctypes.c_int64)]
+        + [(name, ctypes.c_int) for name in ("pairs", "id_stride", "strips")]
     )
-    up_low, up_high = _add_strip(
-        nothing, nothing, codes, scales, zeros, x, 1.0, up_strip, HIDDEN, 2 * WIDTH, GROUP, GROUPS, PARTS
-    )
-    inner += pair * WIDTH + _places(strip, PARTS)
-    tl.store(inner, _activated(_outputs(gate_low, PARTS), ACTIVATION) * _outputs(up_low, PARTS))
-    tl.store(inner + 8, _activated(_outputs(gate_high, PARTS), ACTIVATION) * _outputs(up_high, PARTS))
 
 
-@jit
-def _down(
-    inner,
-    topk_weights,
-    topk_ids,
-    codes,
-    scales,
-    zeros,
-    out,
-    HIDDEN: tl.constexpr,
-    WIDTH: tl.constexpr,
-    CHOSEN: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUPS: tl.constexpr,
-    PARTS: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    strip, token = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    low = tl.zeros([GROUPS, GROUP // 16, 16 * PARTS], tl.float32)
-    high = tl.zeros([GROUPS, GROUP // 16, 16 * PARTS], tl.float32)
-    for place in range(CHOSEN):
-        pair = token * CHOSEN + place
-        expert = tl.load(topk_ids + pair).to(tl.int64)
-        low, high = _add_strip(
-            low,
-            high,
-            codes + expert * (WIDTH // 16 * 2 * HIDDEN),
-            scales + expert * (WIDTH // GROUP * HIDDEN),
-            zeros + expert * (WIDTH // GROUP * (HIDDEN // 8)),
-            inner + pair * WIDTH,
-            tl.load(topk_weights + pair),
-            strip,
-            WIDTH,
-            HIDDEN,
-            GROUP,
-            GROUPS,
-            PARTS,
+def unit_of(in_features: int) -> int:
+    """Channels that a warp has in flight."""
+    return 64 if in_features % 128 else 128
+
+
+@cache
+def choose_plan(
+    in_features: int, out_features: int, group: int, number: int, chosen: int, tokens: int, down: bool, device: int
+) -> Plan:
+    """For one of the two products, of ``tokens`` that choose ``chosen`` of ``number`` experts each."""
+    sms = device_properties(device).num_multiprocessors
+    unit = unit_of(in_features)
+    units, strips = in_features // unit, out_features // STRIP
+
+    def cost(splits: int) -> int:
+        """Bytes through the busiest multiprocessor for one token; a CTA takes as long as some more."""
+        ctas = chosen * strips * splits
+        return -(-ctas // sms) * (-(-units // splits) * unit * STRIP // 2 + 4096)
+
+    splits = min(range(-(-in_features // MAX_CHANNELS), min(units, 16) + 1), key=cost)
+    most = -(-units // splits)
+    # Those that are idle least, and then as many as there may be.
+    warps = min(range(min(4, most), 9), key=lambda w: (-(-most // w) * w, -w))
+    # Few registers for one wave at one token; more for the activation, and for the scales of several groups.
+    min_ctas = min(16, (24 if unit == group and not down else 20 if unit == group else 16) // warps)
+    read = number * (1 - (1 - min(1, chosen / number)) ** tokens)  # experts, if they are chosen evenly
+    each = 1
+    while each < 8 and read * strips * splits / (2 * each) >= 6 * sms:
+        each *= 2
+    return Plan(warps, splits, min_ctas, each)
+
+
+def macros_of(
+    plan: Plan,
+    in_features: int,
+    out_features: int,
+    group: int,
+    chosen: int,
+    bf16: bool,
+    activation: str,
+    in_splits: int,
+) -> dict[str, int]:
+    """What the kernel's source is compiled with; ``in_splits``: of the launch before ``down``, 0 for the first launch."""
+    return {
+        "DOWN": int(in_splits > 0),
+        "GROUP_SIZE": group,
+        "IS_BF16": int(bf16),
+        "WARPS": plan.warps,
+        "UNIT": unit_of(in_features),
+        "IN_FEATURES": in_features,
+        "OUT_FEATURES": out_features,
+        "SPLITS": plan.splits,
+        "IN_SPLITS": in_splits,
+        "CHOSEN": chosen,
+        "ACTIVATION": list(ACTIVATIONS).index(activation),
+        "MIN_CTAS": plan.min_ctas,
+    }
+
+
+def _launch(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    w13: Packed,
+    w2: Packed,
+    activation: str,
+    plans: tuple[Plan, Plan] | None,
+    out: torch.Tensor,
+) -> None:
+    """Both launches on checked arguments of up to ``MAX_LAUNCHED`` tokens."""
+    if x.stride(0) % 8 or x.data_ptr() % 16:
+        x = x.contiguous()
+        if x.data_ptr() % 16:
+            x = x.clone()
+    (tokens, hidden), chosen, device = x.shape, topk_ids.shape[1], x.device.index
+    width, pairs = w13.codes.shape[2] // 4, topk_ids.numel()
+    shapes = [(hidden, 2 * width, _group_of(w13)), (width, hidden, _group_of(w2))]
+    if plans is None:
+        number = w13.codes.shape[0]
+        plans = tuple(
+            choose_plan(*shape, number, chosen, tokens, down, device)
+            for shape, down in zip(shapes, (False, True), strict=True)
         )
-    out += token * HIDDEN + _places(strip, PARTS)
-    tl.store(out, _outputs(low, PARTS).to(out.dtype.element_ty))
-    tl.store(out + 8, _outputs(high, PARTS).to(out.dtype.element_ty))
+    sums, in_splits = None, 0
+    for shape, plan, weight in zip(shapes, plans, (w13, w2), strict=True):
+        blocks = -(-shape[1] // (STRIP * plan.strips))
+        # In a graph's own memory, where one is captured.
+        gate_up, sums = sums, torch.empty(plan.splits * pairs * shape[1], dtype=torch.float32, device=x.device)
+        (arrived,) = _workspace.tensors(device, tokens * blocks)
+        kernel = _kernel(plan._replace(strips=1), *shape, chosen, x.dtype == torch.bfloat16, activation, in_splits, device)
+        params = _Params(
+            x.data_ptr(),
+            0 if gate_up is None else gate_up.data_ptr(),
+            *(t.data_ptr() for t in (topk_ids, topk_weights, *weight, sums, arrived, out)),
+            x.stride(0),
+            pairs,
+            topk_ids.element_size() // 4,
+            plan.strips,
+        )
+        nvrtc.launch(kernel, params, pairs, blocks)
+        in_splits = plan.splits
+
+
+@cache
+def _kernel(
+    plan: Plan,
+    in_features: int,
+    out_features: int,
+    group: int,
+    chosen: int,
+    bf16: bool,
+    activation: str,
+    in_splits: int,
+    device: int,
+) -> nvrtc.Kernel:
+    capability = device_properties(device).capability
+    if capability < MIN_CAPABILITY:
+        name = ".".join(map(str, capability))
+        raise RuntimeError(f"INT4 experts need compute capability 8.0 or newer, this GPU has {name}.")
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("Run int4_experts once with these shapes before capturing it in a CUDA graph.")
+    return nvrtc.load(
+        SOURCE,
+        macros_of(plan, in_features, out_features, group, chosen, bf16, activation, in_splits),
+        device,
+        grid=(1, plan.splits),
+        threads=32 * plan.warps,
+        shared_bytes=plan.shared_bytes(in_features),
+        overlap=True,
+    )
+
+
+# Arrival counters.
+_workspace = Workspace("int4_experts", (torch.int32, 1 << 14))

@@ -43,8 +43,9 @@ def load(
 ) -> Kernel:
     """The kernel named like ``source``, on ``device``, with ``shared_bytes`` of dynamic shared memory.
 
-    ``grid`` is along x and z; along y a launch chooses. With ``overlap`` a launch may begin under the end of the one before
-    (programmatic dependent launch, where the GPU has it): the kernel itself waits before it uses what that one writes.
+    ``grid`` is along x and z; along y a launch chooses, and along x it may. With ``overlap`` a launch may begin under the
+    end of the one before (programmatic dependent launch, where the GPU has it): the kernel itself waits before it uses what
+    that one writes.
 
     Raises:
         RuntimeError: it does not compile, or a multiprocessor's shared memory cannot hold a block of it.
@@ -76,9 +77,11 @@ def load(
     return Kernel(function, config)
 
 
-def launch(kernel: Kernel, params: ctypes.Structure, grid_y: int = 1) -> None:
-    """Launch on PyTorch's current stream, with ``params`` as the kernel's only argument."""
+def launch(kernel: Kernel, params: ctypes.Structure, grid_y: int = 1, grid_x: int | None = None) -> None:
+    """Launch on PyTorch's current stream, with ``params`` as the kernel's only argument; ``grid_x`` instead of its own."""
     pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+    if grid_x is not None:
+        kernel.config.gridDimX = grid_x
     kernel.config.gridDimY, kernel.config.hStream = grid_y, torch.cuda.current_stream().cuda_stream
     call("cuLaunchKernelEx", kernel.config, kernel.function, ctypes.addressof(pointers), 0)
 

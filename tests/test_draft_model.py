@@ -391,6 +391,15 @@ def test_target_weights(runner, build, monkeypatch):
     assert calls == list(draft.attention_layers)
 
 
+@pytest.mark.parametrize("draft_experts", ["target", "int4"])
+def test_int4_experts_without_a_mixture_are_said_to_have_no_effect(build, draft_experts, monkeypatch):
+    lines = []
+    monkeypatch.setattr(draft_model.logger, "warning", lambda message, *values: lines.append(message % values))
+    build(draft_experts=draft_experts)
+    said = ["quantspec: draft_experts 'int4' has no effect: this model has no mixture of experts"]
+    assert lines == (said if draft_experts == "int4" else [])
+
+
 def test_options_are_checked(build):
     with pytest.raises(ValueError, match="draft_weights"):
         build(draft_weights="int8")

@@ -6,7 +6,7 @@ from emulated_gpus import GPUS, KIB
 
 from vllm_quantspec.config import HEAD_SIZES, MAX_SPECULATIVE_TOKENS
 from vllm_quantspec.format import GROUP_SIZES, PageFormat
-from vllm_quantspec.kernels import decode_attention, int4_linear
+from vllm_quantspec.kernels import decode_attention, int4_experts, int4_linear
 from vllm_quantspec.kernels.device import Device
 from vllm_quantspec.weights import WEIGHT_GROUP_SIZES
 
@@ -17,12 +17,16 @@ SMALL = Device("a GPU with little shared memory", (8, 0), 40, 16 * KIB, 32 * KIB
 @pytest.fixture
 def on(monkeypatch):
     def put(device: Device) -> None:
-        for module in (decode_attention, int4_linear):
+        for module in (decode_attention, int4_experts, int4_linear):
             monkeypatch.setattr(module, "device_properties", lambda index: device)
-        int4_linear.choose_plan.cache_clear()
+        forget()
+
+    def forget() -> None:
+        for module in (int4_experts, int4_linear):
+            module.choose_plan.cache_clear()
 
     yield put
-    int4_linear.choose_plan.cache_clear()
+    forget()
 
 
 @pytest.mark.parametrize("name", GPUS)
@@ -36,6 +40,33 @@ def test_int4_linears_fit(name, group, on):
             static = 1024
             assert plan.stages >= 2
             assert plan.shared_bytes(group) + static <= GPUS[name].shared_memory_per_block, (out_features, tokens)
+
+
+# Experts, hidden size, width, experts per token.
+MIXTURES = [(128, 2048, 768, 8), (60, 2048, 1408, 4), (8, 4096, 14336, 2), (256, 7168, 2048, 8), (4, 64, 320, 2)]
+
+
+@pytest.mark.parametrize("name", GPUS)
+@pytest.mark.parametrize("shape", MIXTURES)
+def test_int4_experts_fit_and_add_up_alike_for_any_number_of_tokens(name, shape, on):
+    on(GPUS[name])
+    number, hidden, width, chosen = shape
+    for group in int4_experts.GROUP_SIZES:
+        for in_features, out_features, down in ((hidden, 2 * width, False), (width, hidden, True)):
+            if in_features % group:
+                continue
+            plans = [
+                int4_experts.choose_plan(in_features, out_features, group, number, chosen, tokens, down, 0)
+                for tokens in (1, 2, 8, 9, 32, 64)
+            ]
+            unit, (warps, splits, min_ctas, _) = int4_experts.unit_of(in_features), plans[0]
+            assert in_features % unit == 0 and unit % group == 0 and 1 <= splits <= in_features // unit
+            assert -(-in_features // unit // splits) * unit <= int4_experts.MAX_CHANNELS
+            assert 1 <= warps <= 8 and 1 <= min_ctas <= 16
+            static = 1024
+            for plan in plans:
+                assert plan.shared_bytes(in_features) + static <= GPUS[name].shared_memory_per_block
+                assert plan[:3] == plans[0][:3] and plan.strips >= 1
 
 
 @pytest.mark.parametrize("name", GPUS)
@@ -62,3 +93,14 @@ def test_plans_on_a_hopper_gpu_are_those_that_were_measured(on):
     plan = int4_linear.choose_plan(4096 // 16, 112, 1, 1, 0)
     assert (plan.tiles, plan.splits, plan.blocks, plan.wide) == (2, 1, 132, False)
     assert decode_attention._configuration(PageFormat(8, 128), 4, 1, H200) == (8, 3)
+
+
+def test_experts_of_one_token_are_spread_over_a_hopper_gpu(on):
+    """Qwen3-30B-A3B: the busiest multiprocessor has little more than its share of the CTAs."""
+    on(H200)
+    for (in_features, out_features), down, splits in (((2048, 1536), False, 2), ((768, 2048), True, 1)):
+        plan = int4_experts.choose_plan(in_features, out_features, 128, 128, 8, 1, down, 0)
+        ctas = 8 * out_features // int4_experts.STRIP * plan.splits
+        assert (plan.splits, plan.strips) == (splits, 1)
+        assert -(-ctas // 132) * 132 < 1.05 * ctas
+        assert plan.warps * plan.splits * int4_experts.unit_of(in_features) == in_features  # all of it is in flight

@@ -34,7 +34,12 @@ from vllm.model_executor.layers.quantization.utils import marlin_utils, marlin_u
 from vllm_quantspec.config import QuantSpecOptions
 from vllm_quantspec.integration.draft import experts
 from vllm_quantspec.integration.draft import model as draft_model
-from vllm_quantspec.integration.draft.experts import CpuExpertsMethod, ExpertShapes, Wna16ExpertsMethod
+from vllm_quantspec.integration.draft.experts import (
+    CpuExpertsMethod,
+    ExpertShapes,
+    MarlinExpertsMethod,
+    Wna16ExpertsMethod,
+)
 from vllm_quantspec.integration.draft.model import DRAFT_PREFIX, build_draft_model
 from vllm_quantspec.kernels import int4_experts
 
@@ -83,6 +88,28 @@ def test_marlins_layout_is_that_of_vllm():
         assert torch.equal(packed[0][i], marlin_utils_test.marlin_weights(one, channels, out, 4, order))
         assert torch.equal(packed[1][i], marlin_utils.marlin_permute_scales(scales[i].t().clone(), channels, out, group))
         assert torch.equal(packed[2][i], marlin_utils.marlin_zero_points(zeros[i].t().int().clone(), groups, out, 4))
+
+
+def test_where_marlin_does_not_run_our_kernel_takes_all_tokens(monkeypatch):
+    """Their sizes are those of its layout, and the log says what it runs on."""
+    shapes, groups = ExpertShapes(3, 128, 64, torch.bfloat16), {"w13": 64, "w2": 32}
+    monkeypatch.setattr(experts, "marlin_problem", lambda: "no Marlin kernel here")
+    method, weights = MarlinExpertsMethod(None, shapes, groups), random_experts(shapes, groups, "cpu")
+    assert method.runs_on == "this package's GPU kernel (no Marlin kernel here)"
+    layer = layer_of(method, weights, at_once=2)
+    monkeypatch.setattr(int4_experts, "int4_experts", int4_experts.reference)
+    for tokens in (2, int4_experts.MAX_TOKENS + 8):
+        x, topk_weights, topk_ids = random_tokens(shapes, tokens, 2, "cpu")
+        expected = plain_experts(x, topk_weights, topk_ids, weights)
+        out = method.apply(layer, x, topk_weights, topk_ids)
+        assert out.dtype == torch.bfloat16 and (out.float() - expected).norm() < 4e-3 * expected.norm()
+    monkeypatch.setattr(experts, "marlin_problem", lambda: None)
+    assert f"beyond {int4_experts.MAX_TOKENS} tokens vLLM's" in MarlinExpertsMethod(None, shapes, groups).runs_on
+
+
+def test_why_marlin_does_not_run_is_said():
+    if not hasattr(torch.ops._moe_C, "moe_wna16_marlin_gemm"):
+        assert experts.marlin_problem() == "this vLLM has no Marlin kernel for experts"
 
 
 def test_wna16_layout_reads_back():

@@ -6,7 +6,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from vllm_quantspec.kernels import decode_attention, int4_linear, nvrtc
+from vllm_quantspec.kernels import decode_attention, int4_experts, int4_linear, nvrtc
 from vllm_quantspec.kernels.device import Device
 
 SIZES = {"grid": (132, 2), "threads": 288, "shared_bytes": 0, "overlap": True}
@@ -63,7 +63,7 @@ def calls(monkeypatch, capability):
     nvrtc.compile_source.cache_clear()
 
 
-@pytest.mark.parametrize("module", [decode_attention, int4_linear])
+@pytest.mark.parametrize("module", [decode_attention, int4_experts, int4_linear])
 def test_a_kernel_is_compiled_once_and_loaded_by_its_name(module, calls):
     for shared_bytes in (1000, 2000):
         kernel = nvrtc.load(module.SOURCE, {"A": 1, "B": 2}, 0, **(SIZES | {"shared_bytes": shared_bytes}))
@@ -97,6 +97,8 @@ def test_a_launch_overlaps_where_it_may_and_can(gpu, overlap, overlaps, capabili
     assert (name, config, function) == ("launch", c, "kernel")
     assert (c.gridDimX, c.gridDimY, c.gridDimZ, c.blockDimX, c.hStream) == (132, 3, 2, 288, 77)
     assert ("overlap" in [a.id for a in getattr(c, "attrs", [])]) is overlaps
+    nvrtc.launch(kernel, int4_experts._Params(pairs=8), grid_y=8, grid_x=24)
+    assert (c.gridDimX, c.gridDimY, c.gridDimZ) == (24, 8, 2)
 
 
 def test_too_much_shared_memory_says_so(calls):

@@ -186,6 +186,7 @@ def test_draft_experts_reach_the_workers(books_4m):
         for options in ({}, {"draft_experts": "int4"})
     )
     assert (target.draft_experts, int4.draft_experts) == ("target", "int4")
+    assert "draft_experts='int4'" in repr(int4)
     assert target.compute_hash() != int4.compute_hash()
 
 

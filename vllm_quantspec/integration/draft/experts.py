@@ -6,18 +6,22 @@ method is one of those here. Weights are rounded as linears are (`vllm_quantspec
 what this takes beside the copy is bounded; weights that are exchanged later are written into the same tensors, which CUDA
 graphs read.
 
-On a GPU a few tokens run on `kernels/int4_experts`, more on vLLM's Marlin kernel, which reads the same tensors; where Marlin
-does not take the shape, all of them on vLLM's kernels of `moe_wna16`. On a CPU `kernels/cpu_int4_experts` does it.
+On a GPU a few tokens run on `kernels/int4_experts`, more on vLLM's Marlin kernel, which reads the same tensors, if it runs
+on that GPU; where this layout does not take the shape, all of them on vLLM's kernels of `moe_wna16`. On a CPU
+`kernels/cpu_int4_experts` does it.
 """
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import nn
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
@@ -113,23 +117,26 @@ class Int4ExpertsMethod(FusedMoEMethodBase):
 
 
 class MarlinExpertsMethod(Int4ExpertsMethod):
-    """On vLLM's Marlin kernel, the one that it runs 4-bit checkpoints on; a few tokens on ``kernels/int4_experts``."""
+    """On ``kernels/int4_experts``, beyond its ``MAX_TOKENS`` on vLLM's Marlin kernel, which it runs 4-bit checkpoints on.
 
-    runs_on = f"this package's GPU kernel, beyond {int4_experts.MAX_TOKENS} tokens vLLM's Marlin kernel"
+    Where Marlin does not run (`marlin_problem`), all tokens are computed by ``kernels/int4_experts``.
+    """
 
     def __init__(self, moe, shapes: ExpertShapes, groups: dict[str, int]) -> None:
         # A weight with one group has another layout of its scales, that of one scale per row.
         groups = {name: group // 2 if group == shapes.of(name)[1] else group for name, group in groups.items()}
         super().__init__(moe, shapes, groups)
         if shapes.dtype not in (torch.bfloat16, torch.float16):
-            raise ValueError(f"vLLM's INT4 experts take bfloat16 or float16 activations, not {shapes.dtype}")
-        if not hasattr(torch.ops._moe_C, "moe_wna16_marlin_gemm"):
-            raise ValueError("this vLLM has no Marlin kernel for experts")
+            raise ValueError(f"INT4 experts take bfloat16 or float16 activations, not {shapes.dtype}")
         if shapes.hidden % 128 or shapes.width % 64 or min(groups.values()) < 32:
             raise ValueError(
                 "Marlin takes hidden sizes in multiples of 128 and experts in multiples of 64 channels, not "
                 f"{shapes.hidden} and {shapes.width}"
             )
+        problem = marlin_problem()
+        self.has_marlin = problem is None
+        more = f"beyond {int4_experts.MAX_TOKENS} tokens vLLM's Marlin kernel" if self.has_marlin else problem
+        self.runs_on = f"this package's GPU kernel ({more})"
 
     def _pack(self, codes, scales, zeros, group):
         return int4_experts.pack(codes, scales, zeros)
@@ -137,7 +144,7 @@ class MarlinExpertsMethod(Int4ExpertsMethod):
     def apply(self, layer, x, topk_weights, topk_ids, shared_experts=None, shared_experts_input=None) -> torch.Tensor:
         from vllm.model_executor.layers.fused_moe.experts.marlin_moe import fused_marlin_moe
 
-        if x.shape[0] <= int4_experts.MAX_TOKENS:
+        if x.shape[0] <= int4_experts.MAX_TOKENS or not self.has_marlin:
             weights = (int4_experts.Packed(*self.parts(layer, name)) for name in WEIGHTS)
             return int4_experts.int4_experts(x, topk_weights, topk_ids, *weights, layer.activation.value)
         (w13, w13_scales, w13_zeros), (w2, w2_scales, w2_zeros) = (self.parts(layer, name) for name in WEIGHTS)
@@ -157,6 +164,64 @@ class MarlinExpertsMethod(Int4ExpertsMethod):
             w1_zeros=w13_zeros,
             w2_zeros=w2_zeros,
         )
+
+
+@cache
+def marlin_problem() -> str | None:
+    """Why vLLM's Marlin kernel for experts does not run on this process's GPU; None if it does.
+
+    A build of vLLM may lack its machine code for a GPU. It is tried in a process of its own, as an error of CUDA may leave
+    the process that met it without a GPU.
+    """
+    if not hasattr(torch.ops._moe_C, "moe_wna16_marlin_gemm"):
+        return "this vLLM has no Marlin kernel for experts"
+    script = f"from {__name__} import try_marlin; try_marlin({torch.cuda.current_device()})"
+    try:
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    except subprocess.TimeoutExpired:
+        return "vLLM's Marlin kernel for experts did not end here"
+    if done.returncode == 0:
+        return None
+    said = [line.strip() for line in done.stderr.splitlines() if "Error" in line or "error" in line]
+    return f"vLLM's Marlin kernel for experts does not run here: {said[0] if said else f'exit code {done.returncode}'}"
+
+
+def try_marlin(device: int) -> None:
+    """Run vLLM's Marlin kernel once on small experts.
+
+    Raises:
+        RuntimeError: it does not run.
+    """
+    from vllm.model_executor.layers.fused_moe.experts.marlin_moe import fused_marlin_moe
+
+    torch.cuda.set_device(device)
+    number, hidden, width, tokens, chosen = 4, 256, 128, 8, 2
+    parts = []
+    for out_features, in_features in ((2 * width, hidden), (hidden, width)):
+        codes = torch.randint(0, 16, (number, out_features, in_features), dtype=torch.uint8, device="cuda")
+        scales = torch.full((number, out_features, in_features // 64), 0.01, dtype=torch.bfloat16, device="cuda")
+        parts.append(int4_experts.pack(codes, scales, torch.full_like(scales, 8, dtype=torch.uint8)))
+    (w13, w13_scales, w13_zeros), (w2, w2_scales, w2_zeros) = parts
+    x = torch.randn(tokens, hidden, dtype=torch.bfloat16, device="cuda")
+    topk_weights, topk_ids = torch.rand(tokens, number, device="cuda").topk(chosen, dim=-1)
+    with set_current_vllm_config(VllmConfig()):
+        fused_marlin_moe(
+            hidden_states=x,
+            w1=w13,
+            w2=w2,
+            bias1=None,
+            bias2=None,
+            w1_scale=w13_scales,
+            w2_scale=w2_scales,
+            topk_weights=topk_weights,
+            topk_ids=topk_ids.int(),
+            quant_type_id=scalar_types.uint4.id,
+            global_num_experts=number,
+            activation=MoEActivation.SILU,
+            w1_zeros=w13_zeros,
+            w2_zeros=w2_zeros,
+        )
+    torch.cuda.synchronize()
 
 
 class Wna16ExpertsMethod(Int4ExpertsMethod):

@@ -164,6 +164,8 @@ def build_draft_model(
         if draft_experts == "int4":
             for reason in dict.fromkeys(builder.kept_experts.values()):
                 logger.warning("quantspec: the draft reads the target's experts as they are: %s", reason)
+            if not draft.experts and not builder.kept_experts:
+                logger.warning("quantspec: draft_experts 'int4' has no effect: this model has no mixture of experts")
     return draft
 
 

@@ -61,8 +61,8 @@ class QuantSpecConfig(SpeculativeConfig):
     def __repr__(self) -> str:
         return (
             f"SpeculativeConfig(method='{METHOD}', num_spec_tokens={self.num_speculative_tokens}, "
-            f"group_size={self.group_size}, draft_weights='{self.draft_weights}', draft_kv='{self.draft_kv}', "
-            f"draft_context={self.draft_context!r})"
+            f"group_size={self.group_size}, draft_weights='{self.draft_weights}', "
+            f"draft_experts='{self.draft_experts}', draft_kv='{self.draft_kv}', draft_context={self.draft_context!r})"
         )
 
 
