@@ -27,11 +27,16 @@ REQUEST_MEMORY, MEAN_MEMORY = 0.97, 0.998
 TIMES_KEPT = 15
 # So many times, none older than so many steps, make a number's time known.
 TIMES_NEEDED, STEPS_TO_STALE = 3, 2000
+# How much it weighs, in measurements, that verification and drafts are as far from the model as one another; and how many
+# times further one may be.
+SAME_FACTOR, MOST_APART = 0.1, 20.0
 # Another number must promise so much more before it is taken.
 HYSTERESIS = 0.005
 # The share of time that may be lost by trying numbers which do not look best, in steps at least PROBE_GAP apart; what was
 # not lost may be saved up, to this many steps' time.
 PROBE_SHARE, PROBE_GAP, PROBE_SAVINGS = 0.007, 8, 4
+# Steps' time that probes may lose at once in batches of a size that has not been seen before.
+PROBE_GRANT = 2
 # A number is tried for its time alone if it looks no worse than this.
 PROBE_LOSS = 0.3
 # What one step tells of how often steps bring no prompts, and the share of such steps from which on they set the price.
@@ -132,18 +137,18 @@ class StepTimes:
         self._ratios: dict[int, list[deque[float]]] = {}
         self._medians: dict[int, list[float]] = {}
         self._last: dict[int, list[int]] = {}
-        self._last_kind: int | None = None
         self._now = 0
 
     @staticmethod
-    def _kind(batch: int) -> int:
+    def kind(batch: int) -> int:
+        """Batches of one kind are alike."""
         return (batch - 1).bit_length()
 
     def observe(self, batch: int, context: float, choice: int, seconds: float) -> None:
         """A step of ``batch`` requests with ``context`` tokens each, and the drafts of choice ``choice``, took ``seconds``."""
         if seconds <= 0:
             return
-        kind = self._kind(batch)
+        kind = self.kind(batch)
         if kind not in self._ratios:
             self._ratios[kind] = [deque(maxlen=TIMES_KEPT) for _ in range(self.num_choices)]
             self._medians[kind] = [0.0] * self.num_choices
@@ -155,14 +160,17 @@ class StepTimes:
         ratios.append(float(np.log(seconds / self.predict(batch, context)[choice])))
         self._medians[kind][choice] = median(ratios)
         self._last[kind][choice] = self._now
-        self._last_kind = kind
+
+    def seen(self, batch: int) -> bool:
+        """Whether any choice was measured in batches of about this size."""
+        return self.kind(batch) in self._ratios
 
     def known(self, batch: int, choice: int) -> bool:
         """Whether ``choice`` was measured often enough, and not too long ago, in batches of about this size."""
-        ratios = self._ratios.get(self._kind(batch))
+        ratios = self._ratios.get(self.kind(batch))
         if ratios is None or len(ratios[choice]) < TIMES_NEEDED:
             return False
-        return self._now - self._last[self._kind(batch)][choice] <= STEPS_TO_STALE
+        return self._now - self._last[self.kind(batch)][choice] <= STEPS_TO_STALE
 
     def estimate(self, batch: int, context: float) -> np.ndarray:
         """Seconds of a step by choice, [num_choices]."""
@@ -170,15 +178,28 @@ class StepTimes:
         kinds = [k for k in self._ratios if any(self._ratios[k])]
         if not kinds:
             return predicted
-        kind = self._kind(batch)
+        kind = self.kind(batch)
         nearest = min(kinds, key=lambda k: (abs(k - kind), k))
-        weights = np.array([len(r) for r in self._ratios[nearest]], dtype=float)
-        medians = np.array(self._medians[nearest])
-        # A choice that was never measured is as far from the model as the others are.
-        others = (weights * medians).sum() / weights.sum()
-        # Choices measured once or twice: half believed.
-        trust = np.minimum(weights, TIMES_NEEDED) / TIMES_NEEDED
-        return predicted * np.exp(others + trust * (medians - others))
+        weights = np.minimum([len(ratios) for ratios in self._ratios[nearest]], TIMES_NEEDED) / TIMES_NEEDED
+        measured = predicted * np.exp(self._medians[nearest])
+        # Measured once or twice: half believed.
+        return measured**weights * _fitted(predicted, measured, weights) ** (1 - weights)
+
+
+def _fitted(predicted: np.ndarray, measured: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """``predicted`` [num_choices] times one factor for a step without drafts, and another for what drafts add.
+
+    Both follow ``measured`` by its ``weights``, 0 to 1, in relative terms; drawn, a little, to the factor of all.
+    """
+    common = np.exp((weights * np.log(measured / predicted)).sum() / weights.sum())
+    without, added = predicted[0] / measured, (predicted - predicted[0]) / measured
+    rest = SAME_FACTOR / common**2
+    a, b, c = (weights * without**2).sum() + rest, (weights * without * added).sum(), (weights * added**2).sum() + rest
+    x, y = (weights * without).sum() + SAME_FACTOR / common, (weights * added).sum() + SAME_FACTOR / common
+    determinant = a * c - b * b
+    factors = np.array([c * x - b * y, a * y - b * x]) / determinant
+    least = common / MOST_APART
+    return np.maximum(factors[0], least) * predicted[0] + np.maximum(factors[1], least) * (predicted - predicted[0])
 
 
 class DraftLength:
@@ -203,7 +224,8 @@ class DraftLength:
         self._current: dict[bool, int] = {}  # the choice in steps with and without prompts
         self._share_alone = 1.0  # of steps that compute no prompt
         self._savings = 0.0  # seconds that probes may lose
-        self._since_probe = 0
+        self._granted: set[int] = set()  # kinds of batches
+        self._since_probe = PROBE_GAP
         self._probe: tuple[int, int] | None = None  # the choice being tried, and for how many more steps
 
     def observe_acceptance(self, requests: Sequence[str], drafted: Sequence[int], accepted: Sequence[int]) -> None:
@@ -258,7 +280,11 @@ class DraftLength:
             return choice
         self._since_probe += 1
         most = PROBE_SAVINGS * seconds[current]
-        self._savings = min(self._savings + PROBE_SHARE * seconds[current], most)
+        grown = self._savings + PROBE_SHARE * seconds[current]
+        if self.times.seen(batch) and self.times.kind(batch) not in self._granted:
+            self._granted.add(self.times.kind(batch))
+            grown += PROBE_GRANT * seconds[current]
+        self._savings = min(grown, most)
         if self._since_probe < PROBE_GAP:
             return current
         costs = losses * self._probe_steps
@@ -276,7 +302,8 @@ class DraftLength:
         wanted = [choice for choice in wanted if costs[choice] <= self._savings]
         if not wanted:
             return current
-        choice = min(wanted, key=lambda c: losses[c])
+        # What a step takes without drafts says most: it is the yardstick for all others.
+        choice = min(wanted, key=lambda c: (c != 0, losses[c]))
         self._savings -= costs[choice]
         self._since_probe = 0
         self.num_probes += 1

@@ -41,7 +41,6 @@ def step_seconds(config: VllmConfig):
     speculative, parallel = config.speculative_config, config.parallel_config
     try:
         model = estimate.model_from(config.model_config.hf_config.to_dict(), config.model_config.model)
-        estimate.memory(model, estimate.GIB, 1.0, parallel.tensor_parallel_size, speculative.group_size, 0.0)
     except ValueError as error:
         logger.info("The number of drafts is chosen by measured times alone, without the cost model: %s", error)
         model = None
