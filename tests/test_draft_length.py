@@ -64,7 +64,9 @@ def test_within_two_percent_of_the_best_number(rate, share, batch):
 
     rates = [rate] * LONGEST
     best = max(expected_tokens(number, rates) / seconds(number) for number in AUTO_NUMBERS)
-    assert Simulation(lambda *_: rates, seconds, batch).run(1500) > 0.98 * best
+    simulation = Simulation(lambda *_: rates, seconds, batch)
+    assert simulation.run(300) > 0.93 * best  # while it learns that the times are others
+    assert simulation.run(900) > 0.98 * best
 
 
 def test_without_gain_nothing_is_drafted():
