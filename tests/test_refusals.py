@@ -27,6 +27,7 @@ LLAMA = {
     "max_position_embeddings": 4096,
     "torch_dtype": "bfloat16",
 }
+AUTO = {"method": "quantspec", "num_speculative_tokens": "auto"}
 MODELS = {
     "latent attention": {
         **LLAMA,
@@ -158,6 +159,12 @@ def test_models(what, how, tmp_path):
             "LoRA with weight_rounding 'gptq'",
             "set weight_rounding to 'search'",
         ),
+        (
+            {"scheduler_cls": "some.Scheduler", "speculative_config": AUTO},
+            "'auto' is chosen by a scheduler of its own",
+            "drop one of them",
+        ),
+        ({"data_parallel_size": 2, "speculative_config": AUTO}, "wait for each other", "set num_speculative_tokens to a number"),
         ({"dtype": "float16", "kv_cache_dtype": "bfloat16"}, "model's own dtype, float16", "drop --kv-cache-dtype"),
         ({"disable_hybrid_kv_cache_manager": True}, "two KV cache groups", "drop --disable-hybrid"),
     ],
