@@ -1,4 +1,4 @@
-"""The number of drafts is chosen well, whatever acceptance and times are: on simulated engines, whose best number is known."""
+"""The number of drafts is chosen well, whatever acceptance and times are: on simulated engines, whose best is known."""
 
 import random
 from collections import Counter

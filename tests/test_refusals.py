@@ -164,7 +164,11 @@ def test_models(what, how, tmp_path):
             "'auto' is chosen by a scheduler of its own",
             "drop one of them",
         ),
-        ({"data_parallel_size": 2, "speculative_config": AUTO}, "wait for each other", "set num_speculative_tokens to a number"),
+        (
+            {"data_parallel_size": 2, "speculative_config": AUTO},
+            "wait for each other",
+            "set num_speculative_tokens to a number",
+        ),
         ({"dtype": "float16", "kv_cache_dtype": "bfloat16"}, "model's own dtype, float16", "drop --kv-cache-dtype"),
         ({"disable_hybrid_kv_cache_manager": True}, "two KV cache groups", "drop --disable-hybrid"),
     ],

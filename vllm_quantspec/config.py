@@ -12,8 +12,8 @@ from vllm_quantspec.format import GROUP_SIZES
 METHOD = "quantspec"
 HEAD_SIZES = (64, 96, 128, 256)
 MAX_SPECULATIVE_TOKENS = 32
-# ``num_speculative_tokens: auto``: what is chosen from in every step. Each has CUDA graphs of its own, so there are gaps where
-# a neighbour does as well.
+# ``num_speculative_tokens: auto``: what is chosen from in every step. Each has CUDA graphs of its own, so there are gaps
+# where a neighbour does as well.
 AUTO_NUMBERS = (0, 1, 2, 3, 4, 6, 8)
 # The same as a schedule of vLLM's, by which it captures graphs for each number; the number of requests means nothing in it.
 AUTO_SCHEDULE = [[i, i, number] for i, number in enumerate(AUTO_NUMBERS, start=1)]

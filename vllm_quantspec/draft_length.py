@@ -145,7 +145,7 @@ class StepTimes:
         return (batch - 1).bit_length()
 
     def observe(self, batch: int, context: float, choice: int, seconds: float) -> None:
-        """A step of ``batch`` requests with ``context`` tokens each, and the drafts of choice ``choice``, took ``seconds``."""
+        """A step of ``batch`` requests with ``context`` tokens each and the drafts of ``choice`` took ``seconds``."""
         if seconds <= 0:
             return
         kind = self.kind(batch)
