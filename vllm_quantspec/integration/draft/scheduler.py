@@ -32,7 +32,7 @@ logger = init_logger("vllm.quantspec.draft_length")
 LOG_INTERVAL = 10.0
 # Bytes per second of the GPU that the cost model is asked about; a step's times are measured, this is their first shape.
 BANDWIDTH = 4.26e12
-# Where the cost model does not know the model: a draft step takes this share of a step, and this a verification's further row.
+# Where the cost model does not know the model: a draft step takes this share of a step, and this a further row.
 DRAFT_SHARE, ROW_SHARE = 0.4, 0.02
 
 
