@@ -102,7 +102,7 @@ def put_errors_into_drafts(monkeypatch, share: float, seed: int) -> None:
     monkeypatch.setattr(QuantSpecProposer, "propose", propose_with_errors)
 
 
-def quantspec(num_speculative_tokens: int = 4, **options) -> dict:
+def quantspec(num_speculative_tokens: int | str = 4, **options) -> dict:
     """Engine arguments for speculation."""
     config = {"method": "quantspec", "num_speculative_tokens": num_speculative_tokens, **options}
     return {"speculative_config": config}

@@ -1,6 +1,8 @@
 """The engine on a GPU: CUDA graphs, torch.compile and async scheduling on. The rules that the CPU tests check in depth,
 checked again where the kernels, the model runner and the speculator are other ones."""
 
+import random
+
 import pytest
 import torch
 from conftest import shared_path
@@ -19,6 +21,8 @@ from engine_tools import (
 )
 from vllm import SamplingParams
 
+from vllm_quantspec.config import AUTO_NUMBERS
+from vllm_quantspec.draft_length import DraftLength
 from vllm_quantspec.kernels import cache_update, gather_context
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -217,6 +221,33 @@ def test_one_draft_per_step_replays_a_graph(books_4m, passage, options, monkeypa
         generate(llm, [tokens[100 * i : 100 * i + 200] for i in range(6)], 40)
     ones = sum(getattr(descriptor, "num_speculative_tokens", 1) == 1 for descriptor in replayed)
     assert ones >= 15 and not launched, (ones, len(launched))
+
+
+def test_the_number_of_drafts_is_chosen_while_running(model, prompts, expected, monkeypatch):
+    """As it is chosen, and at random in every step: each number has graphs of its own, of drafts and of verifications."""
+    with engine(model, **SIZE, **quantspec("auto")) as llm:
+        assert_same_or_tied(expected, generate(llm, prompts, MAX_TOKENS), TIE, "auto")
+        speculator, replayed, launched, rng = speculator_of(llm), [], [], random.Random(0)
+        manager, draft = speculator.decode_cudagraph_manager, speculator._generate_fused_drafts
+        replay = manager.run_fullgraph
+        monkeypatch.setattr(manager, "run_fullgraph", lambda descriptor: replayed.append(descriptor) or replay(descriptor))
+        monkeypatch.setattr(speculator, "_generate_fused_drafts", lambda *args: launched.append(args) or draft(*args))
+        monkeypatch.setattr(DraftLength, "choose", lambda *args, **kwargs: rng.choice(AUTO_NUMBERS))
+        assert_same_or_tied(expected, generate(llm, prompts, MAX_TOKENS), TIE, "at random")
+    assert {descriptor.num_speculative_tokens for descriptor in replayed} == set(AUTO_NUMBERS) - {0} and not launched
+
+
+def test_min_p_and_logit_bias(model, prompts):
+    """vLLM's sampler applies both to the rows of drafts."""
+    sampling = {"min_p": 0.2, "logit_bias": {token: 2.0 for token in range(0, 4000, 5)}, "repetition_penalty": 1.2}
+    with engine(model, **SIZE, **QUANTSPEC_CACHE) as llm:
+        plain, biased = (generate(llm, prompts, MAX_TOKENS, **s) for s in ({}, sampling))
+    with engine(model, **SIZE, **quantspec(4)) as llm:
+        assert_same_or_tied(biased, generate(llm, prompts, MAX_TOKENS, **sampling), TIE, "biased")
+        # Of the token with the largest share alone, at any temperature.
+        sure = generate(llm, prompts, MAX_TOKENS, temperature=1.0, min_p=1.0, seed=1)
+    assert_same_or_tied(plain, sure, TIE, "min_p of 1")
+    assert [a.tokens for a in plain] != [a.tokens for a in biased]
 
 
 def test_ngram_drafts(model, prompts, expected):

@@ -5,10 +5,13 @@ import pickle
 
 import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from vllm_quantspec import register
-from vllm_quantspec.config import QuantSpecOptions, is_quantspec, parse_options
+from vllm_quantspec.config import AUTO_NUMBERS, AUTO_SCHEDULE, QuantSpecOptions, is_quantspec, parse_options
+from vllm_quantspec.integration.draft import scheduler
 from vllm_quantspec.integration.startup.backend_name import quantspec_backend
 from vllm_quantspec.integration.startup.cache_dtype import page_bits
 from vllm_quantspec.integration.startup.engine_args import extension_path
@@ -24,6 +27,14 @@ def test_defaults():
     options, vllm_options = parse_options("quantspec")
     assert options == QuantSpecOptions(4, 128, "int4", "target", "int4", 128, "search", "none", True, "all", "attention")
     assert vllm_options == {}
+
+
+def test_a_number_that_is_chosen_while_running():
+    options, vllm_options = parse_options({"num_speculative_tokens": "auto"})
+    assert options.chooses_number and options.most_drafts == AUTO_NUMBERS[-1] == 8 and not vllm_options
+    assert AUTO_NUMBERS[:2] == (0, 1) and tuple(number for _, _, number in AUTO_SCHEDULE) == AUTO_NUMBERS
+    fixed = QuantSpecOptions(num_speculative_tokens=3)
+    assert not fixed.chooses_number and fixed.most_drafts == 3
 
 
 def test_dashes_and_vllm_options_are_taken():
@@ -44,6 +55,11 @@ def test_dashes_and_vllm_options_are_taken():
         ({"num_speculative_tokens": 0}, "from 1 to 32"),
         ({"num_speculative_tokens": 2.5}, "must be an integer"),
         ({"num_speculative_tokens": True}, "must be an integer"),
+        ({"num_speculative_tokens": "many"}, "must be an integer from 1 to 32 or 'auto', not 'many'"),
+        (
+            {"num_speculative_tokens": "auto", "num_speculative_tokens_per_batch_size": [[1, 8, 4]]},
+            "'auto' chooses .* while running, .* drop one of them",
+        ),
         ({"group_size": 100}, "must be 64 or 128"),
         ({"draft_weights": "int3"}, "must be 'int4' or 'target'"),
         ({"draft_experts": "int8"}, "must be 'target' or 'int4', not 'int8'"),
@@ -188,6 +204,23 @@ def test_draft_experts_reach_the_workers(books_4m):
     assert (target.draft_experts, int4.draft_experts) == ("target", "int4")
     assert "draft_experts='int4'" in repr(int4)
     assert target.compute_hash() != int4.compute_hash()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_auto_brings_a_scheduler_of_its_own(asynchronous, books_4m, monkeypatch):
+    if asynchronous:  # the CPU platform turns it off
+        monkeypatch.setattr(type(current_platform), "check_and_update_config", classmethod(lambda cls, config: None))
+    auto = {"method": "quantspec", "num_speculative_tokens": "auto"}
+    config = make(books_4m, speculative_config=auto, async_scheduling=asynchronous)
+    copy = pickle.loads(pickle.dumps(config))
+    assert copy.num_speculative_tokens == AUTO_NUMBERS[-1] and copy.speculative_config.chooses_number
+    cls = copy.scheduler_config.get_scheduler_cls()
+    assert issubclass(cls, scheduler.DraftLengthScheduler) and issubclass(cls, AsyncScheduler) == asynchronous
+    assert copy.speculative_config.uses_dynamic_speculative_decoding()
+    assert "num_spec_tokens=up to 8" in repr(copy.speculative_config)
+    fixed = make(books_4m, speculative_config="quantspec")
+    assert fixed.scheduler_config.scheduler_cls is None and not fixed.speculative_config.chooses_number
+    assert not fixed.speculative_config.uses_dynamic_speculative_decoding()
 
 
 def test_a_draft_context_beyond_the_models_length_is_refused(books_4m):

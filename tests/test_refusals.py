@@ -29,6 +29,7 @@ LLAMA = {
     "max_position_embeddings": 4096,
     "torch_dtype": "bfloat16",
 }
+AUTO = {"method": "quantspec", "num_speculative_tokens": "auto"}
 MODELS = {
     "latent attention": {
         **LLAMA,
@@ -227,6 +228,16 @@ def test_audio_that_arrives_while_the_model_answers(architecture):
             {"enable_lora": True, "speculative_config": {"method": "quantspec", "weight_rounding": "gptq"}},
             "LoRA with weight_rounding 'gptq'",
             "set weight_rounding to 'search'",
+        ),
+        (
+            {"scheduler_cls": "some.Scheduler", "speculative_config": AUTO},
+            "'auto' is chosen by a scheduler of its own",
+            "drop one of them",
+        ),
+        (
+            {"data_parallel_size": 2, "speculative_config": AUTO},
+            "wait for each other",
+            "set num_speculative_tokens to a number",
         ),
         ({"dtype": "float16", "kv_cache_dtype": "bfloat16"}, "model's own dtype, float16", "drop --kv-cache-dtype"),
         ({"disable_hybrid_kv_cache_manager": True}, "two KV cache groups", "drop --disable-hybrid"),

@@ -31,6 +31,14 @@ TOKENS = 4
 SEEDS = {"off": 0, "on": 1_000_000}
 SIZE = {"max_model_len": 2048, "max_num_seqs": 128}
 TRUNCATED = {"temperature": 1.0, "top_k": 12, "top_p": 0.9}
+# In float32 like it: which tokens min_p keeps depends on rounding as well.
+BIASED = {
+    "temperature": 0.9,
+    "min_p": 0.05,
+    "top_p": 0.95,
+    "repetition_penalty": 1.2,
+    "logit_bias": {token: 1.5 for token in range(5, 4000, 7)},
+}
 DISTRIBUTIONS = {
     "temperature 0.8": {"temperature": 0.8},
     "penalties": {"temperature": 0.8, "repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.2},
@@ -90,6 +98,8 @@ GREEDY = {
     "presence_penalty": {"presence_penalty": 1.5},
     "frequency_penalty": {"frequency_penalty": 0.8},
     "top_k, top_p": {"top_k": 3, "top_p": 0.5},  # without effect at temperature 0
+    "min_p, top_k": {"min_p": 0.9, "top_k": 3},  # the same
+    "logit_bias": {"logit_bias": {token: 2.0 for token in range(0, 4096, 5)}, "repetition_penalty": 1.2},
     "min_tokens": {"min_tokens": 30, "ignore_eos": False},
     "allowed_token_ids": {"allowed_token_ids": list(range(0, 4096, 3))},
     "bad_words": {"bad_words": ["the", "and", "a", "was"]},
@@ -105,10 +115,7 @@ def off(books_4m, prefix, tokens):
         prompts = [tokens[7:400], tokens[: G + 3], tokens[900:907]]
         greedy = {name: generate(llm, prompts, 40, **s) for name, s in GREEDY.items()}
         plain = generate(llm, prompts, 40)
-        # Refused with speculation only:
-        biased = generate(llm, prompts[:1], 8, logit_bias={77: 100.0})
-        biased += generate(llm, prompts[:1], 8, temperature=1.0, min_p=0.2)
-    return {"draws": draws, "hotter": hotter, "prompts": prompts, "greedy": greedy, "plain": plain, "biased": biased}
+    return {"draws": draws, "hotter": hotter, "prompts": prompts, "greedy": greedy, "plain": plain}
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +128,7 @@ def greedy_drafts(books_4m, prefix, off):  # one engine at a time in a process
 
 @pytest.fixture(scope="module")
 def truncated(books_4m, prefix, off, greedy_drafts):
-    """{drafts: draws} with top_k and top_p, in float32.
+    """{drafts: (draws with top_k and top_p, draws with min_p and logit_bias)}, in float32.
 
     What they keep changes with a token's rank: in 16 bits many logits are equal or nearly so, and then rounding, which
     depends on the shape of the batch, decides which tokens have a share at all.
@@ -133,7 +140,8 @@ def truncated(books_4m, prefix, off, greedy_drafts):
         "probabilistic": quantspec(TOKENS - 1, draft_weights="target"),
     }.items():
         with engine(books_4m, dtype="float32", **SIZE, **arguments) as llm:
-            draws[name] = draw(llm, prefix, SEEDS["off" if name == "off" else "on"], **TRUNCATED)
+            seed = SEEDS["off" if name == "off" else "on"]
+            draws[name] = [draw(llm, prefix, seed, **TRUNCATED), draw(llm, prefix, seed, DRAWS // 2, **BIASED)]
             if name != "off":
                 count, accepted = speculation_counts(llm)
                 assert 0.2 * count < accepted[0] < 0.9 * count
@@ -172,11 +180,18 @@ def test_draws_have_the_targets_distribution(name, drafts, off, greedy_drafts, r
         assert accepted[0] > 0.7 * count
 
 
+@pytest.mark.parametrize("index, what", [(0, "top_k and top_p"), (1, "min_p and logit_bias")])
 @pytest.mark.parametrize("drafts", ["greedy", "probabilistic"])
-def test_draws_with_top_k_and_top_p(drafts, truncated):
-    p = statistics(truncated["off"], truncated[drafts])
-    print(f"top_k and top_p, {drafts} drafts: {p}")
+def test_draws_with_parameters_that_exclude_tokens(drafts, index, what, truncated):
+    p = statistics(truncated["off"][index], truncated[drafts][index])
+    print(f"{what}, {drafts} drafts: {p}")
     assert min(p.values()) > ALPHA, p
+
+
+def test_the_statistic_sees_min_p_and_logit_bias(truncated):
+    """Drafts know neither: were they accepted as without, the draws would differ as these do."""
+    p = statistics(truncated["off"][1], truncated["probabilistic"][0])
+    assert min(p.values()) < ALPHA, p
 
 
 def test_the_statistic_rejects_another_temperature_and_accepts_the_same(off):
@@ -322,12 +337,3 @@ def test_structured_outputs(llm, tokens, kind, temperature):
 def test_bad_parameters_are_refused_before_they_reach_the_engine(bad):
     with pytest.raises(VLLMValidationError, match=next(iter(bad))):
         SamplingParams(**bad)
-
-
-@pytest.mark.parametrize("unsupported", [{"logit_bias": {77: 5.0}}, {"temperature": 1.0, "min_p": 0.2}])
-def test_what_vllm_cannot_speculate_with_is_refused_per_request(llm, off, tokens, unsupported):
-    """As for any draft model in vLLM; without speculation the same cache takes both."""
-    with pytest.raises(VLLMValidationError, match="min_p and logit_bias.*speculative decoding"):
-        generate(llm, [tokens[:50]], 4, **unsupported)
-    assert len(generate(llm, [tokens[:50]], 4)[0].tokens) == 4  # the engine goes on
-    assert off["biased"][0].tokens == [77] * 8 and len(off["biased"][1].tokens) == 8

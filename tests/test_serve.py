@@ -264,20 +264,20 @@ def test_json_in_a_chat(server):
     assert is_person(answer["choices"][0]["message"]["content"])
 
 
-# --- What vLLM refuses under speculation --------------------------------------------------------------------------------
+# --- What vLLM refuses beside other drafts ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("parameter", [{"min_p": 0.1}, {"logit_bias": {"77": 5.0}}])
-def test_refused_as_for_any_draft_model(servers, parameter):
-    """400 with vLLM's own words; without speculation the same request is answered."""
+def test_min_p_and_logit_bias_are_served(servers, parameter):
+    """Other drafts' engines answer with status 400."""
     on, off = servers
-    body = {"model": MODEL, "prompt": [1, 2, 3], "max_tokens": 2, **parameter}
-    status, answer = on.post("/v1/completions", body)
-    with pytest.raises(VLLMValidationError) as error:
-        SamplingParams(min_p=0.1)._validate_spec_decode(object())
-    assert status == 400 and answer["error"]["message"] == str(error.value)
-    assert on.post("/v1/chat/completions", {"model": MODEL, "messages": MESSAGES, **parameter})[0] == 400
-    assert off.post("/v1/completions", body)[0] == 200
+    body = {"model": MODEL, "prompt": [1, 2, 3], "max_tokens": 8, "temperature": 0, "ignore_eos": True, **parameter}
+    (status, answer), (status_off, answer_off) = (server.post("/v1/completions", body) for server in (on, off))
+    assert status == status_off == 200
+    assert answer["choices"][0]["text"] == answer_off["choices"][0]["text"]
+    assert on.post("/v1/chat/completions", {"model": MODEL, "messages": MESSAGES, "max_tokens": 4, **parameter})[0] == 200
+    with pytest.raises(VLLMValidationError, match="min_p and logit_bias"):
+        SamplingParams(**{"min_p": 0.1})._validate_spec_decode(object())
 
 
 # --- Metrics ------------------------------------------------------------------------------------------------------------

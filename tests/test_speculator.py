@@ -13,9 +13,11 @@ from vllm.v1.worker.gpu.dp_utils import DPSyncState
 from vllm.v1.worker.gpu.spec_decode.target_dependent_ar import cudagraph_utils as speculator_graphs
 from vllm.v1.worker.gpu.spec_decode.target_dependent_ar import speculator as vllm_speculator
 
+from vllm_quantspec.config import AUTO_NUMBERS, AUTO_SCHEDULE
 from vllm_quantspec.integration.draft.model import DraftModel
 from vllm_quantspec.integration.draft.rotary import RotaryPositions
 from vllm_quantspec.integration.gpu import speculator
+from vllm_quantspec.integration.gpu.draft_numbers import with_every_number
 from vllm_quantspec.integration.gpu.speculator import QuantSpecSpeculator
 
 FULL = CUDAGraphMode.FULL
@@ -71,6 +73,7 @@ def speculator_with_graphs(drafts: int, schedule, monkeypatch) -> tuple[QuantSpe
         (4, [[1, 2, 4], [3, 4, 1], [5, 8, 0]], {1, 4}),
         (1, [[1, 4, 1], [5, 8, 0]], {1}),
         (3, [[1, 4, 3], [5, 8, 2]], {2, 3}),
+        (AUTO_NUMBERS[-1], AUTO_SCHEDULE, set(AUTO_NUMBERS) - {0}),
     ],
 )
 def test_every_number_of_drafts_has_its_graphs(drafts, schedule, lengths, monkeypatch):
@@ -80,6 +83,39 @@ def test_every_number_of_drafts_has_its_graphs(drafts, schedule, lengths, monkey
     for k in lengths:
         for descriptor in (manager.dispatch(n, n, 1, 0) for n in (1, 3, 8)):
             assert manager.specialize_spec_tokens(descriptor, k) in manager.graphs
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 2, 8, 40])
+def test_verifications_of_every_number_that_may_be_chosen_have_graphs(max_num_seqs, monkeypatch):
+    """Also where fewer requests run at a time than there are numbers."""
+    build = cudagraph_utils.build_dynamic_sd_schedule_lookup
+    monkeypatch.setattr(cudagraph_utils, "build_dynamic_sd_schedule_lookup", with_every_number(build))
+    most = AUTO_NUMBERS[-1]
+    sizes = sorted({1, 2, 4, *range(8, 2 * max_num_seqs * (most + 1), 8)})
+    config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs),
+        compilation_config=SimpleNamespace(cudagraph_capture_sizes=sizes, max_cudagraph_capture_size=sizes[-1]),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1, data_parallel_size=1, use_ubatching=False),
+        speculative_config=SimpleNamespace(
+            uses_dynamic_speculative_decoding=lambda: True,
+            num_speculative_tokens_per_batch_size=[tuple(entry) for entry in AUTO_SCHEDULE],
+        ),
+        num_speculative_tokens=most,
+        lora_config=None,
+        cache_config=SimpleNamespace(use_kda_recoverssm=False),
+    )
+    monkeypatch.setattr(cudagraph_utils, "get_pp_group", lambda: SimpleNamespace(is_first_rank=True, is_last_rank=True))
+    platform = SimpleNamespace(get_global_graph_pool=lambda: None)
+    monkeypatch.setattr(cudagraph_utils, "current_platform", platform)
+    manager = cudagraph_utils.CudaGraphManager(
+        config, torch.device("cpu"), CUDAGraphMode.FULL_DECODE_ONLY, decode_query_len=most + 1
+    )
+    captured = manager._capture_descs[FULL]
+    assert {d.uniform_token_count for d in captured} == {number + 1 for number in AUTO_NUMBERS}
+    manager._graphs_captured = True
+    for number in AUTO_NUMBERS:
+        found = manager.dispatch(1, number + 1, number + 1, 0)
+        assert found.cg_mode == FULL and found.uniform_token_count == number + 1, number
 
 
 @pytest.mark.parametrize(("own", "agreed", "dummy_run"), [(6, 2, True), (2, 6, True), (3, 3, True), (2, 6, False)])

@@ -29,6 +29,7 @@ from vllm.v1.worker.utils import select_common_block_size
 
 from vllm_quantspec.integration.cache import backend, offloading, specs, window
 from vllm_quantspec.integration.cpu import proposer
+from vllm_quantspec.integration.draft import scheduler
 from vllm_quantspec.integration.gpu import speculator
 from vllm_quantspec.integration.startup import speculative_config, version
 
@@ -56,6 +57,7 @@ OVERRIDES = {
     "init_cudagraph_manager capture propose _generate_fused_drafts _run_model",
     proposer.QuantSpecProposer: "__init__ load_model validate_same_kv_cache_group initialize_attn_backend propose "
     "_sample_from_logits",
+    scheduler.DraftLengthScheduler: "__init__ _update_after_schedule update_from_output",
     speculative_config.QuantSpecConfig: "__post_init__ max_num_new_slots_for_drafting compute_hash",
 }
 # Called by nobody but us, so their parameters are ours: constructors, and what only another of our methods calls.
@@ -71,6 +73,10 @@ REPLACED = {
     "vllm.platforms.cpu.CpuPlatform.get_attn_backend_cls": "selected_backend attn_selector_config",
     "vllm.v1.sample.rejection_sampler.apply_sampling_constraints": "logits cu_num_draft_tokens sampling_metadata",
     "vllm.v1.sample.rejection_sampler.expand_batch_to_tokens": "x cu_num_tokens num_tokens replace_from replace_to",
+    "vllm.v1.sample.rejection_sampler.RejectionSampler.apply_logits_processors": "self logits sampling_metadata metadata",
+    "vllm.v1.worker.gpu_model_runner.build_logitsprocs": "vllm_config device is_pin_memory is_pooling_model "
+    "custom_logitsprocs",
+    "vllm.sampling_params.SamplingParams._validate_spec_decode": "self speculative_config",
     "vllm.v1.worker.gpu_model_runner.GPUModelRunner.get_kv_cache_spec": "self",
     "vllm.v1.worker.gpu_model_runner.GPUModelRunner._prepare_inputs": "self scheduler_output",
     "vllm.v1.worker.gpu_model_runner.GPUModelRunner._get_spec_decode_draft_probs": "self spec_decode_metadata",
@@ -79,6 +85,8 @@ REPLACED = {
     "vllm.v1.worker.gpu.model_runner.GPUModelRunner.get_kv_cache_spec": "self",
     "vllm.v1.worker.gpu.model_runner.GPUModelRunner.prepare_inputs": "self",
     "vllm.v1.worker.gpu.model_runner.init_speculator": "vllm_config device req_states",
+    "vllm.v1.worker.gpu.cudagraph_utils.build_dynamic_sd_schedule_lookup": "num_speculative_tokens_per_batch_size "
+    "vllm_max_batch_size vllm_num_speculative_tokens",
 }
 FIELDS = {
     EngineArgs: "speculative_config spec_method spec_tokens attention_backend attention_config block_size kv_cache_dtype "
@@ -91,7 +99,8 @@ FIELDS = {
     DPSyncState: "num_tokens_across_dp num_reqs",
     InputBatch: "num_reqs idx_mapping seq_lens seq_lens_cpu_upper_bound num_draft_tokens_per_req num_scheduled_tokens "
     "num_computed_prefill_tokens_np prefill_len_np",
-    SchedulerOutput: "scheduled_spec_decode_tokens",
+    SchedulerOutput: "scheduled_spec_decode_tokens num_scheduled_tokens finished_req_ids num_spec_tokens_to_schedule "
+    "num_invalid_spec_tokens",
     KVCacheConfig: "kv_cache_groups",
     AttentionSpec: "block_size num_kv_heads head_size tokens_per_state state_content_bytes page_size_padded",
     SlidingWindowSpec: "block_size page_size_padded sliding_window",

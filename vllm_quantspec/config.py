@@ -12,6 +12,11 @@ from vllm_quantspec.format import GROUP_SIZES
 METHOD = "quantspec"
 HEAD_SIZES = (64, 96, 128, 256)
 MAX_SPECULATIVE_TOKENS = 32
+# ``num_speculative_tokens: auto``: what is chosen from in every step. Each has CUDA graphs of its own, so there are gaps
+# where a neighbour does as well.
+AUTO_NUMBERS = (0, 1, 2, 3, 4, 6, 8)
+# The same as a schedule of vLLM's, by which it captures graphs for each number; the number of requests means nothing in it.
+AUTO_SCHEDULE = [[i, i, number] for i, number in enumerate(AUTO_NUMBERS, start=1)]
 # This cache's names for ``--kv-cache-dtype``, and the bits of a key or value older than the exact window.
 CACHE_DTYPES = {"quantspec_int8": 8, "quantspec_int4": 4}
 DEFAULT_CACHE_DTYPE = "quantspec_int8"
@@ -37,8 +42,9 @@ VLLM_OPTIONS = (
 class QuantSpecOptions:
     """What ``--speculative-config '{"method": "quantspec", ...}'`` may say about QuantSpec itself."""
 
-    num_speculative_tokens: int = 4
-    """Tokens drafted per verification."""
+    num_speculative_tokens: int | str = 4
+    """Tokens drafted per verification; ``auto``: in every step the one of `AUTO_NUMBERS` that yields most tokens per second.
+    (Not the default before it has run on a GPU.)"""
     group_size: int = 128
     """Tokens of a key group, and of a page of the quantized KV cache."""
     draft_weights: str = "int4"
@@ -68,10 +74,13 @@ class QuantSpecOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "draft_context", parse_draft_context(self.draft_context, self.group_size))
-        for name, low, high in (("num_speculative_tokens", 1, MAX_SPECULATIVE_TOKENS),):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-                raise ValueError(f"quantspec: {name} must be an integer from {low} to {high}, not {value!r}.")
+        number = self.num_speculative_tokens
+        is_number = isinstance(number, int) and not isinstance(number, bool)
+        if number != "auto" and not (is_number and 1 <= number <= MAX_SPECULATIVE_TOKENS):
+            raise ValueError(
+                f"quantspec: num_speculative_tokens must be an integer from 1 to {MAX_SPECULATIVE_TOKENS} or 'auto', not "
+                f"{number!r}."
+            )
         for name, allowed in (
             ("group_size", GROUP_SIZES),
             ("draft_weights", ("int4", "target")),
@@ -101,6 +110,16 @@ class QuantSpecOptions:
                 "drafts read every page; set draft_context to 'auto', a number of tokens or a fraction, or drop "
                 "draft_selection."
             )
+
+    @property
+    def chooses_number(self) -> bool:
+        """Whether the number of drafts is chosen in every step."""
+        return self.num_speculative_tokens == "auto"
+
+    @property
+    def most_drafts(self) -> int:
+        """Tokens that are drafted per verification at most."""
+        return AUTO_NUMBERS[-1] if self.chooses_number else self.num_speculative_tokens
 
 
 def parse_draft_context(value: Any, group_size: int) -> str | int | float:
@@ -198,4 +217,9 @@ def parse_options(speculative_config: str | dict[str, Any]) -> tuple[QuantSpecOp
             "here the model drafts for itself, with all logits of its output layer; drop use_local_argmax_reduction."
         )
     options = QuantSpecOptions(**{k: v for k, v in given.items() if k in OPTION_NAMES})
+    if options.chooses_number and given.get("num_speculative_tokens_per_batch_size") is not None:
+        raise ValueError(
+            "quantspec: num_speculative_tokens 'auto' chooses the number of drafts while running, and "
+            "num_speculative_tokens_per_batch_size fixes it for each batch size; drop one of them."
+        )
     return options, {k: v for k, v in given.items() if k in VLLM_OPTIONS}

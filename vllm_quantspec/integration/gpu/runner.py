@@ -1,17 +1,18 @@
-"""Hooks into model runner V2 (the GPU engine's): the window's cache, the number of drafts per row, the speculator.
+"""Hooks into model runner V2 (the GPU engine's): the window's cache, the number of drafts per row, the speculator, graphs.
 
-vLLM has no public hook for any of the three in 0.32; each replaces one function, and does nothing for other engines.
+vLLM has no public hook for any of the four in 0.32; each replaces one function, and does nothing for other engines.
 """
 
 from __future__ import annotations
 
 import numpy as np
 from vllm.utils.torch_utils import async_tensor_h2d
-from vllm.v1.worker.gpu import model_runner
+from vllm.v1.worker.gpu import cudagraph_utils, model_runner
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from vllm_quantspec.integration.cache.backend import QuantSpecMetadataBuilder
 from vllm_quantspec.integration.cache.window import add_window_specs
+from vllm_quantspec.integration.gpu.draft_numbers import with_every_number
 from vllm_quantspec.integration.gpu.speculator import QuantSpecSpeculator
 from vllm_quantspec.integration.startup.replace import replace
 from vllm_quantspec.integration.startup.speculative_config import QuantSpecConfig
@@ -61,7 +62,8 @@ def _with_quantspec(init_speculator):
 
 
 def install() -> None:
-    """Replace the three functions."""
+    """Replace the four functions."""
     replace(GPUModelRunner, "get_kv_cache_spec", _with_windows)
     replace(GPUModelRunner, "prepare_inputs", _with_draft_counts)
     replace(model_runner, "init_speculator", _with_quantspec)
+    replace(cudagraph_utils, "build_dynamic_sd_schedule_lookup", with_every_number)

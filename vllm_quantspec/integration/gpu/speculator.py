@@ -15,7 +15,6 @@ from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor, set_forward_context
 from vllm.logger import init_logger
-from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 from vllm.v1.worker.gpu.dp_utils import DPSyncState, dispatch_cg_and_sync_dp
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
@@ -33,6 +32,7 @@ from vllm_quantspec.integration.draft import weight_updates
 from vllm_quantspec.integration.draft.model import DraftModel, build_configured_draft
 from vllm_quantspec.integration.draft.rotary import RotaryPositions, make_rotary_positions
 from vllm_quantspec.integration.gpu import sparse_drafts
+from vllm_quantspec.integration.gpu.draft_numbers import numbers_of_drafts
 
 logger = init_logger("vllm.quantspec.speculator")
 
@@ -51,12 +51,7 @@ class DraftCudaGraphManager(SpeculatorCudaGraphManager):
 
     def capture(self, *args, specialize_spec_tokens: bool = False, **kwargs) -> None:
         if specialize_spec_tokens:
-            lookup = build_dynamic_sd_schedule_lookup(
-                self.vllm_config.speculative_config.num_speculative_tokens_per_batch_size,
-                vllm_max_batch_size=self.max_num_reqs,
-                vllm_num_speculative_tokens=self.vllm_config.num_speculative_tokens,
-            )
-            numbers = sorted(set(lookup) - {0}, reverse=True)
+            numbers = numbers_of_drafts(self.vllm_config, self.max_num_reqs)
             self._capture_descs = {
                 mode: [SpeculatorBatchDescriptor(**vars(d), num_speculative_tokens=n) for d in descriptors for n in numbers]
                 for mode, descriptors in self._capture_descs.items()

@@ -14,6 +14,7 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_quantspec.config import CACHE_DTYPES, METHOD, is_quantspec, parse_options
+from vllm_quantspec.integration.draft.scheduler_name import use_scheduler
 from vllm_quantspec.integration.startup import checks
 from vllm_quantspec.integration.startup.backend_name import quantspec_backend
 from vllm_quantspec.integration.startup.cache_dtype import take_cache_dtype
@@ -105,6 +106,7 @@ def _with_checks(create_engine_config):
             checks.check_config(config)
             leave_sliding_layers(config)
             offload_pages(config)
+            use_scheduler(config)
             let_compiled_kernels_overlap(config)
         return config
 

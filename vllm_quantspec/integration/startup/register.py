@@ -18,9 +18,10 @@ def register() -> None:
             fitting_vllm(),
         )
         return
-    from vllm_quantspec.integration.startup import engine_args
+    from vllm_quantspec.integration.startup import engine_args, sampling_params
     from vllm_quantspec.integration.startup.backend_name import quantspec_backend
 
     quantspec_backend()
     engine_args.install()
+    sampling_params.install()
     logger.debug("vllm-quantspec is registered.")

@@ -8,7 +8,7 @@ from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
 from vllm.config.utils import config
 from vllm.logger import init_logger
 
-from vllm_quantspec.config import METHOD, QuantSpecOptions, parse_options
+from vllm_quantspec.config import AUTO_SCHEDULE, METHOD, QuantSpecOptions, parse_options
 
 logger = init_logger("vllm.quantspec.speculative_config")
 
@@ -36,6 +36,7 @@ class QuantSpecConfig(SpeculativeConfig):
     quantize_lm_head: bool = True
     draft_context: str | int | float = "all"
     draft_selection: str = "attention"
+    chooses_number: bool = False  # of drafts in each step; num_speculative_tokens are the most then
 
     def __post_init__(self):
         # The draft is the target itself: the parent would read a draft model's configuration from disk here.
@@ -60,8 +61,8 @@ class QuantSpecConfig(SpeculativeConfig):
 
     def __repr__(self) -> str:
         return (
-            f"SpeculativeConfig(method='{METHOD}', num_spec_tokens={self.num_speculative_tokens}, "
-            f"group_size={self.group_size}, draft_weights='{self.draft_weights}', "
+            f"SpeculativeConfig(method='{METHOD}', num_spec_tokens={'up to ' * self.chooses_number}"
+            f"{self.num_speculative_tokens}, group_size={self.group_size}, draft_weights='{self.draft_weights}', "
             f"draft_experts='{self.draft_experts}', draft_kv='{self.draft_kv}', draft_context={self.draft_context!r})"
         )
 
@@ -78,10 +79,16 @@ def make_config(
     check_lossless(vllm_options.get("rejection_sample_method", LOSSLESS[0]))
     # Sampled drafts are accepted far more often than the draft's argmax once temperature > 0, and are the same at 0.
     vllm_options.setdefault("draft_sample_method", "probabilistic")
+    if options.chooses_number:
+        # vLLM then captures graphs for every number, and pads no request to the most that it could have.
+        vllm_options["num_speculative_tokens_per_batch_size"] = AUTO_SCHEDULE
+    ours = {name: getattr(options, name) for name in QuantSpecOptions.__dataclass_fields__}
+    ours["num_speculative_tokens"] = options.most_drafts
     return QuantSpecConfig(
         target_model_config=model_config,
         target_parallel_config=parallel_config,
-        **{name: getattr(options, name) for name in QuantSpecOptions.__dataclass_fields__},
+        chooses_number=options.chooses_number,
+        **ours,
         **vllm_options,
     )
 

@@ -8,9 +8,9 @@ from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 if current_platform.is_cpu():
-    from vllm_quantspec.integration.cpu import generators, platform, rejection_sampler, runner
+    from vllm_quantspec.integration.cpu import generators, logits_processors, platform, rejection_sampler, runner
 
-    for hook in (platform, rejection_sampler, generators, runner):
+    for hook in (platform, rejection_sampler, logits_processors, generators, runner):
         hook.install()
 else:
     from vllm_quantspec.integration.gpu import runner
