@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import vllm.config.vllm
+from transformers import PretrainedConfig
 from vision_tools import without_processor
 from vllm.engine.arg_utils import EngineArgs
 
@@ -173,12 +174,14 @@ def test_attention_within_images(how, tmp_path):
     EngineArgs(model=model, **text_alone, **how).create_engine_config()
 
 
-def test_text_alone_does_not_help_against_sliding_windows(tmp_path, monkeypatch):
+def test_text_alone_of_a_model_with_sliding_windows_is_not_drafted_for(tmp_path, monkeypatch):
     without_processor("gemma3", monkeypatch)
-    model = model_folder(tmp_path, GEMMA_3)
-    for limit in ({}, {"image": 0}):
-        assert refusal(model, limit_mm_per_prompt=limit) == supported.not_implemented(model, supported.SLIDING)
-    assert supported.unsupported(GEMMA_3, model) == supported.not_implemented(model, supported.SLIDING)
+    config = GEMMA_3 | {"text_config": GEMMA_3["text_config"] | {"num_hidden_layers": 6}}
+    model = model_folder(tmp_path, config)
+    assert refusal(model) == supported.attends_within_images(model) == supported.unsupported(config, model)
+    assert refusal(model, limit_mm_per_prompt={"image": 0}) == supported.not_drafted_for(
+        supported.SOME_SLIDING, supported.ALONE
+    )
 
 
 @pytest.mark.parametrize("architecture", sorted(supported.STREAMED))
@@ -189,7 +192,7 @@ def test_audio_that_arrives_while_the_model_answers(architecture):
         speculative_config=speculation,
         parallel_config=SimpleNamespace(pipeline_parallel_size=1),
         lora_config=None,
-        model_config=SimpleNamespace(architectures=[architecture], max_model_len=1024),
+        model_config=SimpleNamespace(architectures=[architecture], max_model_len=1024, hf_text_config=PretrainedConfig()),
     )
     with pytest.raises(ValueError, match="quantspec: speculation does not support audio that arrives") as error:
         checks.check_speculation(config)

@@ -217,7 +217,7 @@ def test_images_that_are_read_both_ways(tmp_path, monkeypatch):
     from vllm.config import ModelConfig
 
     monkeypatch.setattr(ModelConfig, "is_mm_prefix_lm", True)
-    with pytest.raises(ValueError, match="^quantspec: .* in both directions, .*text alone"):
+    with pytest.raises(ValueError, match="^quantspec: .* in both directions within an image, .*text alone"):
         EngineArgs(model=model, skip_tokenizer_init=True, max_model_len=1024, **QUANTSPEC_CACHE).create_engine_config()
 
 
