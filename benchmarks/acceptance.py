@@ -263,7 +263,12 @@ def show(row: dict) -> None:
 
 
 def sparse_label(row: dict) -> str:
-    return f"{row['draft_selection']} {row['draft_context']}, {row['read_share']:.3f} of the cache read"
+    return f"{row['draft_selection']} {row['draft_context']}, {read_share(row):.3f} of the cache read"
+
+
+def read_share(row: dict) -> float:
+    """Of the old tokens, what drafts read: as counted, or as asked for."""
+    return row["read_share"] if "read_share" in row else float(row.get("draft_context", 1))
 
 
 def sparse_table(rows: list[dict]) -> str:
@@ -285,7 +290,7 @@ def sparse_table(rows: list[dict]) -> str:
         first, tokens = row["per_position"][0], 1 + row["accepted"]
         less = f"{100 * (base['per_position'][0] - first):.1f}" if base else ""
         share = f"{100 * tokens / (1 + base['accepted']):.1f} %" if base else ""
-        read = f"{100 * row.get('read_share', 1):.1f} %"
+        read = f"{100 * read_share(row):.1f} %"
         what = (row["context"], f"{row['temperature']:g}", row["novel"], row.get("draft_selection", ""))
         cells = (*what, row.get("draft_context", "all"), read, f"{first:.3f}", less, f"{tokens:.2f}", share)
         lines.append("| " + " | ".join(map(str, cells)) + " |")
@@ -307,7 +312,7 @@ def plot_sparse(path: Path, rows: list[dict]) -> None:
             if row["novel"] == text:
                 where = f"{row['config']}, {row['context'] / 1024:g}k, T={row['temperature']:g}"
                 label = f"{row.get('draft_selection', 'all')} ({where})"
-                lines.setdefault(label, []).append((100 * row.get("read_share", 1), 100 * row["per_position"][0]))
+                lines.setdefault(label, []).append((100 * read_share(row), 100 * row["per_position"][0]))
         for label, points in lines.items():
             axis.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
         axis.set_xscale("log")
@@ -360,12 +365,13 @@ def plot(path: Path) -> None:
 
 
 def run_jobs(args) -> list[dict]:
-    """The configurations divided among ``--jobs`` processes of this script; their rows."""
+    """The engines divided among ``--jobs`` processes of this script; their rows."""
+    every = cases(args.configs, args.draft_context, args.draft_selection)
     with tempfile.TemporaryDirectory() as folder:
         jobs = []
-        for i in range(min(args.jobs, len(args.configs))):
+        for i in range(min(args.jobs, len(every))):
             part = Path(folder, f"{i}.json")
-            more = ["--jobs", "1", "--json", str(part), "--configs", *args.configs[i :: args.jobs]]
+            more = ["--jobs", "1", "--json", str(part), "--cases", json.dumps(every[i :: args.jobs])]
             # Each compiles into a folder of its own: engines that start together would write the same files.
             environment = os.environ | {"VLLM_CACHE_ROOT": str(Path(folder, f"cache-{i}"))}
             jobs.append((subprocess.Popen([sys.executable, __file__, *sys.argv[1:], *more], env=environment), part))
@@ -373,7 +379,8 @@ def run_jobs(args) -> list[dict]:
         rows = [row for _, part in jobs if part.exists() for row in json.loads(part.read_text())["rows"]]
     if failed:
         print(f"{len(failed)} of {len(jobs)} jobs failed; the rows of the others are kept", flush=True)
-    return sorted(rows, key=lambda row: args.configs.index(row["config"]))
+    sparse = ("draft_context", "draft_selection")
+    return sorted(rows, key=lambda row: every.index((row["config"], {k: row[k] for k in sparse if k in row})))
 
 
 def main() -> None:
@@ -399,6 +406,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="default: benchmarks/results/acceptance-MODEL.json")
     parser.add_argument("--chat", action="store_true", help="answer instructions in the model's chat template, no novels")
     parser.add_argument("--plot", action="store_true", help="only draw the plot from the JSON")
+    parser.add_argument("--cases", type=json.loads, help=argparse.SUPPRESS)  # of one of the jobs
     args = parser.parse_args()
     is_sparse = args.draft_context != ["all"]
     names = {"cache_error": args.kl, "acceptance-chat": args.chat, "sparse_acceptance": is_sparse, "acceptance": True}
@@ -437,7 +445,7 @@ def main() -> None:
                 print(rows[-1], flush=True)
                 write_json(path, rows, model=args.model.name, dtype=args.kl_dtype)
         return
-    for name, sparse in cases(args.configs, args.draft_context, args.draft_selection):
+    for name, sparse in args.cases or cases(args.configs, args.draft_context, args.draft_selection):
         rows += run_config(name, sparse, novels, args)
         write_json(path, rows, **sizes)
     if is_sparse:
