@@ -20,7 +20,7 @@
 // Macros: DOWN GROUP_SIZE IS_BF16 WARPS UNIT (channels) IN_FEATURES OUT_FEATURES SPLITS IN_SPLITS (those of the launch before)
 //         CHOSEN (experts per token) ACTIVATION (0: silu, 1: gelu, 2: gelu_tanh) MIN_CTAS (that registers allow)
 
-#include "ptx.cuh"
+#include "int4_codes.cuh"
 
 constexpr int THREADS = 32 * WARPS, UNITS = IN_FEATURES / UNIT, MOST = (UNITS + SPLITS - 1) / SPLITS * UNIT;
 constexpr int ROWS = UNIT / 16, GROUPS = UNIT / GROUP_SIZE, STEPS = GROUP_SIZE / 16;
@@ -80,48 +80,6 @@ DEV void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
-DEV float low_float(u32 x) {
-#if IS_BF16
-  return __uint_as_float(x << 16);
-#else
-  float r;
-  asm("{.reg .b16 l,h;\n mov.b32 {l,h},%1;\n cvt.f32.f16 %0,l;}" : "=f"(r) : "r"(x));
-  return r;
-#endif
-}
-DEV float high_float(u32 x) {
-#if IS_BF16
-  return __uint_as_float(x & 0xffff0000u);
-#else
-  float r;
-  asm("{.reg .b16 l,h;\n mov.b32 {l,h},%1;\n cvt.f32.f16 %0,h;}" : "=f"(r) : "r"(x));
-  return r;
-#endif
-}
-DEV u32 pack_16bit(float low, float high) {
-  u32 r;
-#if IS_BF16
-  asm("cvt.rn.bf16x2.f32 %0,%1,%2;" : "=r"(r) : "f"(high), "f"(low));
-#else
-  asm("cvt.rn.f16x2.f32 %0,%1,%2;" : "=r"(r) : "f"(high), "f"(low));
-#endif
-  return r;
-}
-// MAGIC + nibbles i and i + 4, as two floats of 16 bits, for i = 0..3.
-DEV void expand(u32 (&e)[4], u32 w) {
-#if IS_BF16
-  e[0] = and_or<0x000f000f, 0x43004300>(w);
-  e[1] = and_or<0x000f000f, 0x43004300>(w >> 4);
-  e[2] = and_or<0x000f000f, 0x43004300>(w >> 8);
-  e[3] = and_or<0x000f000f, 0x43004300>(w >> 12);
-#else
-  e[0] = and_or<0x00f000f0, 0x54005400>(w << 4);
-  e[1] = and_or<0x00f000f0, 0x54005400>(w);
-  e[2] = and_or<0x00f000f0, 0x54005400>(w >> 4);
-  e[3] = and_or<0x00f000f0, 0x54005400>(w >> 8);
-#endif
-}
-
 #if DOWN
 DEV float activated(float x) {
   // 1 + tanh(u) = 2 sigmoid(2 u)

@@ -18,7 +18,7 @@
 //         SPLITS MIN_CTAS (CTAs that registers allow on a multiprocessor) WIDE (the kernel for more tokens)
 //         ROTATED (the weight is that of rotated inputs: x is rotated in registers)
 
-#include "ptx.cuh"
+#include "int4_codes.cuh"
 
 constexpr int NW = WARPS, S = STAGES, T = TILES, B = BATCH, NT = TOKEN_TILES, CHAINS = B * NT > 2 ? 1 : 2;
 constexpr int GROUPS = 128 / GROUP_SIZE, STEPS = GROUP_SIZE / 16;  // per chunk; products of k = 16 per group
@@ -79,24 +79,6 @@ DEV void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-DEV float low_float(u32 x) {
-#if IS_BF16
-  return __uint_as_float(x << 16);
-#else
-  float r;
-  asm("{.reg .b16 l,h;\n mov.b32 {l,h},%1;\n cvt.f32.f16 %0,l;}" : "=f"(r) : "r"(x));
-  return r;
-#endif
-}
-DEV float high_float(u32 x) {
-#if IS_BF16
-  return __uint_as_float(x & 0xffff0000u);
-#else
-  float r;
-  asm("{.reg .b16 l,h;\n mov.b32 {l,h},%1;\n cvt.f32.f16 %0,h;}" : "=f"(r) : "r"(x));
-  return r;
-#endif
-}
 DEV u16 to_16bit(float x) {
   u16 r;
 #if IS_BF16
@@ -106,21 +88,6 @@ DEV u16 to_16bit(float x) {
 #endif
   return r;
 }
-// MAGIC + code: one A fragment from one word.
-DEV void expand(u32 (&a)[4], u32 w) {
-#if IS_BF16
-  a[0] = and_or<0x000f000f, 0x43004300>(w);
-  a[1] = and_or<0x000f000f, 0x43004300>(w >> 4);
-  a[2] = and_or<0x000f000f, 0x43004300>(w >> 8);
-  a[3] = and_or<0x000f000f, 0x43004300>(w >> 12);
-#else
-  a[0] = and_or<0x00f000f0, 0x54005400>(w << 4);
-  a[1] = and_or<0x00f000f0, 0x54005400>(w);
-  a[2] = and_or<0x00f000f0, 0x54005400>(w >> 4);
-  a[3] = and_or<0x00f000f0, 0x54005400>(w >> 8);
-#endif
-}
-
 // One run of memory to shared memory; MOST is what it mostly is.
 template <int MOST>
 DEV void copy(u32 to, const u8* from, int bytes, int lane) {
@@ -179,15 +146,6 @@ DEV void load_x(uint4 (&x)[NT][4], const Params& p, const u16* const (&rows)[NT]
 // Rotation of 32 channels, x H / 8 (rotation.py). A quadruple of a lane has the channels 8*t + 0..7 of token g. As an A operand
 // (rows 0..7: channels 0..3 of each lane, rows 8..15: channels 4..7 of the same tokens) two products mix 16 channels and leave
 // them where they were, since columns of the result lie in lanes as channels do; the sums of both halves are the rest.
-DEV u32 pack_16bit(float low, float high) {
-  u32 r;
-#if IS_BF16
-  asm("cvt.rn.bf16x2.f32 %0,%1,%2;" : "=r"(r) : "f"(high), "f"(low));
-#else
-  asm("cvt.rn.f16x2.f32 %0,%1,%2;" : "=r"(r) : "f"(high), "f"(low));
-#endif
-  return r;
-}
 // A lane's part of H / 8 as a B operand: channels 2*t and 2*t + 1 of column g.
 DEV u32 signs_of_lane(int lane) {
   const int g = lane >> 2, k = (lane & 3) * 2;
