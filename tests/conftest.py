@@ -27,6 +27,7 @@ ASSETS = ROOT / "vllm_quantspec" / "assets"
 # Modules that take minutes, the longest first: two processes are then done at about the same time. Before them come those
 # that start no engine.
 LONG = (
+    "test_parallel",
     "test_lossless",
     "test_exactness",
     "test_acceptance",
@@ -38,6 +39,9 @@ LONG = (
     "test_ray",
     "test_int4_cache",
     "test_scheduling",
+    "test_prefix_caching",
+    "test_vision",
+    "test_draft_length_engine",
 )
 FAST = (
     "test_format",
