@@ -115,7 +115,7 @@ def test_a_reloaded_prefix_is_a_prefix_cache_hit(name, books_4m, prompts, on_the
 
 
 def test_sliding_layers_come_back_too(tmp_path, on_the_host):
-    model = save_model("cohere2", tmp_path)
+    model = save_model("gemma3_text", tmp_path)
     prompts = [torch.randint(3, 1000, (length,)).tolist() for length in (3 * G, 700)]
     sizes = SLIDING_ENGINE | {"dtype": "float32", "max_model_len": 2048}
     with engine(model, kv_transfer_config=native(), **QUANTSPEC_CACHE, **sizes) as llm:

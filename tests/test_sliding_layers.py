@@ -92,6 +92,8 @@ def largest_difference(expected: list[Answer], actual: list[Answer]) -> float:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_output_and_prefix_caching(architecture, tmp_path):
     """Of one in bfloat16 and 4 bits; a page in 4 bits holds too few tokens in float32."""
+    if architecture == "cohere2" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        pytest.skip("vLLM's own cache gives no numbers (NaN) for it in float32 on a CPU without AVX-512")
     model = save_model(architecture, tmp_path)
     dtype, cache = ("bfloat16", INT4_CACHE) if architecture == "exaone4" else ("float32", QUANTSPEC_CACHE)
     prompts = [torch.randint(3, 1000, (length,)).tolist() for length in LENGTHS]
