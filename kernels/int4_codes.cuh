@@ -1,4 +1,4 @@
-// What kernels on INT4 weights share: floats of 16 bits, and codes that become such. Macro: IS_BF16 (or fp16).
+// What kernels on INT4 weights share: floats of 16 bits, their products, and codes that become such. Macro: IS_BF16 (or fp16).
 #pragma once
 
 #include "ptx.cuh"
@@ -20,6 +20,15 @@ DEV float high_float(u32 x) {
   asm("{.reg .b16 l,h;\n mov.b32 {l,h},%1;\n cvt.f32.f16 %0,h;}" : "=f"(r) : "r"(x));
   return r;
 #endif
+}
+DEV void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+#if IS_BF16
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+#else
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+#endif
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 DEV u32 pack_16bit(float low, float high) {
   u32 r;

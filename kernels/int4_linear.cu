@@ -70,15 +70,7 @@ DEV void wait_for(u32 a, u32 parity) {
 }
 DEV void wait_for_consumers() { asm volatile("bar.sync 1,%0;" ::"n"(32 * NW) : "memory"); }
 
-DEV void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-#if IS_BF16
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-#else
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-#endif
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
+DEV void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma(c, a[0], a[1], a[2], a[3], b0, b1); }
 DEV u16 to_16bit(float x) {
   u16 r;
 #if IS_BF16

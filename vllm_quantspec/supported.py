@@ -192,7 +192,7 @@ def unsupported(config: dict[str, Any], model: str) -> str | None:
 def undrafted(config: dict[str, Any]) -> str | None:
     """As ``unsupported``, for a model whose cache is supported: the sentence that stops its speculation, or None."""
     if STREAMED.intersection(config.get("architectures") or ()):
-        return not_drafted_for(STREAMED_INPUT, "use --attention-backend QUANTSPEC alone")
+        return not_drafted_for(STREAMED_INPUT, ALONE)
     text = text_part(config)
     if has_recurrent_layers(text):
         return not_drafted_for(SOME_RECURRENT, ALONE)

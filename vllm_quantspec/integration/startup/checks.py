@@ -234,7 +234,7 @@ def check_speculation(config: VllmConfig) -> None:
         (
             supported.STREAMED & set(config.model_config.architectures),
             supported.STREAMED_INPUT,
-            "use --attention-backend QUANTSPEC alone",
+            supported.ALONE,
         ),
     ):
         if present:
