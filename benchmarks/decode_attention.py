@@ -41,6 +41,18 @@ ROWS = [
     # The target on pages of 4 bits: verification, as decoding is the draft's reading.
     (4, 5, 32, 8, [131072], None, None),
     (4, 5, 32, 8, [32768] * 8, None, None),
+    # More query rows per KV head than one warp has registers for: 35 to 80.
+    (8, 5, 64, 8, [131072], 1.45, 1.8),
+    (8, 5, 64, 8, [32768] * 8, 1.4, 1.8),
+    (8, 5, 32, 4, [131072], None, None),
+    (8, 5, 32, 4, [32768] * 8, 1.35, 1.7),
+    (8, 5, 28, 4, [131072], None, None),
+    (8, 5, 28, 4, [32768] * 8, 1.35, 1.7),
+    (8, 9, 32, 8, [131072], None, None),
+    (8, 9, 32, 8, [32768] * 8, 1.4, 1.8),
+    (8, 9, 64, 8, [32768] * 8, None, None),
+    (8, 5, 64, 4, [32768] * 8, None, None),
+    (4, 5, 64, 8, [32768] * 8, None, None),
 ]
 
 
@@ -91,7 +103,7 @@ def median(run, sets):
 
 
 def prepare(fmt, row):
-    """A function (launch configuration or None) that launches once per set of pages, and the number of sets."""
+    """A function (launch configuration: team, warps, stages) that launches once per set of pages, and the number of sets."""
     from vllm_quantspec.kernels.decode_attention import decode_attention
 
     bits, query_len, query_heads, _, lengths, *_ = row
@@ -103,11 +115,12 @@ def prepare(fmt, row):
     starts = torch.arange(len(lengths) + 1, dtype=torch.int32, device=DEVICE) * query_len
     seq_lens = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
 
-    def run(configuration=None):
+    def run(configuration=(None,)):
+        team, *configuration = configuration
         for table, window_table in tables:
             decode_attention(
                 fmt, pages, window, query, starts, seq_lens, table, window_table, fmt.head_size**-0.5, bits,
-                max_query_len=query_len, out=out, warps_and_stages=configuration, overlap=False,
+                max_query_len=query_len, out=out, team=team, warps_and_stages=tuple(configuration) or None, overlap=False,
             )  # fmt: skip
 
     return run, sets
@@ -201,6 +214,10 @@ def main():
     if args.tune:
         for row in rows:
             options = [(7, 3), (8, 2), (8, 3), (8, 4), (10, 3), (12, 2), (12, 3), (14, 3), (16, 2)]
+            options = [(1, *option) for option in options]
+            if row[1] * row[2] // row[3] > 16:
+                options += [(2, 8, 2), (2, 8, 3), (2, 8, 4), (2, 8, 5), (3, 6, 4), (3, 9, 3), (3, 9, 4), (3, 12, 3)]
+                options += [(4, 8, 4), (4, 8, 7), (4, 12, 4), (5, 10, 4), (5, 15, 3)]
             (run, sets), times = prepare(PageFormat(row[3], 128), row), {}
             for option in options:
                 try:
@@ -209,7 +226,7 @@ def main():
                     continue
                 times[option] = median(lambda run=run, option=option: run(option), sets)
             best = sorted(times, key=times.get)
-            print(name_of(row), " ".join(f"{w}x{s}:{times[w, s]:.1f}" for w, s in best), flush=True)
+            print(name_of(row), " ".join(f"{t}/{w}x{s}:{times[t, w, s]:.1f}" for t, w, s in best), flush=True)
         return
     bandwidth = copy_bandwidth()
     results = {"gpu": torch.cuda.get_device_name(), "copy_bandwidth_tb_s": round(bandwidth / 1e12, 3), "rows": []}

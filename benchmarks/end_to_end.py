@@ -103,6 +103,14 @@ SHAPES = {
         head_dim=128,
         vocab_size=151936,
     ),
+    "70b": dict(
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        vocab_size=128256,
+    ),
     "qwen3-30b-a3b": dict(
         architectures=["Qwen3MoeForCausalLM"],
         model_type="qwen3_moe",

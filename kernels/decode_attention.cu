@@ -5,12 +5,12 @@
 // multiply the query (keys) and the probabilities (values), minima are one more product, so that a code costs less than
 // one instruction.
 //
-// Every warp streams its own slices of 32 tokens through a private ring in shared memory (cp.async), so the bytes in
-// flight do not depend on registers, and no warp waits for another before the end. Work is one line of units, cut
-// evenly over the grid:
-//     request -> KV head -> row tile -> [slices of pages below window_start(first position)] [slices from there to the
+// A team of warps (one warp, or as many as the query rows need registers of) streams its own slices of 32 tokens through
+// a private ring in shared memory (cp.async), so the bytes in flight do not depend on registers, and no team waits for
+// another before the end. Work is one line of units, cut evenly over the grid:
+//     request -> KV head -> pass -> [slices of pages below window_start(first position)] [slices from there to the
 //     last position]
-// A segment (request, head, row tile) cut between warps is merged through shared memory. One cut between CTAs is merged
+// A segment (request, head, pass) cut between teams is merged through shared memory. One cut between CTAs is merged
 // through the workspace: its CTAs wait for each other, then each merges a part of the output. One CTA per
 // multiprocessor and no more CTAs than those, so all of them are running or will be.
 //
@@ -20,30 +20,33 @@
 // the wait, so that a kernel that runs ahead finds all but its direct predecessor complete.
 //
 // Macros: HEAD_SIZE GROUP_SIZE VALUE_GROUP_SIZE WINDOW_BLOCK CODE_BITS (4 or 8, read of each code) IS_BF16 WARPS STAGES
-//         QUERY_GROUP (query heads per KV head) ROW_TILES (of 8 rows, in one pass) PASSES (row tiles' passes)
+//         QUERY_GROUP (query heads per KV head) PASSES (over the cache) SEGMENT_TILES (of 8 rows, in one pass)
+//         TEAM (warps that share them) ROW_TILES (most of them that a warp has)
 //         PAGES_MAY_CHANGE (the kernel before this one may write pages)
 //         SCORES (leave the attention mass of every old page, see `emit`), LISTS (read chosen pages only, see `page_id`)
 
 #include "ptx.cuh"
 
-constexpr int D = HEAD_SIZE, G = GROUP_SIZE, NT = ROW_TILES, NW = WARPS, S = STAGES;
-constexpr int ROWS = 8 * NT, J = D / 32, MT = D / 16, NVG = D / VALUE_GROUP_SIZE, THREADS = 32 * NW;
+constexpr int D = HEAD_SIZE, G = GROUP_SIZE, NW = WARPS, S = STAGES, TEAMS = NW / TEAM;
+constexpr int FEWER = TEAM * ROW_TILES - SEGMENT_TILES;  // warps of a team that have one row tile less: its last ones
+constexpr int ROWS = 8 * SEGMENT_TILES, J = D / 32, MT = D / 16, NVG = D / VALUE_GROUP_SIZE, THREADS = 32 * NW;
+static_assert(NW % TEAM == 0 && 0 <= FEWER && FEWER < TEAM && (ROW_TILES > 1 || FEWER == 0), "every warp has rows");
 constexpr u32 ALL = 0xffffffffu;
 
 // One head's bytes in a page.
 constexpr int K_UPPER = 0, V_UPPER = G * D / 2, K_SCALE = G * D, V_SCALE = K_SCALE + 4 * D;
 constexpr int K_LOWER = V_SCALE + 4 * NVG * G, V_LOWER = K_LOWER + G * D / 2;
 
-// One stage of a warp's ring: a slice of 32 tokens, and the key scales when the slice is the first of its page.
+// One stage of a team's ring: a slice of 32 tokens, and the key scales when the slice is the first of its page.
 constexpr int PLANE = 512 * J, PLANES = CODE_BITS / 4;
 constexpr int ST_V = PLANES * PLANE, ST_VS = 2 * PLANES * PLANE, ST_KS = ST_VS + 128 * NVG, STAGE = ST_KS + 4 * D;
 constexpr int WIN_ROW = 4 * D + 16, WIN_STAGE = 16 * WIN_ROW;  // 16 exact tokens; the padding avoids bank conflicts
-constexpr int PART = 4 * ROWS * (D + 4);  // a warp's unnormalized output
+constexpr int PART = 4 * ROWS * (D + 4);  // a team's unnormalized output
 constexpr int RING_MIN = 2 * WIN_STAGE > PART ? 2 * WIN_STAGE : PART,
               RING = S * STAGE > RING_MIN ? S * STAGE : RING_MIN;
 constexpr int WIN_STAGES = RING >= 3 * WIN_STAGE ? 3 : 2;
-constexpr int QUERY = 16 * D * NT;  // fp16 query fragments
-constexpr int WARP_BYTES = RING + QUERY;
+constexpr int QUERY = 16 * D;  // of a row tile: fp16 query fragments
+constexpr int TEAM_BYTES = RING + SEGMENT_TILES * QUERY;
 constexpr int MAX_CHUNKS = 32;  // of 32 requests
 
 // In slices of 32 quantized tokens: what 16 exact tokens cost, and a segment's merge.
@@ -165,13 +168,15 @@ DEV void expand_v(u32 (&x)[4], u32 w, u32 lower) {
 // ---- The running softmax of a warp ----------------------------------------------------------------------------------
 // Lane 4*g+t holds rows 8*nt + 2t + {0, 1}: element [..][0..1] of output channel 16*mt + g, [2..3] of channel 16*mt + 8
 // + g.
+template <int NT>
 struct State {
   float acc[NT][MT][4];  // sum of p * scale * centred code
   float sums[NT][NVG][4];  // [0..1] sum of p * (minimum + 8 * scale), [2..3] (group 0) sum of p
   float top[NT][2];  // p = 2^(score - top)
 };
 
-DEV void reset(State& st) {
+template <int NT>
+DEV void reset(State<NT>& st) {
 #pragma unroll
   for (int n = 0; n < NT; n++) {
     st.top[n][0] = st.top[n][1] = NEVER;
@@ -186,8 +191,8 @@ DEV void reset(State& st) {
 }
 
 // Raise `top` where a score exceeds it by more than the headroom: after the first slices hardly ever.
-template <int N>
-DEV void raise_top(State& st, const float (&s)[NT][N][4], float scale) {
+template <int NT, int N>
+DEV void raise_top(State<NT>& st, const float (&s)[NT][N][4], float scale) {
   float high[NT][2];
   bool raise = false;
 #pragma unroll
@@ -224,12 +229,27 @@ DEV void raise_top(State& st, const float (&s)[NT][N][4], float scale) {
   }
 }
 
+// ---- Teams ----------------------------------------------------------------------------------------------------------
+// More query rows than a warp has registers for are shared by the warps of a team: each reads all of the team's slices, for
+// row tiles of its own. (Each turns the codes into floats again: that is issue slots, which are there, not bytes.)
+struct Member {
+  int team, index;
+};
+
+DEV void team_sync(const Member& me) {
+  if (TEAM == 1) __syncwarp();
+  else asm volatile("bar.sync %0,%1;" ::"r"(1 + me.team), "n"(32 * TEAM) : "memory");
+}
+
+// First row of a warp's own among those of its segment.
+DEV int first_row(const Member& me) { return 8 * (me.index * ROW_TILES - max(0, me.index - (TEAM - FEWER))); }
+
 // ---- What a segment is ----------------------------------------------------------------------------------------------
 struct Segment {
   int begin, end;  // units on the line
-  int request, head, tile;
+  int request, head, pass;
   int first, last;  // positions of the first and the last query token
-  int token, rows;  // first query token's index, rows of this row tile
+  int token, row, rows;  // first query token's index; first of the rows, and how many
   int chosen, dense;  // LISTS: pages read from the list, and the page from which on all are read
 };
 
@@ -262,7 +282,7 @@ DEV int window_start(int position) {  // format.window_start
   return page > 0 ? page * G : 0;
 }
 
-// Units of one (head, row tile) of a request: at least one, so that every output row is written. `skipped` old pages are
+// Units of one (head, pass) of a request: at least one, so that every output row is written. `skipped` old pages are
 // not read.
 DEV int units_of(int first, int last, int skipped) {
   if (last < first || first < 0) return 1;
@@ -334,43 +354,63 @@ DEV Segment segment_at(const Params& p, int unit) {
   s.chosen = r.chosen, s.dense = r.dense;
   const int begin = prefix[low] + chunk_begin[low / 32], index = (u32)(unit - begin) / (u32)r.units;
   s.begin = begin + index * r.units, s.end = s.begin + r.units;
-  s.head = (u32)index / PASSES, s.tile = index - s.head * PASSES;
-  s.rows = min(ROWS, r.queries * QUERY_GROUP - s.tile * ROWS);
+  s.head = (u32)index / PASSES, s.pass = index - s.head * PASSES, s.row = s.pass * ROWS;
+  s.rows = min(ROWS, r.queries * QUERY_GROUP - s.row);
   return s;
 }
 
-// Element offset of a row of a segment's tile, in a tensor [token, head, channel].
+// A segment's first row; a warp's own where it has a segment as `attend` gets it.
+DEV int row_of(const Segment& s) { return TEAM == 1 ? s.pass * ROWS : s.row; }
+
+// Element offset of a row of a segment, in a tensor [token, head, channel].
 DEV i64 row_offset(const Params& p, const Segment& s, int row, i64 stride) {
-  const int r = s.tile * ROWS + row, q = (u32)r / QUERY_GROUP;
+  const int r = row_of(s) + row, q = (u32)r / QUERY_GROUP;
   return (s.token + q) * stride + (i64)(s.head * QUERY_GROUP + r - q * QUERY_GROUP) * D;
 }
 
 // ---- One slice of pages ---------------------------------------------------------------------------------------------
-DEV void load_slice(u32 to, const unsigned char* page, int slice, bool key_scales, int lane) {
+// The warps of a team bring a slice together: keys and values, and every (TEAM / 2)th of their 32 channels, are of one each.
+DEV void load_slice(u32 to, const unsigned char* page, int slice, bool key_scales, const Member& me, int lane) {
   const unsigned char* from = page + slice * PLANE + lane * 16;
+  const u32 scales = to;
   to += lane * 16;
+  if (TEAM == 1) {
 #pragma unroll
-  for (int j = 0; j < J; j++) {
-    copy16(to + j * 512, from + K_UPPER + j * 512);
-    copy16(to + ST_V + j * 512, from + V_UPPER + j * 512);
-    if (PLANES == 2) {
-      copy16(to + PLANE + j * 512, from + K_LOWER + j * 512);
-      copy16(to + ST_V + PLANE + j * 512, from + V_LOWER + j * 512);
+    for (int j = 0; j < J; j++) {
+      copy16(to + j * 512, from + K_UPPER + j * 512);
+      copy16(to + ST_V + j * 512, from + V_UPPER + j * 512);
+      if (PLANES == 2) {
+        copy16(to + PLANE + j * 512, from + K_LOWER + j * 512);
+        copy16(to + ST_V + PLANE + j * 512, from + V_LOWER + j * 512);
+      }
+    }
+  } else {
+    constexpr int STEP = TEAM / 2;
+    const int values = me.index & 1, first = me.index >> 1;
+    from += values * V_UPPER, to += values * ST_V;
+#pragma unroll
+    for (int i = 0; i < J; i += STEP) {
+      const int j = first + i;
+      if (first >= STEP || j >= J) break;
+      copy16(to + j * 512, from + j * 512);
+      if (PLANES == 2) copy16(to + PLANE + j * 512, from + K_LOWER + j * 512);
     }
   }
-  if (lane < 8 * NVG) copy16(to + ST_VS, page + V_SCALE + lane * (G / 2) + slice * 16);
-  if (key_scales)
+  if (me.index == 0 && lane < 8 * NVG) copy16(scales + lane * 16 + ST_VS, page + V_SCALE + lane * (G / 2) + slice * 16);
+  if (key_scales && me.index == TEAM - 1)
 #pragma unroll
     for (int i = 0; i < D / 4; i += 32)
-      if (i + lane < D / 4) copy16(to + ST_KS + i * 16, page + K_SCALE + (i + lane) * 16);
+      if (i + lane < D / 4) copy16(scales + lane * 16 + ST_KS + i * 16, page + K_SCALE + (i + lane) * 16);
 }
 
+template <int NT>
 struct Keys {
   u32 scaled[NT][J][4];  // query * key scale, B fragments of two k-steps per 32 channels
   float start[NT][2];  // query . key minimum, less what the codes' bias adds
 };
 
-DEV void scale_query(Keys& k, u32 stage, u32 query, int lane) {
+template <int NT>
+DEV void scale_query(Keys<NT>& k, u32 stage, u32 query, int lane) {
   const int t = lane & 3;
   float minima[NT][4], bias[NT][4];
 #pragma unroll
@@ -401,11 +441,12 @@ DEV void scale_query(Keys& k, u32 stage, u32 query, int lane) {
 
 // Boundaries of a row: it reads pages below `from`, the window in [from, position].
 DEV void row_bounds(const Params& p, const Segment& s, int row, int exact_start, int& from, int& position) {
-  position = min(s.first + (int)((u32)(s.tile * ROWS + row) / QUERY_GROUP), s.last);
+  position = min(s.first + (int)((u32)(row_of(s) + row) / QUERY_GROUP), s.last);
   from = max(window_start(position), exact_start);
 }
 
-DEV void attend_slice(State& st, const Keys& k, u32 stage, const Params& p, const Segment& seg, int token,
+template <int NT>
+DEV void attend_slice(State<NT>& st, const Keys<NT>& k, u32 stage, const Params& p, const Segment& seg, int token,
                       int exact_start, bool mask, int lane) {
   const int g = lane >> 2, t = lane & 3;
   const u32 mine = stage + lane * 16;
@@ -487,7 +528,8 @@ DEV void attend_slice(State& st, const Keys& k, u32 stage, const Params& p, cons
 }
 
 // ---- 16 exact tokens ------------------------------------------------------------------------------------------------
-DEV void attend_window(State& st, const u32 (&query)[NT][MT][2], u32 stage, const Params& p, const Segment& seg,
+template <int NT>
+DEV void attend_window(State<NT>& st, const u32 (&query)[NT][MT][2], u32 stage, const Params& p, const Segment& seg,
                        int token, int exact_start, int lane) {
   const int g = lane >> 2, t = lane & 3;
   float s[NT][1][4];
@@ -552,18 +594,20 @@ DEV int page_id(const Params& p, const Segment& seg, const int* table, int n, in
 // 2^(score - top), and top. A page's own mass is the difference to the page before; `reduce_scores` takes it, since
 // here every instruction would count. Part 0 is of the warp that has read the page's first slice; if that one was the
 // warp's own first, there is nothing to subtract (flag 1); if it has not read the last (no flag 2), part 1 has the rest.
-DEV void emit(const State& st, const Params& p, const Segment& seg, int slot, int part, int flags, int lane) {
+template <int NT>
+DEV void emit(const State<NT>& st, const Params& p, const Segment& seg, int slot, int part, int flags, int lane) {
   const i64 at = (i64)slot * p.num_heads + seg.head;
-  float2* to = p.raw + (at * 2 + part) * p.raw_rows + seg.tile * ROWS;
+  float2* to = p.raw + (at * 2 + part) * p.raw_rows + row_of(seg);
   if (lane < 4)
 #pragma unroll
     for (int n = 0; n < NT; n++)
       *(float4*)(to + n * 8 + 2 * lane) = make_float4(st.sums[n][0][2], st.top[n][0], st.sums[n][0][3], st.top[n][1]);
-  if (lane < NT && part == 0) p.raw_flags[at * (p.raw_rows / 8) + seg.tile * NT + lane] = flags;
+  if (lane < NT && part == 0) p.raw_flags[at * (p.raw_rows / 8) + row_of(seg) / 8 + lane] = flags;
 }
 #endif
 
 // ---- A warp's part of a segment -------------------------------------------------------------------------------------
+template <int NT>
 DEV void load_query(u32 (&x)[NT][MT][2], const Params& p, const Segment& seg, int lane) {
 #pragma unroll
   for (int n = 0; n < NT; n++) {
@@ -574,10 +618,13 @@ DEV void load_query(u32 (&x)[NT][MT][2], const Params& p, const Segment& seg, in
   }
 }
 
-DEV void attend(State& st, const Params& p, const Segment& seg, int begin, int end, u32 ring, u32 query, int lane) {
+template <int NT>
+DEV void attend(State<NT>& st, const Params& p, const Segment& seg, int begin, int end, u32 ring, u32 query,
+                const Member& me, int lane) {
   reset(st);
-  if (seg.last < seg.first || seg.first < 0 || seg.rows <= 0) return;
+  if (seg.last < seg.first || seg.first < 0 || TEAM == 1 && seg.rows <= 0) return;
   constexpr int PER = G / 32;
+  const bool busy = TEAM == 1 || seg.rows > 0;  // a warp without rows brings its share of the slices
   // Slices that are not read: slice i of those that are is slice i + skipped of the request (if it is not of the list).
   const int skipped = (seg.dense - seg.chosen) * PER;
   const int start = window_start(seg.first), plain = start / 32 - skipped;
@@ -617,12 +664,12 @@ DEV void attend(State& st, const Params& p, const Segment& seg, int begin, int e
           next_ids = page_id(p, seg, table, page_b + index + 32 + lane, last_page);
         }
         const unsigned char* page = pool + __shfl_sync(ALL, ids, index & 31) * p.page_stride;
-        load_slice(ring + slot * STAGE, page, part, part == 0 || loaded == slice_b, lane);
+        load_slice(ring + slot * STAGE, page, part, part == 0 || loaded == slice_b, me, lane);
       }
       loaded++;
       commit();
     };
-    __syncwarp();
+    team_sync(me);
 #if SCORES
     // Written by the kernel before this one, perhaps: not read before the wait, as a segment is.
     const int scored_at = p.num_scored[seg.request] > 0 ? p.begin[seg.request] : -1;
@@ -640,23 +687,25 @@ DEV void attend(State& st, const Params& p, const Segment& seg, int begin, int e
         sts128(query + ((n * J + j) * 32 + lane) * 16, there ? x : make_uint4(0, 0, 0, 0));
       }
     }
-    Keys keys;
+    Keys<NT> keys;
     int slot = 0;
     auto next_slice = [&](int i, bool new_page) {
       wait<S - 2>();
-      __syncwarp();
+      team_sync(me);
       load_next(slot == 0 ? S - 1 : slot - 1);
       const u32 stage = ring + slot * STAGE;
-      if (new_page) scale_query(keys, stage, query, lane);
-      const int token = (i + skipped) * 32;  // of the list: a smaller one than it has, and read by every row as well
-      attend_slice(st, keys, stage, p, seg, token, exact_start, token + 32 > low, lane);
+      if (busy) {
+        if (new_page) scale_query(keys, stage, query, lane);
+        const int token = (i + skipped) * 32;  // of the list: a smaller one than it has, and read by every row as well
+        attend_slice(st, keys, stage, p, seg, token, exact_start, token + 32 > low, lane);
+      }
       slot = slot == S - 1 ? 0 : slot + 1;
     };
 #if SCORES  // a loop of their own for the slices of a page: what is left of it costs registers, and every slice would pay
     for (int page = slice_b / PER; page * PER < slice_e; page++) {
       const int page_b = max(slice_b, page * PER), page_e = min(slice_e, page * PER + PER);
       for (int i = page_b; i < page_e; i++) next_slice(i, i == page_b);
-      if (page_b < plain && scored_at >= 0) {
+      if (busy && page_b < plain && scored_at >= 0) {
         const bool whole = page_e == page * PER + PER;
         emit(st, p, seg, scored_at + page, slice_b > page * PER, (slice_b == page * PER) | whole << 1, lane);
       }
@@ -665,7 +714,7 @@ DEV void attend(State& st, const Params& p, const Segment& seg, int begin, int e
     for (int i = slice_b; i < slice_e; i++) next_slice(i, i == slice_b || (i & (PER - 1)) == 0);
 #endif
     wait<0>();
-    __syncwarp();
+    team_sync(me);
   }
 
   const int token_b = max(start + recent_b * 16, low & ~15), token_e = min(start + recent_e * 16, seg.last + 1);
@@ -678,8 +727,9 @@ DEV void attend(State& st, const Params& p, const Segment& seg, int begin, int e
         const int id = __shfl_sync(ALL, window_id, loaded / WINDOW_BLOCK - start / WINDOW_BLOCK);
         const unsigned char* from = pool + id * p.window_stride + (loaded % WINDOW_BLOCK) * (4 * D);
 #pragma unroll
-        for (int i = 0; i < D / 8; i++) {
-          const int c = i * 32 + lane, row = c / (D / 4), column = c % (D / 4);
+        for (int i = 0; i < D / 8; i += TEAM) {
+          const int c = (i + me.index) * 32 + lane, row = c / (D / 4), column = c % (D / 4);
+          if (TEAM > 1 && D / 8 % TEAM && row >= 16) break;
           const bool there = loaded + row >= low && loaded + row <= seg.last;
           copy16_or_zero(ring + slot * WIN_STAGE + row * WIN_ROW + column * 16, there ? from + c * 16 : from, there);
         }
@@ -693,29 +743,30 @@ DEV void attend(State& st, const Params& p, const Segment& seg, int begin, int e
     int slot = 0;
     for (int token = token_b; token < token_e; token += 16) {
       wait<WIN_STAGES - 1>();
-      __syncwarp();
-      attend_window(st, rows, ring + slot * WIN_STAGE, p, seg, token, exact_start, lane);
-      __syncwarp();
+      team_sync(me);
+      if (busy) attend_window(st, rows, ring + slot * WIN_STAGE, p, seg, token, exact_start, lane);
+      team_sync(me);
       load_next(slot);
       slot = slot + 1 == WIN_STAGES ? 0 : slot + 1;
     }
     wait<0>();
-    __syncwarp();
+    team_sync(me);
   }
 }
 
-DEV float output_of(const State& st, int n, int mt, int i) {
+template <int NT>
+DEV float output_of(const State<NT>& st, int n, int mt, int i) {
   const int v = mt * 16 / VALUE_GROUP_SIZE;
   return st.acc[n][mt][i] * (1.f / CODE_SCALE) + st.sums[n][v][i & 1];
 }
 DEV u16 to_exact(float x) { return (u16)pack_exact(x, 0.f); }
 
 // ---- The kernel -----------------------------------------------------------------------------------------------------
-// A warp leaves a segment that it did not do alone in two places: its last one in its ring, one before in the
+// A team leaves a segment that it did not do alone in two places: its last one in its ring, one before in the
 // workspace.
-__shared__ float2 row_state[2][NW][ROWS];  // (top, sum); [1] last, [0] before
-__shared__ int part_of[2][NW], warp_begin[NW + 1];
-__shared__ float weight_of[NW][ROWS];
+__shared__ float2 row_state[2][TEAMS][ROWS];  // (top, sum); [1] last, [0] before
+__shared__ int part_of[2][TEAMS], team_begin[TEAMS + 1];
+__shared__ float weight_of[TEAMS][ROWS];
 __shared__ Segment edges[2];  // a CTA's first and last: reading lengths again is slow under load
 
 #if SCORES
@@ -724,8 +775,9 @@ DEV void store_lse(const Params& p, const Segment& s, int row, float top, float 
 }
 #endif
 
-DEV void store_part(const State& st, const Params& p, const Segment& seg, bool whole, bool last, unsigned char* own,
-                    float* spill, int warp, int lane) {
+template <int NT>
+DEV void store_part(const State<NT>& st, const Params& p, const Segment& seg, bool whole, float* own,
+                    float2* states, int lane) {
   const int g = lane >> 2, t = lane & 3;
 #pragma unroll
   for (int n = 0; n < NT; n++)
@@ -745,13 +797,13 @@ DEV void store_part(const State& st, const Params& p, const Segment& seg, bool w
         if (g == 0) store_lse(p, seg, row, st.top[n][e], sum);
 #endif
       } else {
-        float* o = (last ? (float*)own : spill) + row * (D + 4) + g;
+        float* o = own + row * (D + 4) + g;
 #pragma unroll
         for (int mt = 0; mt < MT; mt++) {
           o[mt * 16] = output_of(st, n, mt, e);
           o[mt * 16 + 8] = output_of(st, n, mt, e + 2);
         }
-        if (g == 0) row_state[last][warp][row] = make_float2(st.top[n][e], sum);
+        if (g == 0) states[row] = make_float2(st.top[n][e], sum);
       }
     }
 }
@@ -777,16 +829,16 @@ DEV void store_row(const Params& p, const Segment& seg, int row, int d, float4 o
 // range.
 DEV float* partial_of(const Params& p, int cta, int slot) { return p.partial + (i64)(cta * 2 + slot) * ROWS * (D + 2); }
 
-// Merge the warps' shares of a segment, into the output or into this CTA's share.
-DEV void merge_warps(const Params& p, const Segment& seg, bool inside, float* partial, int warp, int lane) {
+// Merge the teams' shares of a segment, into the output or into this CTA's share.
+DEV void merge_teams(const Params& p, const Segment& seg, bool inside, float* partial, int warp, int lane) {
   bool last = false, before = false;
-  if (lane < NW) last = part_of[1][lane] == seg.begin, before = part_of[0][lane] == seg.begin;
+  if (lane < TEAMS) last = part_of[1][lane] == seg.begin, before = part_of[0][lane] == seg.begin;
   const bool any_before = __any_sync(ALL, before);
   for (int row = warp; row < seg.rows; row += NW) {
     const float2 state = last || before ? row_state[last][lane][row] : make_float2(NEVER, 0.f);
     const float top = warp_max(state.x), weight = last || before ? exp2_fast(state.x - top) : 0.f;
     const float sum = warp_sum(weight * state.y);
-    if (lane < NW) weight_of[lane][row] = inside ? (sum > 0.f ? weight / sum : 0.f) : weight;
+    if (lane < TEAMS) weight_of[lane][row] = inside ? (sum > 0.f ? weight / sum : 0.f) : weight;
     if (!inside && lane == 0) ((float2*)(partial + ROWS * D))[row] = make_float2(top, sum);
 #if SCORES
     if (inside && lane == 0) store_lse(p, seg, row, top, sum);
@@ -795,20 +847,20 @@ DEV void merge_warps(const Params& p, const Segment& seg, bool inside, float* pa
   __syncthreads();
   for (int x = threadIdx.x; x < seg.rows * (D / 4); x += THREADS) {
     const int row = x / (D / 4), d = x % (D / 4) * 4;
-    float4 o = make_float4(0.f, 0.f, 0.f, 0.f), part[NW];
-    float weight[NW];
+    float4 o = make_float4(0.f, 0.f, 0.f, 0.f), part[TEAMS];
+    float weight[TEAMS];
 #pragma unroll
-    for (int w = 0; w < NW; w++) {
+    for (int w = 0; w < TEAMS; w++) {
       weight[w] = weight_of[w][row];
-      part[w] = ((const float4*)(smem + w * WARP_BYTES))[(row * (D + 4) + d) / 4];
+      part[w] = ((const float4*)(smem + w * TEAM_BYTES))[(row * (D + 4) + d) / 4];
     }
     if (any_before)
 #pragma unroll
-      for (int w = 0; w < NW; w++)
+      for (int w = 0; w < TEAMS; w++)
         if (part_of[0][w] == seg.begin)
-          part[w] = ((const float4*)(p.spill + (i64)(blockIdx.x * NW + w) * ROWS * (D + 4)))[(row * (D + 4) + d) / 4];
+          part[w] = ((const float4*)(p.spill + (i64)(blockIdx.x * TEAMS + w) * ROWS * (D + 4)))[(row * (D + 4) + d) / 4];
 #pragma unroll
-    for (int w = 0; w < NW; w++)
+    for (int w = 0; w < TEAMS; w++)
       if (weight[w] != 0.f) add_weighted(o, weight[w], part[w]);
     if (inside) store_row(p, seg, row, d, o);
     else *(float4*)(partial + row * D + d) = o;
@@ -818,7 +870,7 @@ DEV void merge_warps(const Params& p, const Segment& seg, bool inside, float* pa
 // CTAs that share a segment count themselves in; the last to have seen all of them sets the counters back for the next
 // launch.
 DEV int* counters_of(const Params& p, const Segment& seg) {
-  return p.arrived + 2 * ((seg.request * p.num_heads + seg.head) * PASSES + seg.tile);
+  return p.arrived + 2 * ((seg.request * p.num_heads + seg.head) * PASSES + seg.pass);
 }
 DEV int load_acquire(const int* x) {
   int r;
@@ -899,47 +951,57 @@ DEV void merge_ctas(const Params& p, const Segment& seg, int per_cta, int all_un
   }
 }
 
+// A warp's part of the units of its team.
+template <int NT>
+DEV void attend_units(const Params& p, int begin, int end, const Member& me, int lane) {
+  unsigned char* const own = smem + me.team * TEAM_BYTES;
+  const int first = first_row(me);
+  for (int unit = begin; unit < end;) {
+    Segment seg = unit >= edges[1].begin ? edges[1] : unit < edges[0].end ? edges[0] : segment_at(p, unit);
+    const int stop = min(end, seg.end);
+    const bool whole = unit == seg.begin && stop == seg.end, last = stop == end;
+    if (TEAM > 1) seg.row += first, seg.rows = min(8 * NT, seg.rows - first);
+    State<NT> st;
+    attend(st, p, seg, unit, stop, shared_address(own), shared_address(own + RING) + first / 8 * QUERY, me, lane);
+    wait_for_predecessor();  // it may be reading what is written from here on
+    release_successor();
+    float* const part = last ? (float*)own : p.spill + (i64)(blockIdx.x * TEAMS + me.team) * ROWS * (D + 4);
+    store_part(st, p, seg, whole, part + first * (D + 4), row_state[last][me.team] + first, lane);
+    if (!whole && lane == 0) part_of[last][me.team] = seg.begin;
+    unit = stop;
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(const __grid_constant__ Params p) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int total = scan_requests(p, warp, lane);
   const int per_cta = max((total + (int)gridDim.x - 1) / (int)gridDim.x, p.min_units);
   const int cta_b = min(total, (int)blockIdx.x * per_cta), cta_e = min(total, cta_b + per_cta);
   if (cta_b >= cta_e) return wait_for_predecessor();
-  // With SCORES a warp has a page's slices at least, so that no page is cut into more than two parts.
+  // With SCORES a team has a page's slices at least, so that no page is cut into more than two parts.
   auto begin_of = [&](int w) {
-    const int begin = (int)((u32)((cta_e - cta_b) * w) / NW);
+    const int begin = (int)((u32)((cta_e - cta_b) * w) / TEAMS);
     return cta_b + (SCORES ? min(cta_e - cta_b, max(begin, w * (G / 32))) : begin);
   };
-  if (threadIdx.x <= NW) warp_begin[threadIdx.x] = begin_of(threadIdx.x);
-  if (threadIdx.x < 2 * NW) part_of[threadIdx.x / NW][threadIdx.x % NW] = -1;
+  if (threadIdx.x <= TEAMS) team_begin[threadIdx.x] = begin_of(threadIdx.x);
+  if (threadIdx.x < 2 * TEAMS) part_of[threadIdx.x / TEAMS][threadIdx.x % TEAMS] = -1;
   if (warp == NW - 1 && lane < 2) edges[lane] = segment_at(p, lane ? cta_e - 1 : cta_b);
   __syncthreads();
   if (PAGES_MAY_CHANGE || SCORES) wait_for_predecessor();
 
-  unsigned char* const own = smem + warp * WARP_BYTES;
-  const int end = begin_of(warp + 1);
-  for (int unit = begin_of(warp); unit < end;) {
-    const Segment seg = unit >= edges[1].begin ? edges[1] : unit < edges[0].end ? edges[0] : segment_at(p, unit);
-    const int stop = min(end, seg.end);
-    const bool whole = unit == seg.begin && stop == seg.end, last = stop == end;
-    State st;
-    attend(st, p, seg, unit, stop, shared_address(own), shared_address(own + RING), lane);
-    wait_for_predecessor();  // it may be reading what is written from here on
-    release_successor();
-    store_part(st, p, seg, whole, last, own, p.spill + (i64)(blockIdx.x * NW + warp) * ROWS * (D + 4), warp, lane);
-    if (!whole && lane == 0) part_of[last][warp] = seg.begin;
-    unit = stop;
-  }
+  const Member me = {warp / TEAM, TEAM == 1 ? 0 : warp % TEAM};
+  if (FEWER == 0 || me.index < TEAM - FEWER) attend_units<ROW_TILES>(p, begin_of(me.team), begin_of(me.team + 1), me, lane);
+  else attend_units<(ROW_TILES > 1 ? ROW_TILES - 1 : 1)>(p, begin_of(me.team), begin_of(me.team + 1), me, lane);
   __syncthreads();
 
   for (int unit = cta_b; unit < cta_e;) {
     const Segment seg = unit == cta_b ? edges[0] : unit == edges[1].begin ? edges[1] : segment_at(p, unit);
     const bool inside = seg.begin >= cta_b && seg.end <= cta_e;
     unit = seg.end;
-    const bool whole = lane < NW && warp_begin[lane] <= seg.begin && seg.end <= warp_begin[lane + 1];
-    if (__any_sync(ALL, whole)) continue;  // one warp did it all
+    const bool whole = lane < TEAMS && team_begin[lane] <= seg.begin && seg.end <= team_begin[lane + 1];
+    if (__any_sync(ALL, whole)) continue;  // one team did it all
     const int slot = seg.begin > cta_b;
-    merge_warps(p, seg, inside, partial_of(p, blockIdx.x, slot), warp, lane);
+    merge_teams(p, seg, inside, partial_of(p, blockIdx.x, slot), warp, lane);
     __syncthreads();
     if (!inside && threadIdx.x == 0) {
       __threadfence();

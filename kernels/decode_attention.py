@@ -57,9 +57,8 @@ class ScoresOut(NamedTuple):
 
 
 def raw_rows(head_size: int, query_rows: int) -> int:
-    """Rows that a launch writes of a KV head and request with ``query_rows``: padded to the kernel's tiles."""
-    tiles, passes = row_tiles(head_size, query_rows)
-    return 8 * tiles * passes
+    """Rows that a launch on any GPU may write of a KV head and request with ``query_rows``: padded to the kernel's tiles."""
+    return max(plan.rows for plan in _row_plans(head_size, query_rows))
 
 
 def decode_attention(
@@ -79,6 +78,7 @@ def decode_attention(
     pages_may_change: bool | None = None,
     scores: ScoresOut | None = None,
     selection: PageSelection | None = None,
+    team: int | None = None,
     warps_and_stages: tuple[int, int] | None = None,
     overlap: bool = True,
 ) -> torch.Tensor:
@@ -105,7 +105,7 @@ def decode_attention(
             all of them are read.
         scores: leave there what each row's old pages weigh, those below window_start of a request's first row.
         selection: read these pages only, and the window. A request whose ``dense_from`` does not fit its length reads all.
-        warps_and_stages: overrides the launch configuration, for tuning.
+        team, warps_and_stages: override the launch configuration, for tuning.
         overlap: False for a launch that begins when the one before has ended, whatever that one writes.
 
     Returns:
@@ -119,24 +119,22 @@ def decode_attention(
     per_head = _check(
         fmt, pages, window, query, query_start_loc, seq_lens, block_table, window_block_table, bits, max_query_len, out
     )
-    tiles, passes = row_tiles(fmt.head_size, max_query_len * per_head)
     device = query.device.index
-    _check_sparse(fmt, scores, selection, query, seq_lens.shape[0], raw_rows(fmt.head_size, max_query_len * per_head))
     with torch.cuda.device(device):
+        plan, shape = _launch_plan(fmt, bits, max_query_len * per_head, device, team, warps_and_stages)
+        _check_sparse(fmt, scores, selection, query, seq_lens.shape[0], plan.rows)
         may_change = bits == 8 if pages_may_change is None else pages_may_change
         sparse = scores is not None, selection is not None
-        kernel, warps, sizes = _kernel(
-            fmt, bits, per_head, tiles, passes, device, may_change, sparse, warps_and_stages, overlap
-        )
+        kernel, teams, sizes = _kernel(fmt, bits, per_head, plan, shape, device, may_change, sparse, overlap)
         requests = seq_lens.shape[0]
-        partial, spill, arrived = _workspace.tensors(device, *sizes, 2 * requests * fmt.num_kv_heads * passes)
+        partial, spill, arrived = _workspace.tensors(device, *sizes, 2 * requests * fmt.num_kv_heads * plan.passes)
         params = _Params(
             *(x.data_ptr() for x in (query, pages, window, query_start_loc, seq_lens, block_table, window_block_table)),
             *(x.data_ptr() for x in (out, partial, spill, arrived)),
             *(query.stride(0), out.stride(0), pages.stride(0), pages.stride(1)),
             *(window.stride(i) * window.element_size() for i in (0, 1)),
             *(block_table.stride(0), window_block_table.stride(0), requests, fmt.num_kv_heads),
-            warps * (fmt.group_size // 32 if scores else 1),
+            teams * (fmt.group_size // 32 if scores else 1),
             softmax_scale * math.log2(math.e),
             scores.raw.shape[3] if scores else 0,
             *((x.data_ptr() for x in scores) if scores else 5 * [None]),
@@ -216,36 +214,94 @@ def _check_sparse(fmt, scores, selection, query, requests: int, rows: int) -> No
 # --- Compiling --------------------------------------------------------------------------------------------------------
 
 
-def _bytes_per_warp(fmt: PageFormat, bits: int, tiles: int, stages: int) -> int:
-    """Shared memory of one warp: as in the kernel, its ring and its query fragments."""
+class RowPlan(NamedTuple):
+    """Who has which query rows of a request and KV head.
+
+    passes: over the cache.
+    segment_tiles: tiles of 8 rows in one pass.
+    team: warps that read the same slices and share these tiles.
+    tiles: that a warp has; the last warps of a team may have one less.
+    """
+
+    passes: int
+    segment_tiles: int
+    team: int
+    tiles: int
+
+    @property
+    def rows(self) -> int:
+        """Of all passes, padded."""
+        return 8 * self.segment_tiles * self.passes
+
+
+MAX_WARPS = 8  # with more of them a warp has fewer registers than a tile's sums take
+
+
+def row_plan(head_size: int, rows: int, most_warps: int = MAX_WARPS, team: int | None = None) -> RowPlan:
+    """As few warps per team as registers allow, a warp holding ``384 // head_size`` tiles, and one pass while that goes."""
+    tiles, most = -(-rows // 8), max(1, min(5, 384 // head_size))
+    if team is None:
+        team = next((n for n in (1, 2, 4) if n == most_warps or n * most >= tiles), most_warps)
+    passes = -(-tiles // (team * most))
+    segment_tiles = -(-tiles // passes)
+    team = min(team, segment_tiles)
+    return RowPlan(passes, segment_tiles, team, -(-segment_tiles // team))
+
+
+def _row_plans(head_size: int, rows: int) -> list[RowPlan]:
+    """The best one first, then those that need less shared memory."""
+    return [row_plan(head_size, rows, most_warps) for most_warps in (8, 4, 2, 1)]
+
+
+def _bytes_per_team(fmt: PageFormat, bits: int, segment_tiles: int, stages: int) -> int:
+    """Shared memory of one team: as in the kernel, its ring and its query fragments."""
     dim, planes = fmt.head_size, bits // 4
     stage = planes * 32 * dim + 128 * fmt.num_value_groups + 4 * dim
-    return max(stages * stage, 32 * (4 * dim + 16), 32 * tiles * (dim + 4)) + 16 * dim * tiles
+    return max(stages * stage, 32 * (4 * dim + 16), 32 * segment_tiles * (dim + 4)) + 16 * dim * segment_tiles
 
 
-def row_tiles(head_size: int, rows: int) -> tuple[int, int]:
-    """Tiles of 8 query rows in one pass over the cache, as many as registers allow, and the number of passes."""
-    tiles = -(-rows // 8)
-    passes = -(-tiles // max(1, min(5, 384 // head_size)))
-    return -(-tiles // passes), passes
-
-
-def _static_bytes(warps: int, tiles: int) -> int:
+def _static_bytes(warps: int, teams: int, segment_tiles: int) -> int:
     """An upper bound of the kernel's static shared memory, for a GPU's limit."""
-    return 5632 + warps * (768 + 160 * tiles)
+    return 5632 + warps * 768 + teams * 160 * segment_tiles
 
 
-def _configuration(fmt: PageFormat, bits: int, tiles: int, device: Device) -> tuple[int, int]:
-    """Warps per CTA (one CTA per multiprocessor), as many as registers allow, and the ring stages that fit."""
-    for warps in (8, 4, 2, 1):
-        for stages in (3, 2):
-            needed = warps * _bytes_per_warp(fmt, bits, tiles, stages) + _static_bytes(warps, tiles)
+def _shape(fmt: PageFormat, bits: int, plan: RowPlan, device: Device) -> tuple[int, int] | None:
+    """Warps per CTA (one CTA per multiprocessor), as many as registers allow, and the ring stages that fit; None if none do.
+
+    A team of one warp has up to 3 stages; one of more has so many that as much is in flight.
+    """
+    for teams in sorted({n // plan.team for n in (8, 4, 2, 1, plan.team)} - {0}, reverse=True):
+        for stages in range(2 * plan.team + 1, 1, -1):
+            needed = teams * _bytes_per_team(fmt, bits, plan.segment_tiles, stages)
+            needed += _static_bytes(teams * plan.team, teams, plan.segment_tiles)
             if needed <= device.shared_memory_per_block:
-                return warps, stages
+                return teams * plan.team, stages
+    return None
+
+
+def _configuration(fmt: PageFormat, bits: int, rows: int, device: Device) -> tuple[RowPlan, tuple[int, int]]:
+    """The plan of ``rows`` query rows per KV head with its warps and stages.
+
+    Raises:
+        RuntimeError: if none fits.
+    """
+    for plan in _row_plans(fmt.head_size, rows):
+        if shape := _shape(fmt, bits, plan, device):
+            return plan, shape
+    needed = _bytes_per_team(fmt, bits, plan.segment_tiles, 2) + _static_bytes(1, 1, plan.segment_tiles)
     raise RuntimeError(
         f"attention with heads of size {fmt.head_size} in groups of {fmt.group_size} needs {-(-needed // 1024)} KiB of "
         f"shared memory per block, but {device.name} has {device.shared_memory_per_block // 1024}"
     )
+
+
+@cache
+def _launch_plan(
+    fmt: PageFormat, bits: int, rows: int, device: int, team: int | None, warps_and_stages: tuple[int, int] | None
+) -> tuple[RowPlan, tuple[int, int]]:
+    if warps_and_stages is None:
+        return _configuration(fmt, bits, rows, device_properties(device))
+    return row_plan(fmt.head_size, rows, team=team), warps_and_stages
 
 
 def check_shapes(fmt: PageFormat, num_heads: int, max_query_len: int, bits: int, device: int, scores: bool = False) -> None:
@@ -255,8 +311,7 @@ def check_shapes(fmt: PageFormat, num_heads: int, max_query_len: int, bits: int,
         RuntimeError: what is missing, as the begin of a sentence.
     """
     for query_len in range(1, max_query_len + 1):
-        tiles, _ = row_tiles(fmt.head_size, query_len * num_heads // fmt.num_kv_heads)
-        _configuration(fmt, bits, tiles, device_properties(device))
+        _configuration(fmt, bits, query_len * num_heads // fmt.num_kv_heads, device_properties(device))
 
 
 @cache
@@ -264,19 +319,18 @@ def _kernel(
     fmt: PageFormat,
     bits: int,
     query_group: int,
-    tiles: int,
-    passes: int,
+    plan: RowPlan,
+    warps_and_stages: tuple[int, int],
     device: int,
     pages_may_change: bool,
     sparse: tuple[bool, bool],
-    warps_and_stages: tuple[int, int] | None,
     overlap: bool,
 ) -> tuple[nvrtc.Kernel, int, tuple[int, int]]:
-    """The kernel, warps per CTA, floats of partial and of spilled outputs."""
+    """The kernel, teams per CTA, floats of partial and of spilled outputs."""
     properties = device_properties(device)
     if properties.capability < MIN_CAPABILITY:
         raise RuntimeError(f"decode_attention needs compute capability 8.0 or newer, {properties.name} has less.")
-    warps, stages = warps_and_stages or _configuration(fmt, bits, tiles, properties)
+    warps, stages = warps_and_stages
     macros = {
         "HEAD_SIZE": fmt.head_size,
         "GROUP_SIZE": fmt.group_size,
@@ -284,8 +338,10 @@ def _kernel(
         "WINDOW_BLOCK": fmt.window_block_size,
         "CODE_BITS": bits,
         "QUERY_GROUP": query_group,
-        "ROW_TILES": tiles,
-        "PASSES": passes,
+        "PASSES": plan.passes,
+        "SEGMENT_TILES": plan.segment_tiles,
+        "TEAM": plan.team,
+        "ROW_TILES": plan.tiles,
         "WARPS": warps,
         "STAGES": stages,
         "IS_BF16": int(fmt.dtype == torch.bfloat16),
@@ -293,13 +349,14 @@ def _kernel(
         "SCORES": int(sparse[0]),
         "LISTS": int(sparse[1]),
     }
-    shared_bytes = warps * _bytes_per_warp(fmt, bits, tiles, stages)
-    grid, rows = properties.num_multiprocessors, 8 * tiles
+    teams = warps // plan.team
+    shared_bytes = teams * _bytes_per_team(fmt, bits, plan.segment_tiles, stages)
+    grid, rows = properties.num_multiprocessors, 8 * plan.segment_tiles
     kernel = nvrtc.load(
         SOURCE, macros, device, grid=(grid, 1), threads=32 * warps, shared_bytes=shared_bytes, overlap=overlap
     )
-    sizes = grid * 2 * rows * (fmt.head_size + 2), grid * warps * rows * (fmt.head_size + 4)
-    return kernel, warps, sizes
+    sizes = grid * 2 * rows * (fmt.head_size + 2), grid * teams * rows * (fmt.head_size + 4)
+    return kernel, teams, sizes
 
 
 _workspace = Workspace("decode_attention", (torch.float32, 0), (torch.float32, 0), (torch.int32, 1 << 14))

@@ -92,7 +92,27 @@ def test_plans_on_a_hopper_gpu_are_those_that_were_measured(on):
     assert (plan.tiles, plan.token_tiles, plan.wide, plan.stages) == (2, 8, True, 6)
     plan = int4_linear.choose_plan(4096 // 16, 112, 1, 1, 0)
     assert (plan.tiles, plan.splits, plan.blocks, plan.wide) == (2, 1, 132, False)
-    assert decode_attention._configuration(PageFormat(8, 128), 4, 1, H200) == (8, 3)
+    assert decode_attention._configuration(PageFormat(8, 128), 4, 8, H200) == ((1, 1, 1, 1), (8, 3))
+    assert decode_attention._configuration(PageFormat(8, 128), 8, 40, H200) == ((1, 5, 2, 3), (8, 4))
+
+
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+def test_row_plans(head_size):
+    """Each pass's tiles are shared out evenly, nobody holds more than registers allow, and 64 rows need one pass."""
+    for rows in range(1, 300):
+        plan = decode_attention.row_plan(head_size, rows)
+        assert (plan.passes - 1) * plan.segment_tiles * 8 < rows <= plan.passes * plan.segment_tiles * 8
+        assert plan.tiles == -(-plan.segment_tiles // plan.team) <= max(1, min(5, 384 // head_size))
+        assert plan.team <= min(plan.segment_tiles, 8) and (plan.tiles > 1 or plan.team == plan.segment_tiles)
+        if rows <= 64:
+            assert plan.passes == 1
+
+
+def test_a_gpu_with_less_shared_memory_takes_more_passes(on):
+    fmt = PageFormat(8, 128)
+    plan, _ = decode_attention._configuration(fmt, 8, 192, GPUS["rtx4090"])
+    assert decode_attention.row_plan(128, 192).passes == 1 < plan.passes
+    assert decode_attention.raw_rows(128, 192) >= plan.rows >= 192
 
 
 def test_experts_of_one_token_are_spread_over_a_hopper_gpu(on):
