@@ -2,6 +2,7 @@
 
     python benchmarks/end_to_end.py                                # 8B shape, 4k to 128k, batch 1, 4 and 16, one GPU
     python benchmarks/end_to_end.py --configs self-5 --points 32768x1   # one more row for the same JSON
+    python benchmarks/end_to_end.py --configs drafts-auto               # the number of drafts chosen, and each held
     python benchmarks/end_to_end.py --shape 7b --configs bf16 fp8 cache 3 5
     python benchmarks/end_to_end.py --shape qwen3-30b-a3b --configs bf16 3 --points 8192x1 131072x1 32768x8
     python benchmarks/end_to_end.py --shape qwen3-30b-a3b --configs 3 --options '{"draft_experts": "int4"}' --json OUT.json
@@ -18,6 +19,8 @@ A configuration is an engine of its own, with torch.compile and CUDA graphs on:
     sparse8-N, sparse16-N   QuantSpec whose drafts read an eighth, a sixteenth of the old tokens (``draft_context``)
     target16-N  the same sixteenth with the target's own weights, as Vegas and MagicDec draft, but in 4 bits
     auto-N      QuantSpec with ``draft_context: auto``, which reads a sixteenth where that pays
+    drafts-auto  QuantSpec with ``num_speculative_tokens: auto``; of the same engine and point also rows ``held-N``, for
+                every N that it may choose: it drafts N tokens in every step then
     ngram-N     vLLM's n-gram speculation on the GPU (``ngram_gpu``: the proposer of ``ngram``, with async scheduling)
     draft-N     vLLM's ``draft_model`` with a second, smaller model: Llama-3.2-1B's shape for 8b, TinyLlama's for 7b
     self-N      vLLM's ``draft_model`` with the same model again as its draft: what self-speculation costs without QuantSpec
@@ -33,6 +36,11 @@ steps happened to draw (``ms_per_token`` has the latter). Whatever the acceptanc
 Prompts are not computed: a prefill step returns at once and leaves the cache as it is, since decoding takes as long
 whatever the cache holds. A number is the median of ``--repeats`` stretches of ``--tokens`` tokens per sequence, with all
 sequences running. A point for which the cache is too small is not run: ``sequences_that_fit`` says how many would.
+
+``drafts-auto`` has learned for ``--learn`` steps at a point before it is timed, on sequences of its own; then it is timed
+as a whole, with the steps in which it tries other numbers. While a number is held it learns nothing. ``numbers`` are the
+steps with each number of drafts, by which the expected tokens of a step are counted, and ``over_best_fixed`` is its speed
+over that of the best row ``held-N`` or ``N`` in the JSON.
 
 On a CPU, where vLLM has no synthetic acceptance, the script can be tried (``--shape tiny``), not measured.
 
@@ -54,11 +62,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from common import write_json
 
+from vllm_quantspec.config import AUTO_NUMBERS
 from vllm_quantspec.estimate import GIB, expected_tokens
 
 RESULTS = Path(__file__).parent / "results"
@@ -173,9 +183,13 @@ CACHE_BYTES = {"bf16": 1.0, "fp8": 0.5, "cache-int4": 0.29, "int4": 0.29}
 OUR_CACHE_BYTES = 0.54
 # Longer than any context here; a step's time does not depend on it.
 MAX_POSITIONS = 1 << 20
+# QuantSpec that chooses the number of drafts, and of that engine's rows, those for which one was held.
+DRAFTS_AUTO, HELD = "drafts-auto", "held"
 CONFIGS = ["bf16", "fp8", "cache", "3", "5", "draft-5", "ngram-5"]
 POINTS = [f"{kilo * 1024}x{batch}" for batch in (1, 4, 16) for kilo in (4, 8, 16, 32, 64, 128)]
 WARM_UP = 16
+# Tokens of the sequences that the policy of ``drafts-auto`` learns on, and how many times --repeats it is timed for.
+LEARN_TOKENS, CHOSEN_REPEATS = 512, 4
 # Room behind a context: the first sequences of a batch decode while the prompts of the last are still being skipped.
 MAX_TOKENS = 2048
 # What an engine says when it could be measured, with --together.
@@ -211,9 +225,19 @@ def drafted(config: str) -> int:
     return int(last) if last.isdigit() else 0
 
 
+def numbers_of(config: str) -> tuple[int, ...]:
+    """Numbers of drafts that a step of a configuration's engine may verify."""
+    return AUTO_NUMBERS if config == DRAFTS_AUTO else (drafted(config),)
+
+
 def drafter(config: str) -> str:
     """What a configuration drafts with: "" for QuantSpec or nothing, "int4" for QuantSpec on the cache in 4 bits."""
     return config.removeprefix("v1-").rpartition("-")[0] if drafted(config) else ""
+
+
+def is_held(config: str) -> bool:
+    """Whether a row is one of ``drafts-auto`` with a number of drafts held."""
+    return config.startswith(f"{HELD}-")
 
 
 def acceptance_of(config: str, acceptance: float) -> float:
@@ -240,6 +264,9 @@ def engine_arguments(config: str, acceptance: float, quantspec: dict, folders: d
         "draft": {"method": "draft_model", "model": folders["draft"]},
         "self": {"method": "draft_model", "model": folders["self"]},
     }
+    if config == DRAFTS_AUTO:
+        options = {**synthetic(config, acceptance), "method": "quantspec", **quantspec, "num_speculative_tokens": "auto"}
+        return {"speculative_config": options}
     options = {"num_speculative_tokens": gamma, **synthetic(config, acceptance), **methods[drafter(config)]}
     cache = {"kv_cache_dtype": "quantspec_int4"} if drafter(config) == "int4" else {}
     return {"speculative_config": options, **cache}
@@ -252,7 +279,7 @@ def synthetic(config: str, acceptance: float) -> dict:
     if not torch.cuda.is_available():
         return {}
     each = acceptance_of(config, acceptance)
-    rates = [each ** (i + 1) for i in range(drafted(config))]
+    rates = [each ** (i + 1) for i in range(max(numbers_of(config)))]
     return {"rejection_sample_method": "synthetic", "synthetic_acceptance_rates": rates}
 
 
@@ -314,8 +341,54 @@ class Cache:
         return self.gib * (1 - free / self.config.num_blocks)
 
 
-def measure(llm, cache: Cache, context: int, batch: int, tokens: int, repeats: int, profile: bool) -> dict:
-    """Decode `batch` sequences at about `context` tokens: ms per token, per engine step, and tokens per step."""
+@contextlib.contextmanager
+def draft_numbers(scheduler, held: int | None) -> Iterator[list[int]]:
+    """With the number of drafts held, and nothing learned, or, with None, chosen.
+
+    Yields the numbers of all steps with requests, as they come.
+    """
+    policy, numbers = scheduler.draft_length, []
+    choose = policy.choose
+
+    def choose_or_hold(requests, context, with_prompts=False):
+        number = choose(requests, context, with_prompts) if held is None else held if requests else 0
+        if requests:
+            numbers.append(number)
+        return number
+
+    put = {"choose": choose_or_hold}
+    if held is not None:
+        put |= dict.fromkeys(("observe_acceptance", "observe_time"), lambda *seen: None)
+    vars(policy).update(put)
+    try:
+        yield numbers
+    finally:
+        for name in put:
+            delattr(policy, name)
+
+
+def measure_draft_numbers(llm, cache: Cache, context: int, batch: int, args) -> Iterator[dict]:
+    """The rows of ``drafts-auto`` at one point: the number of drafts chosen, and each number held."""
+    size = llm, cache, context, batch
+    with draft_numbers(cache.scheduler, None) as numbers:
+        while len(numbers) < args.learn:
+            measure(*size, LEARN_TOKENS, 1, False)
+        learned = len(numbers)
+        row = measure(*size, args.tokens, args.repeats * CHOSEN_REPEATS, DRAFTS_AUTO in args.profile, numbers)
+    yield {"config": DRAFTS_AUTO, "learned_steps": learned, **row}
+    for number in AUTO_NUMBERS:
+        with draft_numbers(cache.scheduler, number):
+            row = measure(*size, args.tokens, args.repeats, f"{HELD}-{number}" in args.profile)
+        yield {"config": f"{HELD}-{number}", **row}
+
+
+def measure(
+    llm, cache: Cache, context: int, batch: int, tokens: int, repeats: int, profile: bool, numbers: list[int] | None = None
+) -> dict:
+    """Decode `batch` sequences at about `context` tokens: ms per token, per engine step, and tokens per step.
+
+    ``numbers``: of `draft_numbers`, where steps differ; then ms per step are the mean of all, not the median of stretches.
+    """
     from vllm import SamplingParams
 
     engine = llm.llm_engine
@@ -326,6 +399,7 @@ def measure(llm, cache: Cache, context: int, batch: int, tokens: int, repeats: i
         engine.add_request(name, {"prompt_token_ids": prompt}, params)
     counts: dict[str, int] = {}
     marks: list[tuple[float, int, int]] = []
+    first_number = last_number = 0
     steps, trace, first = 0, None, 0
     while len(marks) <= repeats or (profile and "stop" not in trace):
         for output in engine.step():
@@ -337,6 +411,8 @@ def measure(llm, cache: Cache, context: int, batch: int, tokens: int, repeats: i
         first = first or done  # all prompts are through
         if done >= first + WARM_UP + len(marks) * tokens and len(marks) <= repeats:
             marks.append((time.perf_counter(), sum(counts.values()), steps))
+            if numbers is not None:
+                first_number, last_number = first_number if len(marks) > 1 else len(numbers), len(numbers)
             running = len(cache.scheduler.running)
             assert running == batch, f"{running} of {batch} sequences of {context} tokens run: raise MAX_TOKENS?"
         if profile and trace is None and len(marks) > repeats:
@@ -354,6 +430,9 @@ def measure(llm, cache: Cache, context: int, batch: int, tokens: int, repeats: i
         "tokens_per_step": sum(n for _, n, _ in stretches) / sum(s for _, _, s in stretches),
         "kv_gib": kv_gib,
     }
+    if numbers is not None:
+        result["ms_per_step"] = 1e3 * (marks[-1][0] - marks[0][0]) / (marks[-1][2] - marks[0][2])
+        result["numbers"] = dict(sorted(Counter(numbers[first_number:last_number]).items()))
     if trace is not None:
         result |= trace["result"]
     return result
@@ -424,7 +503,7 @@ def child(args) -> None:
     points = [tuple(map(int, point.split("x"))) for point in args.points]
     batches = {batch for _, batch in points}
     longest = max(context for context, _ in points)
-    query_len = 1 + drafted(args.child)
+    rows = {1, *(1 + number for number in numbers_of(args.child))}  # of a request, in a draft step or a verification
     shape = model_config(args.shape) | ({"num_hidden_layers": args.layers} if args.layers else {})
     fixed = {"kv_cache_memory_bytes": cache_bytes(args.child, args.together)} if args.together else {}
     started = time.perf_counter()
@@ -445,7 +524,7 @@ def child(args) -> None:
             disable_log_stats=True,
             tensor_parallel_size=args.tensor_parallel_size,
             enforce_eager=not torch.cuda.is_available(),
-            compilation_config={"cudagraph_capture_sizes": sorted({b * n for b in batches for n in (1, query_len)})},
+            compilation_config={"cudagraph_capture_sizes": sorted({b * n for b in batches for n in rows})},
             **fixed,
             **engine_arguments(args.child, args.acceptance, json.loads(args.options), folders),
         )
@@ -466,10 +545,13 @@ def child(args) -> None:
         point = engine | {"context": context, "batch": batch}
         fit = int(cache.sequences(context + MAX_TOKENS // 2))
         if fit < batch:
-            row = {"sequences_that_fit": fit}
+            found = [{"sequences_that_fit": fit}]
+        elif args.child == DRAFTS_AUTO:
+            found = measure_draft_numbers(llm, cache, context, batch, args)
         else:
-            row = measure(llm, cache, context, batch, args.tokens, args.repeats, args.child in args.profile)
-        print("ROW " + json.dumps(point | row), flush=True)
+            found = [measure(llm, cache, context, batch, args.tokens, args.repeats, args.child in args.profile)]
+        for row in found:
+            print("ROW " + json.dumps(point | row), flush=True)
 
 
 def add_derived(rows: list[dict], acceptance: float) -> None:
@@ -483,8 +565,8 @@ def add_derived(rows: list[dict], acceptance: float) -> None:
             continue
         gamma = drafted(row["config"])
 
-        def ms(each: float, row=row, gamma=gamma) -> float:
-            return row["ms_per_step"] / expected_tokens(each, gamma)
+        def ms(each: float, row=row) -> float:
+            return row["ms_per_step"] / tokens_of_a_step(row, each)
 
         each = acceptance_of(row["config"], acceptance)
         row["expected_ms_per_token"] = ms(each)
@@ -493,9 +575,29 @@ def add_derived(rows: list[dict], acceptance: float) -> None:
             row["peak_gib"] = row["other_peak_gib"] + row["kv_gib"]
         if "ms_per_step" in bf16:
             row["speedup"] = bf16["ms_per_step"] / ms(each)
-            if gamma:
+            if gamma or "numbers" in row:
                 row["tokens_to_break_even"] = row["ms_per_step"] / bf16["ms_per_step"]
                 row["speedup_at_0.97"] = bf16["ms_per_step"] / ms(max(each, 0.97))
+
+
+def tokens_of_a_step(row: dict, each: float) -> float:
+    """Tokens that a step is expected to bring of a request, with drafts accepted ``each`` of the time after those before."""
+    numbers = row.get("numbers") or {drafted(row["config"]): 1}
+    return sum(steps * expected_tokens(each, int(number)) for number, steps in numbers.items()) / sum(numbers.values())
+
+
+def compare_with_fixed(rows: list[dict]) -> None:
+    """To every row of ``drafts-auto``: the best fixed number of the same point, and the speed over that one's."""
+    fixed: dict[tuple[int, int], dict] = {}
+    for row in rows:
+        if "decode_tokens_per_s" in row and (row["config"].isdigit() or is_held(row["config"])):
+            point = row["context"], row["batch"]
+            fixed[point] = max(row, fixed.get(point, row), key=lambda r: r["decode_tokens_per_s"])
+    for row in rows:
+        best = fixed.get((row["context"], row["batch"]))
+        if row["config"] == DRAFTS_AUTO and best and "decode_tokens_per_s" in row:
+            row["best_fixed"] = best["config"]
+            row["over_best_fixed"] = row["decode_tokens_per_s"] / best["decode_tokens_per_s"]
 
 
 def start(config: str) -> subprocess.Popen:
@@ -541,6 +643,7 @@ def main() -> None:
     parser.add_argument("--options", default="{}", help="more options of QuantSpec's speculative config, as JSON")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--learn", type=int, default=320, help="steps that drafts-auto has at a point before it is timed")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, help="a profile sees one process only")
     parser.add_argument(
         "--together",
@@ -557,6 +660,8 @@ def main() -> None:
         model_config(args.shape)
     except ValueError as error:
         parser.error(str(error))
+    if wrong := [config for config in args.configs if is_held(config)]:
+        parser.error(f"{wrong[0]} is no configuration but a row of {DRAFTS_AUTO}, which holds every number; name that one.")
     if args.shape not in DRAFTS and any(drafter(config) == "draft" for config in args.configs):
         parser.error(f"draft-N needs a second model's shape, which there is for {', '.join(DRAFTS)}, not for {args.shape}.")
     path = args.json or RESULTS / f"end_to_end-{shape_name(args.shape)}.json"
@@ -574,6 +679,7 @@ def main() -> None:
                 print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
                 # After every row: a run that is cut off keeps what it has.
                 add_derived(rows, args.acceptance)
+                compare_with_fixed(rows)
                 sizes = {"shape": shape_name(args.shape), "tensor_parallel_size": args.tensor_parallel_size}
                 write_json(path, rows, **sizes, acceptance=args.acceptance, options=json.loads(args.options))
         if process.wait():

@@ -13,7 +13,7 @@ import argparse
 import json
 from pathlib import Path
 
-from end_to_end import RESULTS, SHAPES, SPARSE, drafted, drafter
+from end_to_end import DRAFTS_AUTO, RESULTS, SHAPES, SPARSE, drafted, drafter, is_held
 
 from vllm_quantspec.estimate import expected_tokens
 
@@ -32,6 +32,7 @@ KINDS = {
     "sparse8": ("QuantSpec, 1/8 read", "#a03060", "o"),
     "sparse16": ("QuantSpec, 1/16 read", "#702050", "o"),
     "quantspec": ("QuantSpec", "#d1495b", "o"),
+    DRAFTS_AUTO: ("QuantSpec, drafts: auto", "#c0a0d0", "^"),
 }
 
 
@@ -100,6 +101,27 @@ def table(title: str, best: dict, kinds: list[str], cell) -> str:
         cells = [cell(best.get((kind, context, batch), {})) for kind in kinds]
         lines.append(f"| {context // 1024}k, {batch} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def number_table(rows: list[dict]) -> str:
+    """Of ``drafts-auto`` at each point: tokens/s of the batch for each number held, and for the numbers chosen."""
+    by_point: dict[tuple[int, int], dict[str, dict]] = {}
+    for row in rows:
+        if "decode_tokens_per_s" in row and (row["config"] == DRAFTS_AUTO or is_held(row["config"])):
+            by_point.setdefault((row["batch"], row["context"]), {})[row["config"]] = row
+    held = sorted({config for of in by_point.values() for config in of if config != DRAFTS_AUTO}, key=drafted)
+    lines = ["| context, batch | " + " | ".join(held) + " | chosen | over the best fixed | numbers chosen |"]
+    lines.append("|---" * (4 + len(held)) + "|")
+    for (batch, context), of in sorted(by_point.items()):
+        cells = [f"{of[config]['decode_tokens_per_s']:.0f}" if config in of else "" for config in held]
+        chosen = of.get(DRAFTS_AUTO)
+        if chosen:
+            steps = sum(chosen["numbers"].values())
+            shares = ", ".join(f"{n}: {100 * s / steps:.0f} %" for n, s in chosen["numbers"].items())
+            over = f"{chosen['over_best_fixed']:.3f} ({chosen['best_fixed']})" if "over_best_fixed" in chosen else ""
+            cells += [f"{chosen['decode_tokens_per_s']:.0f}", over, shares]
+        lines.append(f"| {context // 1024}k, {batch} | " + " | ".join(cells) + " |")
+    return "\n".join(["Number of drafts held, and chosen, tokens/s of the batch", "", *lines]) + "\n"
 
 
 def plot(path: Path, results: dict, best: dict, kinds: list[str]) -> None:
@@ -230,7 +252,7 @@ def main() -> None:
     results = json.loads(path.read_text())
     best = best_rows(results["rows"])
     kinds = [kind for kind in KINDS if any(key[0] == kind for key in best)]
-    drafting = [kind for kind in kinds if kind not in ("bf16", "fp8", "cache", "cache-int4")]
+    drafting = [kind for kind in kinds if kind not in ("bf16", "fp8", "cache", "cache-int4", DRAFTS_AUTO)]
     for (kind, context, batch), row in best.items():
         quantspec = best.get(("quantspec", context, batch), {})
         if kind in ("ngram", "draft", "self") and "ms_per_step" in row and "ms_per_step" in quantspec:
@@ -239,6 +261,8 @@ def main() -> None:
     print(table("Peak memory of the point, GiB", best, kinds, memory_cell))
     print(table("Tokens a verification must yield to be as fast as BF16, as QuantSpec", best, drafting, break_even_cell))
     print(acceptance_table(results["rows"]))
+    if any(key[0] == DRAFTS_AUTO for key in best):
+        print(number_table(results["rows"]))
     plot(path, results, best, [kind for kind in kinds if kind != "ngram"])
     if any(kind_of(row["config"]) in SPARSE for row in results["rows"]):
         if args.sparse_acceptance.exists():

@@ -3,10 +3,15 @@
 
     python benchmarks/serve_bench.py                        # 8B shape: QuantSpec, then BF16 KV, one GPU
     python benchmarks/serve_bench.py --configs quantspec --seconds 60
+    python benchmarks/serve_bench.py --configs drafts-auto quantspec bf16   # the number of drafts chosen, 4, and none
 
 For every configuration: a server is started, asked by the clients of serve_load.py (with their checks: as many tokens as
 asked for, stated and streamed; the text is that of the tokens; nothing left in the KV cache; memory), and then by `vllm
 bench serve`, which must complete every request with all its tokens.
+
+The load of serve_load.py is mostly prompts: up to --max-prompt tokens for at most 96 of answer. ``over_bf16`` has its
+answers and its tokens per second, and the tokens per second of `vllm bench serve`, over those of the row ``bf16``.
+``drafts-auto`` is QuantSpec with ``num_speculative_tokens: auto``.
 
 With random weights nearly all tokens are tied, so drafts are accepted by vLLM's synthetic rejection sampler (as in
 end_to_end.py), and a streamed answer is not compared with the same answer in one piece (serve_load.py does that, with a
@@ -26,13 +31,16 @@ import urllib.parse
 from pathlib import Path
 
 from common import write_json
-from end_to_end import RESULTS, SHAPES, model_config, synthetic
+from end_to_end import DRAFTS_AUTO, RESULTS, SHAPES, model_config, synthetic
 from serve_load import VLLM, Load, start_server, stop_server
 
+# {configuration that drafts: its num_speculative_tokens}
+DRAFTING = {"quantspec": 4, "int4": 4, DRAFTS_AUTO: "auto"}
 BENCH_SECONDS = 3600  # longest that `vllm bench serve` may take
-# {configuration: its --kv-cache-dtype}; "quantspec" and "int4" draft on it.
+# {configuration: its --kv-cache-dtype}
 CONFIGS = {
     "quantspec": "quantspec_int8",
+    DRAFTS_AUTO: "quantspec_int8",
     "int4": "quantspec_int4",
     "cache": "quantspec_int8",
     "cache-int4": "quantspec_int4",
@@ -59,8 +67,10 @@ def server_arguments(config: str, acceptance: float) -> list[str]:
     arguments = ["--load-format", "dummy"]
     if CONFIGS[config]:
         arguments += ["--kv-cache-dtype", CONFIGS[config]]
-    if config in ("quantspec", "int4"):
-        options = {"method": "quantspec", "num_speculative_tokens": 4, **synthetic("4", acceptance)}
+    if config in DRAFTING:
+        number = DRAFTING[config]
+        rates = synthetic(DRAFTS_AUTO if number == "auto" else str(number), acceptance)
+        options = {"method": "quantspec", "num_speculative_tokens": number, **rates}
         arguments += ["--speculative-config", json.dumps(options)]
     return arguments
 
@@ -114,6 +124,21 @@ def serve(config: str, folder: Path, args) -> dict:
     return row
 
 
+def compare_with_bf16(rows: list[dict]) -> None:
+    """To every row, where there is one of ``bf16``: what was answered over what that one answered."""
+    base = next((row for row in rows if row["config"] == "bf16"), None)
+    for row in rows if base else []:
+        row["over_bf16"] = {
+            "answers": row["load"]["requests"] / row["load"]["seconds"] * base["load"]["seconds"] / base["load"]["requests"],
+            "tokens": row["load"]["generated_tokens"]
+            / row["load"]["seconds"]
+            * base["load"]["seconds"]
+            / base["load"]["generated_tokens"],
+        }
+        if "output_throughput" in row["bench"] and "output_throughput" in base["bench"]:
+            row["over_bf16"]["bench"] = row["bench"]["output_throughput"] / base["bench"]["output_throughput"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="8b")
@@ -135,8 +160,11 @@ def main() -> None:
             row = serve(config, Path(folder), args)
             print(json.dumps(row, indent=1), flush=True)
             rows = [r for r in rows if r["config"] != config] + [row]
+            compare_with_bf16(rows)
             settings = {k: v for k, v in vars(args).items() if k not in ("json", "configs")}
             write_json(path, rows, settings=settings)
+    for row in rows:
+        print(row["config"], {name: round(ratio, 3) for name, ratio in row.get("over_bf16", {}).items()}, flush=True)
     sys.exit(any(row["errors"] for row in rows))
 
 

@@ -197,9 +197,11 @@ class Load:
             "parted_at_a_tie": len(self.gaps),
             "largest_tie_nats": round(max(self.gaps, default=0.0), 4),
             "preemptions": int(spent["vllm:num_preemptions_total"]),
+            # Of requests' verifications that had drafts.
             "mean_acceptance_length": round(1 + spent["vllm:spec_decode_num_accepted_tokens_total"] / drafts, 2)
             if drafts
             else None,
+            "mean_drafts": round(spent["vllm:spec_decode_num_draft_tokens_total"] / drafts, 2) if drafts else None,
             "kv_cache_usage_afterwards": idle,
             "memory_mib": self.memory_summary(),
         }

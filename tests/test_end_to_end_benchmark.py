@@ -4,6 +4,7 @@ import json
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +15,7 @@ import end_to_end_report as report  # noqa: E402
 import serve_bench  # noqa: E402
 
 from vllm_quantspec import estimate  # noqa: E402
+from vllm_quantspec.config import AUTO_NUMBERS  # noqa: E402
 
 BF16 = {"config": "bf16", "context": 32768, "batch": 4, "ms_per_step": 10.0, "ms_per_token": 10.0}
 BF16 |= {"other_peak_gib": 20.0, "kv_gib": 16.0}
@@ -48,7 +50,20 @@ def test_server_arguments():
     assert caches["cache"] == caches["quantspec"] == "quantspec_int8" and caches["fp8"] == "fp8"
     assert caches["cache-int4"] == caches["int4"] == "quantspec_int4"
     drafting = [c for c in serve_bench.CONFIGS if "--speculative-config" in serve_bench.server_arguments(c, 0.9)]
-    assert drafting == ["quantspec", "int4"]
+    assert drafting == ["quantspec", "drafts-auto", "int4"]
+    options = [json.loads(serve_bench.server_arguments(c, 0.9)[-1]) for c in ("quantspec", "drafts-auto")]
+    assert [o["num_speculative_tokens"] for o in options] == [4, "auto"]
+
+
+def test_what_a_server_answered_over_bf16():
+    load = {"requests": 50, "seconds": 10.0, "generated_tokens": 300}
+    rows = [{"config": "bf16", "load": load, "bench": {"output_throughput": 100.0}}]
+    rows += [{"config": "quantspec", "load": load | {"seconds": 5.0}, "bench": {"output_throughput": 250.0}}]
+    serve_bench.compare_with_bf16(rows[1:])
+    assert "over_bf16" not in rows[1]
+    serve_bench.compare_with_bf16(rows)
+    assert rows[1]["over_bf16"] == {"answers": pytest.approx(2.0), "tokens": pytest.approx(2.0), "bench": 2.5}
+    assert set(rows[0]["over_bf16"].values()) == {1.0}
 
 
 def test_acceptance_granted(monkeypatch):
@@ -56,6 +71,50 @@ def test_acceptance_granted(monkeypatch):
     assert end_to_end.synthetic("2", 0.9)["synthetic_acceptance_rates"] == [0.9, pytest.approx(0.81)]
     assert end_to_end.synthetic("self-2", 0.9)["synthetic_acceptance_rates"] == [1.0, 1.0]
     assert end_to_end.synthetic("draft-1", 0.9)["synthetic_acceptance_rates"] == [end_to_end.ACCEPTANCE["draft"]]
+
+
+def test_the_number_of_drafts_chosen_and_held(tmp_path, capsys, monkeypatch):
+    """A step's tokens are those of its number of drafts: 1 + 0.5 of one, 1 of none; 10 ms of a step in either table."""
+    assert end_to_end.numbers_of("3") == (3,) and end_to_end.numbers_of("bf16") == (0,)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    options = end_to_end.engine_arguments("drafts-auto", 0.5, {"group_size": 64}, {"self": "", "draft": ""})
+    options = options["speculative_config"]
+    assert options["num_speculative_tokens"] == "auto" and options["group_size"] == 64
+    assert len(options["synthetic_acceptance_rates"]) == AUTO_NUMBERS[-1]
+    chosen = drafting("drafts-auto", 10.0) | {"numbers": {"0": 3, "1": 1}}
+    rows = [dict(BF16), chosen, drafting("held-0", 10.0), drafting("held-1", 12.0), drafting("2", 20.0)]
+    end_to_end.add_derived(rows, 0.5)
+    end_to_end.compare_with_fixed(rows)
+    assert chosen["decode_tokens_per_s"] == pytest.approx(4 * 112.5)
+    assert chosen["best_fixed"] == "held-1" and chosen["over_best_fixed"] == pytest.approx(1.125 / 1.25)
+    path = tmp_path / "end_to_end-8b.json"
+    path.write_text(json.dumps({"machine": {"gpu": "a GPU"}, "shape": "8b", "acceptance": 0.5, "rows": rows}))
+    monkeypatch.setattr(sys, "argv", ["end_to_end_report.py", "--json", str(path)])
+    monkeypatch.setattr(report, "plot", lambda *args: None)
+    report.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert "| 32k, 4 | 400 | 500 | 450 | 0.900 (held-1) | 0: 75 %, 1: 25 % |" in lines
+
+
+def test_a_held_number_takes_the_place_of_the_policy_for_a_while():
+    class Policy:
+        learned = 0
+
+        def choose(self, requests, context, with_prompts=False):
+            return 7
+
+        def observe_time(self, *seen):
+            self.learned += 1
+
+    scheduler = SimpleNamespace(draft_length=Policy())
+    policy = scheduler.draft_length
+    with end_to_end.draft_numbers(scheduler, None) as numbers:
+        policy.observe_time(1, 2.0, 3, 4.0)
+        assert [policy.choose(names, 9.0) for names in (["a"], [])] == [7, 7] and numbers == [7]
+    with end_to_end.draft_numbers(scheduler, 3) as numbers:
+        policy.observe_time(1, 2.0, 3, 4.0)
+        assert [policy.choose(["a"], 9.0, True), policy.choose([], 9.0)] == [3, 0] and numbers == [3]
+    assert policy.choose(["a"], 9.0) == 7 and vars(policy) == {"learned": 1}
 
 
 def test_derived():
@@ -155,6 +214,7 @@ def test_a_shape_from_a_configuration(tmp_path):
     [
         (["--shape", "9b"], "--shape 9b: neither"),
         (["--shape", "qwen3-32b", "--configs", "draft-5"], "which there is for 8b"),
+        (["--configs", "held-3"], "held-3 is no configuration but a row of drafts-auto"),
     ],
 )
 def test_what_cannot_be_measured_is_one_sentence(arguments, what, monkeypatch, capsys):
