@@ -103,7 +103,7 @@ def median(run, sets):
 
 
 def prepare(fmt, row):
-    """A function (launch configuration: team, warps, stages) that launches once per set of pages, and the number of sets."""
+    """A function (plan, warps, stages) that launches once per set of pages, and the number of sets."""
     from vllm_quantspec.kernels.decode_attention import decode_attention
 
     bits, query_len, query_heads, _, lengths, *_ = row
@@ -116,11 +116,11 @@ def prepare(fmt, row):
     seq_lens = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
 
     def run(configuration=(None,)):
-        team, *configuration = configuration
+        plan, *configuration = configuration
         for table, window_table in tables:
             decode_attention(
                 fmt, pages, window, query, starts, seq_lens, table, window_table, fmt.head_size**-0.5, bits,
-                max_query_len=query_len, out=out, team=team, warps_and_stages=tuple(configuration) or None, overlap=False,
+                max_query_len=query_len, out=out, plan=plan, warps_and_stages=tuple(configuration) or None, overlap=False,
             )  # fmt: skip
 
     return run, sets
@@ -205,6 +205,8 @@ def main():
     args = parser.parse_args()
     if args.plot:
         return plot(json.loads(RESULTS.with_suffix(".json").read_text()))
+    from vllm_quantspec.kernels.decode_attention import row_plans
+
     torch.manual_seed(0)
     rows = [ROWS[i] for i in args.rows] if args.rows else ROWS
     if args.profile is not None:
@@ -214,10 +216,9 @@ def main():
     if args.tune:
         for row in rows:
             options = [(7, 3), (8, 2), (8, 3), (8, 4), (10, 3), (12, 2), (12, 3), (14, 3), (16, 2)]
-            options = [(1, *option) for option in options]
-            if row[1] * row[2] // row[3] > 16:
-                options += [(2, 8, 2), (2, 8, 3), (2, 8, 4), (2, 8, 5), (3, 6, 4), (3, 9, 3), (3, 9, 4), (3, 12, 3)]
-                options += [(4, 8, 4), (4, 8, 7), (4, 12, 4), (5, 10, 4), (5, 15, 3)]
+            *teams, alone = row_plans(128, 128, row[1] * row[2] // row[3])
+            options = [(alone, *option) for option in options]
+            options += [(plan, *option) for plan in teams for option in ((8, 8), (8, 12), (8, 16), (4, 8), (4, 12), (12, 8))]
             (run, sets), times = prepare(PageFormat(row[3], 128), row), {}
             for option in options:
                 try:
@@ -226,7 +227,7 @@ def main():
                     continue
                 times[option] = median(lambda run=run, option=option: run(option), sets)
             best = sorted(times, key=times.get)
-            print(name_of(row), " ".join(f"{t}/{w}x{s}:{times[t, w, s]:.1f}" for t, w, s in best), flush=True)
+            print(name_of(row), " ".join(f"{p.team}/{w}x{s}:{times[p, w, s]:.1f}" for p, w, s in best), flush=True)
         return
     bandwidth = copy_bandwidth()
     results = {"gpu": torch.cuda.get_device_name(), "copy_bandwidth_tb_s": round(bandwidth / 1e12, 3), "rows": []}

@@ -57,7 +57,7 @@ def prepare(fmt, query_heads, lengths, query_len, bits, share=None, scores=False
                     row[sum(old[:r]) : sum(old[:r]) + k] = table[r, torch.randperm(n, device=DEVICE)[:k].sort().values]
             selections.append(PageSelection(lists, begin, counts, dense))
     if scores:
-        rows = raw_rows(fmt.head_size, query_len * query_heads // heads)
+        rows = raw_rows(fmt.head_size, fmt.group_size, query_len * query_heads // heads)
         raw = torch.zeros(sum(old), heads, 2, rows, 2, device=DEVICE)
         flags = torch.zeros(sum(old), heads, rows // 8, dtype=torch.uint8, device=DEVICE)
         lse = torch.zeros(len(query), query_heads, device=DEVICE)

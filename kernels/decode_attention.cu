@@ -5,12 +5,13 @@
 // multiply the query (keys) and the probabilities (values), minima are one more product, so that a code costs less than
 // one instruction.
 //
-// A team of warps (one warp, or as many as the query rows need registers of) streams its own slices of 32 tokens through
-// a private ring in shared memory (cp.async), so the bytes in flight do not depend on registers, and no team waits for
-// another before the end. Work is one line of units, cut evenly over the grid:
-//     request -> KV head -> pass -> [slices of pages below window_start(first position)] [slices from there to the
+// Every warp streams its own slices of 32 tokens through a private ring in shared memory (cp.async), so the bytes in
+// flight do not depend on registers, and no warp waits for another before the end. (More query rows than a warp has registers
+// for are a team of warps' work, which stands for the warp in all of this: decode_attention_team.cuh.) Work is one line of
+// units, cut evenly over the grid:
+//     request -> KV head -> row tile -> [slices of pages below window_start(first position)] [slices from there to the
 //     last position]
-// A segment (request, head, pass) cut between teams is merged through shared memory. One cut between CTAs is merged
+// A segment (request, head, row tile) cut between warps is merged through shared memory. One cut between CTAs is merged
 // through the workspace: its CTAs wait for each other, then each merges a part of the output. One CTA per
 // multiprocessor and no more CTAs than those, so all of them are running or will be.
 //
@@ -20,33 +21,37 @@
 // the wait, so that a kernel that runs ahead finds all but its direct predecessor complete.
 //
 // Macros: HEAD_SIZE GROUP_SIZE VALUE_GROUP_SIZE WINDOW_BLOCK CODE_BITS (4 or 8, read of each code) IS_BF16 WARPS STAGES
-//         QUERY_GROUP (query heads per KV head) PASSES (over the cache) SEGMENT_TILES (of 8 rows, in one pass)
-//         TEAM (warps that share them) ROW_TILES (most of them that a warp has)
+//         TEAM (warps that share slices: 1, 2 or 4) QUERY_GROUP (query heads per KV head) ROW_TILES (of 8 rows, in one pass) PASSES (row tiles' passes)
 //         PAGES_MAY_CHANGE (the kernel before this one may write pages)
 //         SCORES (leave the attention mass of every old page, see `emit`), LISTS (read chosen pages only, see `page_id`)
 
 #include "ptx.cuh"
 
-constexpr int D = HEAD_SIZE, G = GROUP_SIZE, NW = WARPS, S = STAGES, TEAMS = NW / TEAM;
-constexpr int FEWER = TEAM * ROW_TILES - SEGMENT_TILES;  // warps of a team that have one row tile less: its last ones
-constexpr int ROWS = 8 * SEGMENT_TILES, J = D / 32, MT = D / 16, NVG = D / VALUE_GROUP_SIZE, THREADS = 32 * NW;
-static_assert(NW % TEAM == 0 && 0 <= FEWER && FEWER < TEAM && (ROW_TILES > 1 || FEWER == 0), "every warp has rows");
+constexpr int D = HEAD_SIZE, G = GROUP_SIZE, NT = ROW_TILES, NW = WARPS, S = STAGES;
+constexpr int TEAMS = NW / TEAM, OWN_MT = D / 16 / TEAM;  // tiles of 16 channels whose output a warp sums
+constexpr int ROWS = 8 * NT, J = D / 32, MT = D / 16, NVG = D / VALUE_GROUP_SIZE, THREADS = 32 * NW;
 constexpr u32 ALL = 0xffffffffu;
 
 // One head's bytes in a page.
 constexpr int K_UPPER = 0, V_UPPER = G * D / 2, K_SCALE = G * D, V_SCALE = K_SCALE + 4 * D;
 constexpr int K_LOWER = V_SCALE + 4 * NVG * G, V_LOWER = K_LOWER + G * D / 2;
 
-// One stage of a team's ring: a slice of 32 tokens, and the key scales when the slice is the first of its page.
+// One stage of a warp's ring: a slice of 32 tokens, and the key scales when the slice is the first of its page.
 constexpr int PLANE = 512 * J, PLANES = CODE_BITS / 4;
 constexpr int ST_V = PLANES * PLANE, ST_VS = 2 * PLANES * PLANE, ST_KS = ST_VS + 128 * NVG, STAGE = ST_KS + 4 * D;
 constexpr int WIN_ROW = 4 * D + 16, WIN_STAGE = 16 * WIN_ROW;  // 16 exact tokens; the padding avoids bank conflicts
-constexpr int PART = 4 * ROWS * (D + 4);  // a team's unnormalized output
-constexpr int RING_MIN = 2 * WIN_STAGE > PART ? 2 * WIN_STAGE : PART,
+constexpr int PART = 4 * ROWS * (D + 4);  // a warp's unnormalized output
+constexpr int RING_MIN = 2 * TEAM * WIN_STAGE > PART ? 2 * TEAM * WIN_STAGE : PART,
               RING = S * STAGE > RING_MIN ? S * STAGE : RING_MIN;
 constexpr int WIN_STAGES = RING >= 3 * WIN_STAGE ? 3 : 2;
-constexpr int QUERY = 16 * D;  // of a row tile: fp16 query fragments
-constexpr int TEAM_BYTES = RING + SEGMENT_TILES * QUERY;
+constexpr int QUERY = 16 * D * NT;  // fp16 query fragments
+// What a team shares beside its ring: fragments of the scaled query, its products with minima, a slice's largest scores and
+// probabilities.
+constexpr int TEAM_SCALED = QUERY, TEAM_START = TEAM_SCALED + QUERY, TEAM_HIGH = TEAM_START + 4 * ROWS,
+              TEAM_PROB = TEAM_HIGH + 4 * ROWS * TEAM;
+constexpr bool PROB_IN_RING = NVG * NT * 512 <= PLANES * PLANE;
+constexpr int TEAM_SHARED = TEAM_PROB + (PROB_IN_RING ? 0 : TEAM * NVG * NT * 512);
+constexpr int TEAM_BYTES = RING + (TEAM == 1 ? QUERY : TEAM_SHARED);
 constexpr int MAX_CHUNKS = 32;  // of 32 requests
 
 // In slices of 32 quantized tokens: what 16 exact tokens cost, and a segment's merge.
@@ -168,31 +173,53 @@ DEV void expand_v(u32 (&x)[4], u32 w, u32 lower) {
 // ---- The running softmax of a warp ----------------------------------------------------------------------------------
 // Lane 4*g+t holds rows 8*nt + 2t + {0, 1}: element [..][0..1] of output channel 16*mt + g, [2..3] of channel 16*mt + 8
 // + g.
-template <int NT>
 struct State {
-  float acc[NT][MT][4];  // sum of p * scale * centred code
+  float acc[NT][OWN_MT][4];  // sum of p * scale * centred code
   float sums[NT][NVG][4];  // [0..1] sum of p * (minimum + 8 * scale), [2..3] (group 0) sum of p
   float top[NT][2];  // p = 2^(score - top)
 };
 
-template <int NT>
-DEV void reset(State<NT>& st) {
+DEV void reset(State& st) {
 #pragma unroll
   for (int n = 0; n < NT; n++) {
     st.top[n][0] = st.top[n][1] = NEVER;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
 #pragma unroll
-      for (int m = 0; m < MT; m++) st.acc[n][m][i] = 0.f;
+      for (int m = 0; m < OWN_MT; m++) st.acc[n][m][i] = 0.f;
 #pragma unroll
       for (int v = 0; v < NVG; v++) st.sums[n][v][i] = 0.f;
     }
   }
 }
 
+DEV float max_of_rows(float x) {
+  x = fmaxf(x, __shfl_xor_sync(ALL, x, 4));
+  x = fmaxf(x, __shfl_xor_sync(ALL, x, 8));
+  return fmaxf(x, __shfl_xor_sync(ALL, x, 16));
+}
+
+// A row tile's `top`, where its largest score is above it by more than the headroom.
+DEV void rescale(State& st, int n, const float (&high)[2]) {
+  float factor[2];
+#pragma unroll
+  for (int e = 0; e < 2; e++) {
+    const float top = high[e] > st.top[n][e] + 2 * HEADROOM ? high[e] - HEADROOM : st.top[n][e];
+    factor[e] = exp2_fast(st.top[n][e] - top);
+    st.top[n][e] = top;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+#pragma unroll
+    for (int m = 0; m < OWN_MT; m++) st.acc[n][m][i] *= factor[i & 1];
+#pragma unroll
+    for (int v = 0; v < NVG; v++) st.sums[n][v][i] *= factor[i & 1];
+  }
+}
+
 // Raise `top` where a score exceeds it by more than the headroom: after the first slices hardly ever.
-template <int NT, int N>
-DEV void raise_top(State<NT>& st, const float (&s)[NT][N][4], float scale) {
+template <int N>
+DEV void raise_top(State& st, const float (&s)[NT][N][4], float scale) {
   float high[NT][2];
   bool raise = false;
 #pragma unroll
@@ -208,48 +235,24 @@ DEV void raise_top(State<NT>& st, const float (&s)[NT][N][4], float scale) {
   if (!__any_sync(ALL, raise)) return;
 #pragma unroll
   for (int n = 0; n < NT; n++) {
-    float factor[2];
+    float x[2];
 #pragma unroll
-    for (int e = 0; e < 2; e++) {
-      float x = high[n][e];
-      x = fmaxf(x, __shfl_xor_sync(ALL, x, 4));
-      x = fmaxf(x, __shfl_xor_sync(ALL, x, 8));
-      x = fmaxf(x, __shfl_xor_sync(ALL, x, 16));
-      const float top = x > st.top[n][e] + 2 * HEADROOM ? x - HEADROOM : st.top[n][e];
-      factor[e] = exp2_fast(st.top[n][e] - top);
-      st.top[n][e] = top;
-    }
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-#pragma unroll
-      for (int m = 0; m < MT; m++) st.acc[n][m][i] *= factor[i & 1];
-#pragma unroll
-      for (int v = 0; v < NVG; v++) st.sums[n][v][i] *= factor[i & 1];
-    }
+    for (int e = 0; e < 2; e++) x[e] = max_of_rows(high[n][e]);
+    rescale(st, n, x);
   }
 }
 
-// ---- Teams ----------------------------------------------------------------------------------------------------------
-// More query rows than a warp has registers for are shared by the warps of a team: each reads all of the team's slices, for
-// row tiles of its own. (Each turns the codes into floats again: that is issue slots, which are there, not bytes.)
+// A warp's place: its team in the CTA, and which of the team it is.
 struct Member {
   int team, index;
 };
 
-DEV void team_sync(const Member& me) {
-  if (TEAM == 1) __syncwarp();
-  else asm volatile("bar.sync %0,%1;" ::"r"(1 + me.team), "n"(32 * TEAM) : "memory");
-}
-
-// First row of a warp's own among those of its segment.
-DEV int first_row(const Member& me) { return 8 * (me.index * ROW_TILES - max(0, me.index - (TEAM - FEWER))); }
-
 // ---- What a segment is ----------------------------------------------------------------------------------------------
 struct Segment {
   int begin, end;  // units on the line
-  int request, head, pass;
+  int request, head, tile;
   int first, last;  // positions of the first and the last query token
-  int token, row, rows;  // first query token's index; first of the rows, and how many
+  int token, rows;  // first query token's index, rows of this row tile
   int chosen, dense;  // LISTS: pages read from the list, and the page from which on all are read
 };
 
@@ -282,7 +285,7 @@ DEV int window_start(int position) {  // format.window_start
   return page > 0 ? page * G : 0;
 }
 
-// Units of one (head, pass) of a request: at least one, so that every output row is written. `skipped` old pages are
+// Units of one (head, row tile) of a request: at least one, so that every output row is written. `skipped` old pages are
 // not read.
 DEV int units_of(int first, int last, int skipped) {
   if (last < first || first < 0) return 1;
@@ -354,63 +357,44 @@ DEV Segment segment_at(const Params& p, int unit) {
   s.chosen = r.chosen, s.dense = r.dense;
   const int begin = prefix[low] + chunk_begin[low / 32], index = (u32)(unit - begin) / (u32)r.units;
   s.begin = begin + index * r.units, s.end = s.begin + r.units;
-  s.head = (u32)index / PASSES, s.pass = index - s.head * PASSES, s.row = s.pass * ROWS;
-  s.rows = min(ROWS, r.queries * QUERY_GROUP - s.row);
+  s.head = (u32)index / PASSES, s.tile = index - s.head * PASSES;
+  s.rows = min(ROWS, r.queries * QUERY_GROUP - s.tile * ROWS);
   return s;
 }
 
-// A segment's first row; a warp's own where it has a segment as `attend` gets it.
-DEV int row_of(const Segment& s) { return TEAM == 1 ? s.pass * ROWS : s.row; }
-
-// Element offset of a row of a segment, in a tensor [token, head, channel].
+// Element offset of a row of a segment's tile, in a tensor [token, head, channel].
 DEV i64 row_offset(const Params& p, const Segment& s, int row, i64 stride) {
-  const int r = row_of(s) + row, q = (u32)r / QUERY_GROUP;
+  const int r = s.tile * ROWS + row, q = (u32)r / QUERY_GROUP;
   return (s.token + q) * stride + (i64)(s.head * QUERY_GROUP + r - q * QUERY_GROUP) * D;
 }
 
 // ---- One slice of pages ---------------------------------------------------------------------------------------------
-// The warps of a team bring a slice together: keys and values, and every (TEAM / 2)th of their 32 channels, are of one each.
-DEV void load_slice(u32 to, const unsigned char* page, int slice, bool key_scales, const Member& me, int lane) {
+DEV void load_slice(u32 to, const unsigned char* page, int slice, bool key_scales, int lane) {
   const unsigned char* from = page + slice * PLANE + lane * 16;
-  const u32 scales = to;
   to += lane * 16;
-  if (TEAM == 1) {
 #pragma unroll
-    for (int j = 0; j < J; j++) {
-      copy16(to + j * 512, from + K_UPPER + j * 512);
-      copy16(to + ST_V + j * 512, from + V_UPPER + j * 512);
-      if (PLANES == 2) {
-        copy16(to + PLANE + j * 512, from + K_LOWER + j * 512);
-        copy16(to + ST_V + PLANE + j * 512, from + V_LOWER + j * 512);
-      }
-    }
-  } else {
-    constexpr int STEP = TEAM / 2;
-    const int values = me.index & 1, first = me.index >> 1;
-    from += values * V_UPPER, to += values * ST_V;
-#pragma unroll
-    for (int i = 0; i < J; i += STEP) {
-      const int j = first + i;
-      if (first >= STEP || j >= J) break;
-      copy16(to + j * 512, from + j * 512);
-      if (PLANES == 2) copy16(to + PLANE + j * 512, from + K_LOWER + j * 512);
+  for (int j = 0; j < J; j++) {
+    copy16(to + j * 512, from + K_UPPER + j * 512);
+    copy16(to + ST_V + j * 512, from + V_UPPER + j * 512);
+    if (PLANES == 2) {
+      copy16(to + PLANE + j * 512, from + K_LOWER + j * 512);
+      copy16(to + ST_V + PLANE + j * 512, from + V_LOWER + j * 512);
     }
   }
-  if (me.index == 0 && lane < 8 * NVG) copy16(scales + lane * 16 + ST_VS, page + V_SCALE + lane * (G / 2) + slice * 16);
-  if (key_scales && me.index == TEAM - 1)
+  if (lane < 8 * NVG) copy16(to + ST_VS, page + V_SCALE + lane * (G / 2) + slice * 16);
+  if (key_scales)
 #pragma unroll
     for (int i = 0; i < D / 4; i += 32)
-      if (i + lane < D / 4) copy16(scales + lane * 16 + ST_KS + i * 16, page + K_SCALE + (i + lane) * 16);
+      if (i + lane < D / 4) copy16(to + ST_KS + i * 16, page + K_SCALE + (i + lane) * 16);
 }
 
-template <int NT>
+#if TEAM == 1
 struct Keys {
   u32 scaled[NT][J][4];  // query * key scale, B fragments of two k-steps per 32 channels
   float start[NT][2];  // query . key minimum, less what the codes' bias adds
 };
 
-template <int NT>
-DEV void scale_query(Keys<NT>& k, u32 stage, u32 query, int lane) {
+DEV void scale_query(Keys& k, u32 stage, u32 query, int lane) {
   const int t = lane & 3;
   float minima[NT][4], bias[NT][4];
 #pragma unroll
@@ -439,14 +423,16 @@ DEV void scale_query(Keys<NT>& k, u32 stage, u32 query, int lane) {
     for (int e = 0; e < 2; e++) k.start[n][e] = minima[n][e] * CODE_SCALE - bias[n][e];
 }
 
+#endif
+
 // Boundaries of a row: it reads pages below `from`, the window in [from, position].
 DEV void row_bounds(const Params& p, const Segment& s, int row, int exact_start, int& from, int& position) {
-  position = min(s.first + (int)((u32)(row_of(s) + row) / QUERY_GROUP), s.last);
+  position = min(s.first + (int)((u32)(s.tile * ROWS + row) / QUERY_GROUP), s.last);
   from = max(window_start(position), exact_start);
 }
 
-template <int NT>
-DEV void attend_slice(State<NT>& st, const Keys<NT>& k, u32 stage, const Params& p, const Segment& seg, int token,
+#if TEAM == 1
+DEV void attend_slice(State& st, const Keys& k, u32 stage, const Params& p, const Segment& seg, int token,
                       int exact_start, bool mask, int lane) {
   const int g = lane >> 2, t = lane & 3;
   const u32 mine = stage + lane * 16;
@@ -528,8 +514,7 @@ DEV void attend_slice(State<NT>& st, const Keys<NT>& k, u32 stage, const Params&
 }
 
 // ---- 16 exact tokens ------------------------------------------------------------------------------------------------
-template <int NT>
-DEV void attend_window(State<NT>& st, const u32 (&query)[NT][MT][2], u32 stage, const Params& p, const Segment& seg,
+DEV void attend_window(State& st, const u32 (&query)[NT][MT][2], u32 stage, const Params& p, const Segment& seg,
                        int token, int exact_start, int lane) {
   const int g = lane >> 2, t = lane & 3;
   float s[NT][1][4];
@@ -580,6 +565,8 @@ DEV void attend_window(State<NT>& st, const u32 (&query)[NT][MT][2], u32 stage, 
   }
 }
 
+#endif
+
 // ---- Which pages are read, and what each of them weighs --------------------------------------------------------------
 // The pool block of a segment's n-th old page: those of the list first, then all from `dense` on.
 DEV int page_id(const Params& p, const Segment& seg, const int* table, int n, int last_page) {
@@ -594,45 +581,84 @@ DEV int page_id(const Params& p, const Segment& seg, const int* table, int n, in
 // 2^(score - top), and top. A page's own mass is the difference to the page before; `reduce_scores` takes it, since
 // here every instruction would count. Part 0 is of the warp that has read the page's first slice; if that one was the
 // warp's own first, there is nothing to subtract (flag 1); if it has not read the last (no flag 2), part 1 has the rest.
-template <int NT>
-DEV void emit(const State<NT>& st, const Params& p, const Segment& seg, int slot, int part, int flags, int lane) {
+#if TEAM == 1
+DEV void emit(const State& st, const Params& p, const Segment& seg, int slot, int part, int flags, int lane) {
   const i64 at = (i64)slot * p.num_heads + seg.head;
-  float2* to = p.raw + (at * 2 + part) * p.raw_rows + row_of(seg);
+  float2* to = p.raw + (at * 2 + part) * p.raw_rows + seg.tile * ROWS;
   if (lane < 4)
 #pragma unroll
     for (int n = 0; n < NT; n++)
       *(float4*)(to + n * 8 + 2 * lane) = make_float4(st.sums[n][0][2], st.top[n][0], st.sums[n][0][3], st.top[n][1]);
-  if (lane < NT && part == 0) p.raw_flags[at * (p.raw_rows / 8) + row_of(seg) / 8 + lane] = flags;
+  if (lane < NT && part == 0) p.raw_flags[at * (p.raw_rows / 8) + seg.tile * NT + lane] = flags;
 }
+#endif
 #endif
 
 // ---- A warp's part of a segment -------------------------------------------------------------------------------------
-template <int NT>
-DEV void load_query(u32 (&x)[NT][MT][2], const Params& p, const Segment& seg, int lane) {
+DEV void load_query_tile(u32 (&x)[MT][2], int n, const Params& p, const Segment& seg, int lane) {
+  const int row = n * 8 + (lane >> 2);
+  const u32* q = (const u32*)(p.query + row_offset(p, seg, min(row, seg.rows - 1), p.query_stride)) + (lane & 3);
 #pragma unroll
-  for (int n = 0; n < NT; n++) {
-    const int row = n * 8 + (lane >> 2);
-    const u32* q = (const u32*)(p.query + row_offset(p, seg, min(row, seg.rows - 1), p.query_stride)) + (lane & 3);
+  for (int i = 0; i < 2 * MT; i++) x[i / 2][i % 2] = __ldg(q + i * 4);
+}
+
+// A row tile of the query as fp16 fragments; rows that are not there are 0.
+DEV void keep_query_tile(const u32 (&q)[MT][2], int n, const Segment& seg, u32 query, int lane) {
+  const bool there = n * 8 + (lane >> 2) < seg.rows;
 #pragma unroll
-    for (int i = 0; i < 2 * MT; i++) x[n][i / 2][i % 2] = __ldg(q + i * 4);
+  for (int j = 0; j < J; j++) {
+    uint4 x = make_uint4(exact_to_f16(q[2 * j][0]), exact_to_f16(q[2 * j][1]), exact_to_f16(q[2 * j + 1][0]),
+                         exact_to_f16(q[2 * j + 1][1]));
+    sts128(query + ((n * J + j) * 32 + lane) * 16, there ? x : make_uint4(0, 0, 0, 0));
   }
 }
 
-template <int NT>
-DEV void attend(State<NT>& st, const Params& p, const Segment& seg, int begin, int end, u32 ring, u32 query,
-                const Member& me, int lane) {
-  reset(st);
-  if (seg.last < seg.first || seg.first < 0 || TEAM == 1 && seg.rows <= 0) return;
+// A segment's part between two units, in its own terms: slices of pages, and 16s of exact tokens.
+struct Part {
+  int start, plain, skipped;  // the window's first token; slices before it, as they are counted here; those not read
+  int slice_b, most_e, recent_b, recent_e;
+};
+
+DEV Part part_of_segment(const Segment& seg, int begin, int end) {
   constexpr int PER = G / 32;
-  const bool busy = TEAM == 1 || seg.rows > 0;  // a warp without rows brings its share of the slices
+  Part x;
   // Slices that are not read: slice i of those that are is slice i + skipped of the request (if it is not of the list).
-  const int skipped = (seg.dense - seg.chosen) * PER;
-  const int start = window_start(seg.first), plain = start / 32 - skipped;
-  // Units from `plain` on are 16 tokens, cost WINDOW_COST each, and belong to the warp that holds their first.
+  x.skipped = (seg.dense - seg.chosen) * PER;
+  x.start = window_start(seg.first), x.plain = x.start / 32 - x.skipped;
+  // Units from `plain` on are 16 tokens, cost WINDOW_COST each, and belong to whoever holds their first.
   const int b = begin - seg.begin, e = end - seg.begin;
-  const int recent_b = max(0, b - plain + WINDOW_COST - 1) / WINDOW_COST,
-            recent_e = max(0, e - plain + WINDOW_COST - 1) / WINDOW_COST;
-  const int slice_b = b < plain ? b : plain + (recent_b + 1) / 2, most_e = e < plain ? e : plain + (recent_e + 1) / 2;
+  x.recent_b = max(0, b - x.plain + WINDOW_COST - 1) / WINDOW_COST;
+  x.recent_e = max(0, e - x.plain + WINDOW_COST - 1) / WINDOW_COST;
+  x.slice_b = b < x.plain ? b : x.plain + (x.recent_b + 1) / 2, x.most_e = e < x.plain ? e : x.plain + (x.recent_e + 1) / 2;
+  return x;
+}
+
+// 16 exact tokens to shared memory.
+DEV void load_window(u32 to, const unsigned char* pool, i64 stride, int id, int token, int low, int last, int lane) {
+  const unsigned char* from = pool + id * stride + (token % WINDOW_BLOCK) * (4 * D);
+#pragma unroll
+  for (int i = 0; i < D / 8; i++) {
+    const int c = i * 32 + lane, row = c / (D / 4), column = c % (D / 4);
+    const bool there = token + row >= low && token + row <= last;
+    copy16_or_zero(to + row * WIN_ROW + column * 16, there ? from + c * 16 : from, there);
+  }
+}
+
+#if TEAM > 1
+#include "decode_attention_team.cuh"
+#else
+DEV void load_query(u32 (&x)[NT][MT][2], const Params& p, const Segment& seg, int lane) {
+#pragma unroll
+  for (int n = 0; n < NT; n++) load_query_tile(x[n], n, p, seg, lane);
+}
+
+DEV void attend(State& st, const Params& p, const Segment& seg, int begin, int end, u32 ring, u32 query, const Member&,
+                int lane) {
+  reset(st);
+  if (seg.last < seg.first || seg.first < 0 || seg.rows <= 0) return;
+  constexpr int PER = G / 32;
+  const Part part = part_of_segment(seg, begin, end);
+  const int start = part.start, plain = part.plain, skipped = part.skipped, slice_b = part.slice_b;
 
   // Everything that the first slices wait for is requested before any of it is used.
   const int* table = p.block_table + (i64)seg.request * p.block_table_stride;
@@ -651,25 +677,25 @@ DEV void attend(State<NT>& st, const Params& p, const Segment& seg, int begin, i
   if (missing) exact_start = min(seg.first, (start / WINDOW_BLOCK + 32 - __clz(missing)) * WINDOW_BLOCK);
   const int low = max(start, exact_start),
             high = max(window_start(seg.last), exact_start);  // boundaries of first and last row
-  const int slice_e = min(most_e, (high + 31) / 32 - skipped);
+  const int slice_e = min(part.most_e, (high + 31) / 32 - skipped);
 
   if (slice_b < slice_e) {
     const unsigned char* pool = p.pages + seg.head * p.head_stride;
     int loaded = slice_b;
     auto load_next = [&](int slot) {
       if (loaded < slice_e) {
-        const int index = loaded / PER - page_b, part = loaded & (PER - 1);
-        if ((index & 31) == 0 && index > 0 && part == 0) {
+        const int index = loaded / PER - page_b, of_page = loaded & (PER - 1);
+        if ((index & 31) == 0 && index > 0 && of_page == 0) {
           ids = next_ids;
           next_ids = page_id(p, seg, table, page_b + index + 32 + lane, last_page);
         }
         const unsigned char* page = pool + __shfl_sync(ALL, ids, index & 31) * p.page_stride;
-        load_slice(ring + slot * STAGE, page, part, part == 0 || loaded == slice_b, me, lane);
+        load_slice(ring + slot * STAGE, page, of_page, of_page == 0 || loaded == slice_b, lane);
       }
       loaded++;
       commit();
     };
-    team_sync(me);
+    __syncwarp();
 #if SCORES
     // Written by the kernel before this one, perhaps: not read before the wait, as a segment is.
     const int scored_at = p.num_scored[seg.request] > 0 ? p.begin[seg.request] : -1;
@@ -677,35 +703,24 @@ DEV void attend(State<NT>& st, const Params& p, const Segment& seg, int begin, i
 #pragma unroll
     for (int i = 0; i < S - 1; i++) load_next(i);
 #pragma unroll
-    for (int n = 0; n < NT; n++) {
-      const bool there = n * 8 + (lane >> 2) < seg.rows;
-#pragma unroll
-      for (int j = 0; j < J; j++) {
-        const u32(&q)[MT][2] = rows[n];
-        uint4 x = make_uint4(exact_to_f16(q[2 * j][0]), exact_to_f16(q[2 * j][1]), exact_to_f16(q[2 * j + 1][0]),
-                             exact_to_f16(q[2 * j + 1][1]));
-        sts128(query + ((n * J + j) * 32 + lane) * 16, there ? x : make_uint4(0, 0, 0, 0));
-      }
-    }
-    Keys<NT> keys;
+    for (int n = 0; n < NT; n++) keep_query_tile(rows[n], n, seg, query, lane);
+    Keys keys;
     int slot = 0;
     auto next_slice = [&](int i, bool new_page) {
       wait<S - 2>();
-      team_sync(me);
+      __syncwarp();
       load_next(slot == 0 ? S - 1 : slot - 1);
       const u32 stage = ring + slot * STAGE;
-      if (busy) {
-        if (new_page) scale_query(keys, stage, query, lane);
-        const int token = (i + skipped) * 32;  // of the list: a smaller one than it has, and read by every row as well
-        attend_slice(st, keys, stage, p, seg, token, exact_start, token + 32 > low, lane);
-      }
+      if (new_page) scale_query(keys, stage, query, lane);
+      const int token = (i + skipped) * 32;  // of the list: a smaller one than it has, and read by every row as well
+      attend_slice(st, keys, stage, p, seg, token, exact_start, token + 32 > low, lane);
       slot = slot == S - 1 ? 0 : slot + 1;
     };
 #if SCORES  // a loop of their own for the slices of a page: what is left of it costs registers, and every slice would pay
     for (int page = slice_b / PER; page * PER < slice_e; page++) {
       const int page_b = max(slice_b, page * PER), page_e = min(slice_e, page * PER + PER);
       for (int i = page_b; i < page_e; i++) next_slice(i, i == page_b);
-      if (busy && page_b < plain && scored_at >= 0) {
+      if (page_b < plain && scored_at >= 0) {
         const bool whole = page_e == page * PER + PER;
         emit(st, p, seg, scored_at + page, slice_b > page * PER, (slice_b == page * PER) | whole << 1, lane);
       }
@@ -714,10 +729,10 @@ DEV void attend(State<NT>& st, const Params& p, const Segment& seg, int begin, i
     for (int i = slice_b; i < slice_e; i++) next_slice(i, i == slice_b || (i & (PER - 1)) == 0);
 #endif
     wait<0>();
-    team_sync(me);
+    __syncwarp();
   }
 
-  const int token_b = max(start + recent_b * 16, low & ~15), token_e = min(start + recent_e * 16, seg.last + 1);
+  const int token_b = max(start + part.recent_b * 16, low & ~15), token_e = min(start + part.recent_e * 16, seg.last + 1);
   if (token_b < token_e) {
     wait_for_predecessor();
     const unsigned char* pool = p.window + seg.head * p.window_head_stride;
@@ -725,14 +740,7 @@ DEV void attend(State<NT>& st, const Params& p, const Segment& seg, int begin, i
     auto load_next = [&](int slot) {
       if (loaded < token_e) {
         const int id = __shfl_sync(ALL, window_id, loaded / WINDOW_BLOCK - start / WINDOW_BLOCK);
-        const unsigned char* from = pool + id * p.window_stride + (loaded % WINDOW_BLOCK) * (4 * D);
-#pragma unroll
-        for (int i = 0; i < D / 8; i += TEAM) {
-          const int c = (i + me.index) * 32 + lane, row = c / (D / 4), column = c % (D / 4);
-          if (TEAM > 1 && D / 8 % TEAM && row >= 16) break;
-          const bool there = loaded + row >= low && loaded + row <= seg.last;
-          copy16_or_zero(ring + slot * WIN_STAGE + row * WIN_ROW + column * 16, there ? from + c * 16 : from, there);
-        }
+        load_window(ring + slot * WIN_STAGE, pool, p.window_stride, id, loaded, low, seg.last, lane);
       }
       loaded += 16;
       commit();
@@ -743,26 +751,32 @@ DEV void attend(State<NT>& st, const Params& p, const Segment& seg, int begin, i
     int slot = 0;
     for (int token = token_b; token < token_e; token += 16) {
       wait<WIN_STAGES - 1>();
-      team_sync(me);
-      if (busy) attend_window(st, rows, ring + slot * WIN_STAGE, p, seg, token, exact_start, lane);
-      team_sync(me);
+      __syncwarp();
+      attend_window(st, rows, ring + slot * WIN_STAGE, p, seg, token, exact_start, lane);
+      __syncwarp();
       load_next(slot);
       slot = slot + 1 == WIN_STAGES ? 0 : slot + 1;
     }
     wait<0>();
-    team_sync(me);
+    __syncwarp();
   }
 }
 
-template <int NT>
-DEV float output_of(const State<NT>& st, int n, int mt, int i) {
-  const int v = mt * 16 / VALUE_GROUP_SIZE;
-  return st.acc[n][mt][i] * (1.f / CODE_SCALE) + st.sums[n][v][i & 1];
+#endif  // TEAM > 1
+
+// Of the tile `mt` of those that a warp sums, which begin at `first`.
+DEV float output_of(const State& st, int n, int mt, int first, int i) {
+  float sum = st.sums[n][TEAM == 1 ? mt * 16 / VALUE_GROUP_SIZE : 0][i & 1];
+  if (TEAM > 1)
+#pragma unroll
+    for (int v = 1; v < NVG; v++)
+      if ((first + mt) * 16 / VALUE_GROUP_SIZE == v) sum = st.sums[n][v][i & 1];
+  return st.acc[n][mt][i] * (1.f / CODE_SCALE) + sum;
 }
 DEV u16 to_exact(float x) { return (u16)pack_exact(x, 0.f); }
 
 // ---- The kernel -----------------------------------------------------------------------------------------------------
-// A team leaves a segment that it did not do alone in two places: its last one in its ring, one before in the
+// A warp leaves a segment that it did not do alone in two places: its last one in its ring, one before in the
 // workspace.
 __shared__ float2 row_state[2][TEAMS][ROWS];  // (top, sum); [1] last, [0] before
 __shared__ int part_of[2][TEAMS], team_begin[TEAMS + 1];
@@ -775,10 +789,9 @@ DEV void store_lse(const Params& p, const Segment& s, int row, float top, float 
 }
 #endif
 
-template <int NT>
-DEV void store_part(const State<NT>& st, const Params& p, const Segment& seg, bool whole, float* own,
-                    float2* states, int lane) {
-  const int g = lane >> 2, t = lane & 3;
+DEV void store_part(const State& st, const Params& p, const Segment& seg, bool whole, bool last, unsigned char* own,
+                    float* spill, const Member& me, int lane) {
+  const int g = lane >> 2, t = lane & 3, first = me.index * OWN_MT, channel = g + first * 16;
 #pragma unroll
   for (int n = 0; n < NT; n++)
 #pragma unroll
@@ -787,23 +800,23 @@ DEV void store_part(const State<NT>& st, const Params& p, const Segment& seg, bo
       const float sum = st.sums[n][0][2 + e], inverse = sum > 0.f ? 1.f / sum : 0.f;
       if (row >= seg.rows) continue;
       if (whole) {
-        u16* o = p.out + row_offset(p, seg, row, p.out_stride) + g;
+        u16* o = p.out + row_offset(p, seg, row, p.out_stride) + channel;
 #pragma unroll
-        for (int mt = 0; mt < MT; mt++) {
-          o[mt * 16] = to_exact(output_of(st, n, mt, e) * inverse);
-          o[mt * 16 + 8] = to_exact(output_of(st, n, mt, e + 2) * inverse);
+        for (int mt = 0; mt < OWN_MT; mt++) {
+          o[mt * 16] = to_exact(output_of(st, n, mt, first, e) * inverse);
+          o[mt * 16 + 8] = to_exact(output_of(st, n, mt, first, e + 2) * inverse);
         }
 #if SCORES
-        if (g == 0) store_lse(p, seg, row, st.top[n][e], sum);
+        if (g == 0 && me.index == 0) store_lse(p, seg, row, st.top[n][e], sum);
 #endif
       } else {
-        float* o = own + row * (D + 4) + g;
+        float* o = (last ? (float*)own : spill) + row * (D + 4) + channel;
 #pragma unroll
-        for (int mt = 0; mt < MT; mt++) {
-          o[mt * 16] = output_of(st, n, mt, e);
-          o[mt * 16 + 8] = output_of(st, n, mt, e + 2);
+        for (int mt = 0; mt < OWN_MT; mt++) {
+          o[mt * 16] = output_of(st, n, mt, first, e);
+          o[mt * 16 + 8] = output_of(st, n, mt, first, e + 2);
         }
-        if (g == 0) states[row] = make_float2(st.top[n][e], sum);
+        if (g == 0 && me.index == 0) row_state[last][me.team][row] = make_float2(st.top[n][e], sum);
       }
     }
 }
@@ -870,7 +883,7 @@ DEV void merge_teams(const Params& p, const Segment& seg, bool inside, float* pa
 // CTAs that share a segment count themselves in; the last to have seen all of them sets the counters back for the next
 // launch.
 DEV int* counters_of(const Params& p, const Segment& seg) {
-  return p.arrived + 2 * ((seg.request * p.num_heads + seg.head) * PASSES + seg.pass);
+  return p.arrived + 2 * ((seg.request * p.num_heads + seg.head) * PASSES + seg.tile);
 }
 DEV int load_acquire(const int* x) {
   int r;
@@ -951,27 +964,6 @@ DEV void merge_ctas(const Params& p, const Segment& seg, int per_cta, int all_un
   }
 }
 
-// A warp's part of the units of its team.
-template <int NT>
-DEV void attend_units(const Params& p, int begin, int end, const Member& me, int lane) {
-  unsigned char* const own = smem + me.team * TEAM_BYTES;
-  const int first = first_row(me);
-  for (int unit = begin; unit < end;) {
-    Segment seg = unit >= edges[1].begin ? edges[1] : unit < edges[0].end ? edges[0] : segment_at(p, unit);
-    const int stop = min(end, seg.end);
-    const bool whole = unit == seg.begin && stop == seg.end, last = stop == end;
-    if (TEAM > 1) seg.row += first, seg.rows = min(8 * NT, seg.rows - first);
-    State<NT> st;
-    attend(st, p, seg, unit, stop, shared_address(own), shared_address(own + RING) + first / 8 * QUERY, me, lane);
-    wait_for_predecessor();  // it may be reading what is written from here on
-    release_successor();
-    float* const part = last ? (float*)own : p.spill + (i64)(blockIdx.x * TEAMS + me.team) * ROWS * (D + 4);
-    store_part(st, p, seg, whole, part + first * (D + 4), row_state[last][me.team] + first, lane);
-    if (!whole && lane == 0) part_of[last][me.team] = seg.begin;
-    unit = stop;
-  }
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(const __grid_constant__ Params p) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int total = scan_requests(p, warp, lane);
@@ -989,9 +981,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(const 
   __syncthreads();
   if (PAGES_MAY_CHANGE || SCORES) wait_for_predecessor();
 
-  const Member me = {warp / TEAM, TEAM == 1 ? 0 : warp % TEAM};
-  if (FEWER == 0 || me.index < TEAM - FEWER) attend_units<ROW_TILES>(p, begin_of(me.team), begin_of(me.team + 1), me, lane);
-  else attend_units<(ROW_TILES > 1 ? ROW_TILES - 1 : 1)>(p, begin_of(me.team), begin_of(me.team + 1), me, lane);
+  const Member me = {TEAM == 1 ? warp : warp / TEAM, TEAM == 1 ? 0 : warp % TEAM};
+  unsigned char* const own = smem + me.team * TEAM_BYTES;
+  const int end = begin_of(me.team + 1);
+  for (int unit = begin_of(me.team); unit < end;) {
+    const Segment seg = unit >= edges[1].begin ? edges[1] : unit < edges[0].end ? edges[0] : segment_at(p, unit);
+    const int stop = min(end, seg.end);
+    const bool whole = unit == seg.begin && stop == seg.end, last = stop == end;
+    State st;
+    attend(st, p, seg, unit, stop, shared_address(own), shared_address(own + RING), me, lane);
+    wait_for_predecessor();  // it may be reading what is written from here on
+    release_successor();
+    store_part(st, p, seg, whole, last, own, p.spill + (i64)(blockIdx.x * TEAMS + me.team) * ROWS * (D + 4), me, lane);
+    if (!whole && lane == 0) part_of[last][me.team] = seg.begin;
+    unit = stop;
+  }
   __syncthreads();
 
   for (int unit = cta_b; unit < cta_e;) {

@@ -56,9 +56,27 @@ class ScoresOut(NamedTuple):
     num_scored: torch.Tensor
 
 
-def raw_rows(head_size: int, query_rows: int) -> int:
+class RowPlan(NamedTuple):
+    """Who has the query rows of a request and KV head.
+
+    passes: over the cache.
+    tiles: of 8 rows, in one pass.
+    team: warps that share a slice of the cache, and hold the sums of a part of its channels each; or one that does it all.
+    """
+
+    passes: int
+    tiles: int
+    team: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Of all passes, padded."""
+        return 8 * self.tiles * self.passes
+
+
+def raw_rows(head_size: int, group_size: int, query_rows: int) -> int:
     """Rows that a launch on any GPU may write of a KV head and request with ``query_rows``: padded to the kernel's tiles."""
-    return max(plan.rows for plan in _row_plans(head_size, query_rows))
+    return max(plan.rows for plan in row_plans(head_size, group_size, query_rows))
 
 
 def decode_attention(
@@ -78,7 +96,7 @@ def decode_attention(
     pages_may_change: bool | None = None,
     scores: ScoresOut | None = None,
     selection: PageSelection | None = None,
-    team: int | None = None,
+    plan: RowPlan | None = None,
     warps_and_stages: tuple[int, int] | None = None,
     overlap: bool = True,
 ) -> torch.Tensor:
@@ -105,7 +123,7 @@ def decode_attention(
             all of them are read.
         scores: leave there what each row's old pages weigh, those below window_start of a request's first row.
         selection: read these pages only, and the window. A request whose ``dense_from`` does not fit its length reads all.
-        team, warps_and_stages: override the launch configuration, for tuning.
+        plan, warps_and_stages: override the launch configuration, for tuning.
         overlap: False for a launch that begins when the one before has ended, whatever that one writes.
 
     Returns:
@@ -121,7 +139,7 @@ def decode_attention(
     )
     device = query.device.index
     with torch.cuda.device(device):
-        plan, shape = _launch_plan(fmt, bits, max_query_len * per_head, device, team, warps_and_stages)
+        plan, shape = _launch_plan(fmt, bits, max_query_len * per_head, device, plan, warps_and_stages)
         _check_sparse(fmt, scores, selection, query, seq_lens.shape[0], plan.rows)
         may_change = bits == 8 if pages_may_change is None else pages_may_change
         sparse = scores is not None, selection is not None
@@ -214,81 +232,63 @@ def _check_sparse(fmt, scores, selection, query, requests: int, rows: int) -> No
 # --- Compiling --------------------------------------------------------------------------------------------------------
 
 
-class RowPlan(NamedTuple):
-    """Who has which query rows of a request and KV head.
-
-    passes: over the cache.
-    segment_tiles: tiles of 8 rows in one pass.
-    team: warps that read the same slices and share these tiles.
-    tiles: that a warp has; the last warps of a team may have one less.
-    """
-
-    passes: int
-    segment_tiles: int
-    team: int
-    tiles: int
-
-    @property
-    def rows(self) -> int:
-        """Of all passes, padded."""
-        return 8 * self.segment_tiles * self.passes
+# Row tiles that registers allow, by the channels whose output a warp sums.
+TEAM_TILES = {32: 8, 64: 5, 128: 3}
 
 
-MAX_WARPS = 8  # with more of them a warp has fewer registers than a tile's sums take
+def row_plans(head_size: int, group_size: int, rows: int) -> list[RowPlan]:
+    """Ways to read for ``rows`` query rows per KV head, the one with the fewest passes first; the last is one warp's."""
+    tiles = -(-rows // 8)
+
+    def plan(most: int, team: int) -> RowPlan:
+        passes = -(-tiles // most)
+        return RowPlan(passes, -(-tiles // passes), team)
+
+    alone = plan(max(1, min(5, 384 // head_size)), 1)
+    team = next((n for n in (4, 2) if head_size // 32 % n == 0 and group_size // 32 % n == 0), 1)
+    plans = [plan(TEAM_TILES[head_size // team], team)] if team > 1 and head_size // team in TEAM_TILES else []
+    return [better for better in plans if better.passes < alone.passes] + [alone]
 
 
-def row_plan(head_size: int, rows: int, most_warps: int = MAX_WARPS, team: int | None = None) -> RowPlan:
-    """As few warps per team as registers allow, a warp holding ``384 // head_size`` tiles, and one pass while that goes."""
-    tiles, most = -(-rows // 8), max(1, min(5, 384 // head_size))
-    if team is None:
-        team = next((n for n in (1, 2, 4) if n == most_warps or n * most >= tiles), most_warps)
-    passes = -(-tiles // (team * most))
-    segment_tiles = -(-tiles // passes)
-    team = min(team, segment_tiles)
-    return RowPlan(passes, segment_tiles, team, -(-segment_tiles // team))
-
-
-def _row_plans(head_size: int, rows: int) -> list[RowPlan]:
-    """The best one first, then those that need less shared memory."""
-    return [row_plan(head_size, rows, most_warps) for most_warps in (8, 4, 2, 1)]
-
-
-def _bytes_per_team(fmt: PageFormat, bits: int, segment_tiles: int, stages: int) -> int:
-    """Shared memory of one team: as in the kernel, its ring and its query fragments."""
-    dim, planes = fmt.head_size, bits // 4
+def _bytes_per_team(fmt: PageFormat, bits: int, plan: RowPlan, stages: int) -> int:
+    """Shared memory of one team: as in the kernel, its ring, its query fragments and what its warps tell each other."""
+    dim, planes, (_, tiles, team) = fmt.head_size, bits // 4, plan
     stage = planes * 32 * dim + 128 * fmt.num_value_groups + 4 * dim
-    return max(stages * stage, 32 * (4 * dim + 16), 32 * segment_tiles * (dim + 4)) + 16 * dim * segment_tiles
+    ring = max(stages * stage, 2 * team * 16 * (4 * dim + 16), 32 * tiles * (dim + 4))
+    query, probabilities = 16 * dim * tiles, 512 * tiles * fmt.num_value_groups
+    if team == 1:
+        return ring + query
+    return ring + 2 * query + 32 * tiles * (1 + team) + (0 if probabilities <= planes * 16 * dim else team * probabilities)
 
 
-def _static_bytes(warps: int, teams: int, segment_tiles: int) -> int:
+def _static_bytes(warps: int, tiles: int) -> int:
     """An upper bound of the kernel's static shared memory, for a GPU's limit."""
-    return 5632 + warps * 768 + teams * 160 * segment_tiles
+    return 5632 + warps * (768 + 160 * tiles)
 
 
 def _shape(fmt: PageFormat, bits: int, plan: RowPlan, device: Device) -> tuple[int, int] | None:
-    """Warps per CTA (one CTA per multiprocessor), as many as registers allow, and the ring stages that fit; None if none do.
-
-    A team of one warp has up to 3 stages; one of more has so many that as much is in flight.
-    """
-    for teams in sorted({n // plan.team for n in (8, 4, 2, 1, plan.team)} - {0}, reverse=True):
-        for stages in range(2 * plan.team + 1, 1, -1):
-            needed = teams * _bytes_per_team(fmt, bits, plan.segment_tiles, stages)
-            needed += _static_bytes(teams * plan.team, teams, plan.segment_tiles)
-            if needed <= device.shared_memory_per_block:
-                return teams * plan.team, stages
+    """Warps per CTA (one CTA per multiprocessor), as many as registers allow, and the ring stages that fit; or None."""
+    for warps in (8, 4, 2, 1):
+        for steps in (3, 2):
+            needed = warps // plan.team * _bytes_per_team(fmt, bits, plan, steps * plan.team)
+            needed += _static_bytes(warps // plan.team, plan.tiles) + 768 * (warps - warps // plan.team)
+            if warps % plan.team == 0 and needed <= device.shared_memory_per_block:
+                return warps, steps * plan.team
     return None
 
 
 def _configuration(fmt: PageFormat, bits: int, rows: int, device: Device) -> tuple[RowPlan, tuple[int, int]]:
-    """The plan of ``rows`` query rows per KV head with its warps and stages.
+    """The plan of ``rows`` query rows per KV head with its warps and stages: a team's, where as many warps fit as without.
 
     Raises:
         RuntimeError: if none fits.
     """
-    for plan in _row_plans(fmt.head_size, rows):
-        if shape := _shape(fmt, bits, plan, device):
-            return plan, shape
-    needed = _bytes_per_team(fmt, bits, plan.segment_tiles, 2) + _static_bytes(1, 1, plan.segment_tiles)
+    plans = row_plans(fmt.head_size, fmt.group_size, rows)
+    shapes = [(plan, shape) for plan in plans if (shape := _shape(fmt, bits, plan, device))]
+    if shapes:
+        most = max(warps for _, (warps, _) in shapes)
+        return next((plan, shape) for plan, shape in shapes if shape[0] == most)
+    needed = _bytes_per_team(fmt, bits, plans[-1], 2) + _static_bytes(1, plans[-1].tiles)
     raise RuntimeError(
         f"attention with heads of size {fmt.head_size} in groups of {fmt.group_size} needs {-(-needed // 1024)} KiB of "
         f"shared memory per block, but {device.name} has {device.shared_memory_per_block // 1024}"
@@ -297,11 +297,12 @@ def _configuration(fmt: PageFormat, bits: int, rows: int, device: Device) -> tup
 
 @cache
 def _launch_plan(
-    fmt: PageFormat, bits: int, rows: int, device: int, team: int | None, warps_and_stages: tuple[int, int] | None
+    fmt: PageFormat, bits: int, rows: int, device: int, plan: RowPlan | None, warps_and_stages: tuple[int, int] | None
 ) -> tuple[RowPlan, tuple[int, int]]:
-    if warps_and_stages is None:
+    if plan is None and warps_and_stages is None:
         return _configuration(fmt, bits, rows, device_properties(device))
-    return row_plan(fmt.head_size, rows, team=team), warps_and_stages
+    plan = plan or row_plans(fmt.head_size, fmt.group_size, rows)[0]
+    return plan, warps_and_stages or _shape(fmt, bits, plan, device_properties(device))
 
 
 def check_shapes(fmt: PageFormat, num_heads: int, max_query_len: int, bits: int, device: int, scores: bool = False) -> None:
@@ -339,9 +340,8 @@ def _kernel(
         "CODE_BITS": bits,
         "QUERY_GROUP": query_group,
         "PASSES": plan.passes,
-        "SEGMENT_TILES": plan.segment_tiles,
-        "TEAM": plan.team,
         "ROW_TILES": plan.tiles,
+        "TEAM": plan.team,
         "WARPS": warps,
         "STAGES": stages,
         "IS_BF16": int(fmt.dtype == torch.bfloat16),
@@ -350,8 +350,8 @@ def _kernel(
         "LISTS": int(sparse[1]),
     }
     teams = warps // plan.team
-    shared_bytes = teams * _bytes_per_team(fmt, bits, plan.segment_tiles, stages)
-    grid, rows = properties.num_multiprocessors, 8 * plan.segment_tiles
+    shared_bytes = teams * _bytes_per_team(fmt, bits, plan, stages)
+    grid, rows = properties.num_multiprocessors, 8 * plan.tiles
     kernel = nvrtc.load(
         SOURCE, macros, device, grid=(grid, 1), threads=32 * warps, shared_bytes=shared_bytes, overlap=overlap
     )

@@ -103,7 +103,7 @@ class Case:
         fmt, per_head = self.fmt, self.query.shape[1] // self.fmt.num_kv_heads
         pages = int((self.seq_lens // fmt.group_size).sum()) + 5
         slots = pages if slots is None else slots
-        rows = raw_rows(fmt.head_size, (self.max_query_len + 1) * per_head)
+        rows = raw_rows(fmt.head_size, fmt.group_size, (self.max_query_len + 1) * per_head)
         raw = torch.full((slots, fmt.num_kv_heads, 2, rows, 2), float("nan"), device=DEVICE)
         flags = torch.full((slots, fmt.num_kv_heads, rows // 8), 77, dtype=torch.uint8, device=DEVICE)
         lse = torch.full((len(self.query) + 2, self.query.shape[1]), float("nan"), device=DEVICE)

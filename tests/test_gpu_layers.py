@@ -1,8 +1,8 @@
 """On a GPU, with CUDA graphs: models whose layers differ, and pages that come back from host memory."""
 
 import pytest
-import test_hybrid_layers
-import test_sliding_layers
+import test_hybrid_layers as hybrid
+import test_sliding_layers as sliding
 import torch
 from engine_tools import QUANTSPEC_CACHE, assert_close, assert_same_or_tied, engine, generate, quantspec
 from test_offloading import native
@@ -15,7 +15,7 @@ G = 128
 LENGTHS = (5, 130, 300, 700, 1100)
 MAX_TOKENS = 24
 INT4_CACHE = {"kv_cache_dtype": "quantspec_int4"}
-SIZE = {"skip_tokenizer_init": True, "max_model_len": 4096, "max_num_seqs": 8, "max_num_batched_tokens": 512}
+SIZE = {"skip_tokenizer_init": True, "max_model_len": 2048, "max_num_seqs": 8, "max_num_batched_tokens": 512}
 SIZE |= {"num_gpu_blocks_override": 400, "dtype": "bfloat16"}
 
 
@@ -30,13 +30,13 @@ def prompts_of(lengths=LENGTHS) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("cache", [QUANTSPEC_CACHE, INT4_CACHE], ids=["int8", "int4"])
-@pytest.mark.parametrize("architecture", test_sliding_layers.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", sliding.ARCHITECTURES)
 def test_sliding_layers(architecture, cache, tmp_path):
-    model = test_sliding_layers.save_model(architecture, tmp_path)
+    model = sliding.save_model(architecture, tmp_path)
     with engine(model, **SIZE) as llm:
         exact, exact_again = (generate(llm, prompts_of(), MAX_TOKENS) for _ in range(2))
     with engine(model, **SIZE, **cache) as llm:
-        test_sliding_layers.spoil_pool(llm)
+        sliding.spoil_pool(llm)
         answers, again = (generate(llm, prompts_of(), MAX_TOKENS) for _ in range(2))
     for got in (answers, again):
         assert_close(exact, got)
@@ -44,13 +44,13 @@ def test_sliding_layers(architecture, cache, tmp_path):
     assert [a.num_cached_tokens // G for a in again] == hits and max(hits) >= 4
 
 
-@pytest.mark.parametrize("name", test_hybrid_layers.MODELS)
+@pytest.mark.parametrize("name", hybrid.MODELS)
 def test_hybrids(name, tmp_path):
-    model = test_hybrid_layers.save_model(name, tmp_path)
+    model = hybrid.save_model(name, tmp_path)
     with engine(model, **SIZE) as llm:
         exact = generate(llm, prompts_of(), MAX_TOKENS)
     with engine(model, **SIZE, **QUANTSPEC_CACHE) as llm:
-        test_sliding_layers.spoil_pool(llm)
+        sliding.spoil_pool(llm)
         answers, again = (generate(llm, prompts_of(), MAX_TOKENS) for _ in range(2))
     for got in (answers, again):
         assert_close(exact, got)
@@ -66,7 +66,7 @@ def test_a_reloaded_prefix_is_a_prefix_cache_hit(arguments, books_4m):
         hits = generate(llm, prompts, 16)
         assert [a.num_cached_tokens for a in first] == [0] * len(prompts)
         llm.reset_prefix_cache()
-        test_sliding_layers.spoil_pool(llm)  # nothing can be read but what is loaded or computed from here on
+        sliding.spoil_pool(llm)  # nothing can be read but what is loaded or computed from here on
         loads = generate(llm, prompts, 16)
     assert [a.num_cached_tokens for a in loads] == [a.num_cached_tokens for a in hits]
     assert_same_or_tied(hits, loads, 0.125)

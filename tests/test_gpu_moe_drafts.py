@@ -70,7 +70,7 @@ def test_experts_are_their_dequantized_weights(rank, method_class, own_kernel, d
         assert out.dtype == dtype
         error = ((out.float() - expected).norm() / expected.norm()).item()
         print(f"{method_class.__name__} {shape} {dtype} {tokens} tokens: {error:.2g}")
-        assert error < 0.01
+        assert error < (0.012 if dtype == torch.bfloat16 else 0.01)  # vLLM's kernel rounds weights to its dtype
 
 
 @pytest.mark.parametrize("own_kernel", [True, False])

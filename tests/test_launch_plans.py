@@ -92,27 +92,28 @@ def test_plans_on_a_hopper_gpu_are_those_that_were_measured(on):
     assert (plan.tiles, plan.token_tiles, plan.wide, plan.stages) == (2, 8, True, 6)
     plan = int4_linear.choose_plan(4096 // 16, 112, 1, 1, 0)
     assert (plan.tiles, plan.splits, plan.blocks, plan.wide) == (2, 1, 132, False)
-    assert decode_attention._configuration(PageFormat(8, 128), 4, 8, H200) == ((1, 1, 1, 1), (8, 3))
-    assert decode_attention._configuration(PageFormat(8, 128), 8, 40, H200) == ((1, 5, 2, 3), (8, 4))
+    assert decode_attention._configuration(PageFormat(8, 128), 4, 8, H200) == ((1, 1, 1), (8, 3))
+    assert decode_attention._configuration(PageFormat(8, 128), 8, 20, H200) == ((1, 3, 1), (8, 2))
+    assert decode_attention._configuration(PageFormat(8, 128), 8, 40, H200) == ((1, 5, 4), (8, 8))
 
 
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
-def test_row_plans(head_size):
-    """Each pass's tiles are shared out evenly, nobody holds more than registers allow, and 64 rows need one pass."""
+def test_row_plans(head_size, group_size):
+    """Every row is in one pass, none is empty; a team's plan is there where it saves passes."""
     for rows in range(1, 300):
-        plan = decode_attention.row_plan(head_size, rows)
-        assert (plan.passes - 1) * plan.segment_tiles * 8 < rows <= plan.passes * plan.segment_tiles * 8
-        assert plan.tiles == -(-plan.segment_tiles // plan.team) <= max(1, min(5, 384 // head_size))
-        assert plan.team <= min(plan.segment_tiles, 8) and (plan.tiles > 1 or plan.team == plan.segment_tiles)
-        if rows <= 64:
-            assert plan.passes == 1
+        *teams, alone = decode_attention.row_plans(head_size, group_size, rows)
+        assert alone.team == 1
+        for plan in (*teams, alone):
+            assert (plan.passes - 1) * plan.tiles * 8 < rows <= plan.rows
+            assert decode_attention.raw_rows(head_size, group_size, rows) >= plan.rows
+        for plan in teams:
+            assert plan.passes < alone.passes and head_size // 32 % plan.team == group_size // 32 % plan.team == 0
+    assert decode_attention.row_plans(128, 128, 64) == [(1, 8, 4), (3, 3, 1)]
 
 
 def test_a_gpu_with_less_shared_memory_takes_more_passes(on):
-    fmt = PageFormat(8, 128)
-    plan, _ = decode_attention._configuration(fmt, 8, 192, GPUS["rtx4090"])
-    assert decode_attention.row_plan(128, 192).passes == 1 < plan.passes
-    assert decode_attention.raw_rows(128, 192) >= plan.rows >= 192
+    assert decode_attention._configuration(PageFormat(8, 128), 8, 40, GPUS["rtx4090"])[0] == (2, 3, 1)
 
 
 def test_experts_of_one_token_are_spread_over_a_hopper_gpu(on):

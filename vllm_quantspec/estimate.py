@@ -23,7 +23,7 @@ import torch
 from vllm_quantspec import sparse_policy
 from vllm_quantspec.config import CACHE_DTYPES, QuantSpecOptions, draft_budget, parse_draft_context
 from vllm_quantspec.format import PageFormat, window_blocks_per_request, window_start
-from vllm_quantspec.kernels.decode_attention import row_plan
+from vllm_quantspec.kernels.decode_attention import row_plans
 from vllm_quantspec.memory import draft_logits_bytes
 from vllm_quantspec.supported import (
     SOME_SLIDING,
@@ -424,8 +424,7 @@ def speed(
         cache_bytes, tiles, passes = context * bytes_per_token * (share if kind == "draft" else 1), 1, 1
         if kind != "exact":
             cache_bytes += WINDOW_READ_GROUPS * group_size * exact_bytes
-            plan = row_plan(model.head_size, query_rows)
-            tiles, passes = plan.segment_tiles, plan.passes  # every pass reads the cache
+            passes, tiles, _ = row_plans(model.head_size, group_size, query_rows)[0]  # every pass reads the cache
         read = read_ms(batch * cache_bytes, READ) * (1 + ROW_TILE * (tiles - 1)) + ROW_TILE_US * (tiles - 1) / 1e3
         rest = TOKEN_US * num_tokens + (2 * ALL_REDUCE_US if tp > 1 else 0)
         full = (model.num_layers - model.sliding_layers) * (passes * read + (LAYER_US[kind] + rest) / 1e3)

@@ -85,7 +85,7 @@ class SparseDrafts:
         self.scores = self.scores_out = self.snap = None
         if self.policy != "window":
             per_head = settings.num_heads // heads
-            rows = raw_rows(fmt.head_size, (drafts + 1) * per_head)
+            rows = raw_rows(fmt.head_size, fmt.group_size, (drafts + 1) * per_head)
             self.scores = zeros(num_layers, heads, slots, drafts + 1, dtype=torch.bfloat16)
             lse = zeros(requests * (drafts + 1), settings.num_heads, dtype=torch.float32)
             raw = zeros(slots, heads, 2, rows, 2, dtype=torch.float32)
