@@ -47,7 +47,7 @@ constexpr int WIN_STAGES = RING >= 3 * WIN_STAGE ? 3 : 2;
 constexpr int QUERY = 16 * D * NT;  // fp16 query fragments
 // What a team shares beside its ring: fragments of the scaled query, its products with minima, a slice's largest scores and
 // probabilities.
-constexpr int TEAM_SCALED = QUERY, TEAM_START = TEAM_SCALED + QUERY, TEAM_HIGH = TEAM_START + 4 * ROWS,
+constexpr int TEAM_SCALED = QUERY, TEAM_START = TEAM_SCALED + QUERY, TEAM_HIGH = TEAM_START + 4 * ROWS * TEAM,
               TEAM_PROB = TEAM_HIGH + 4 * ROWS * TEAM;
 constexpr bool PROB_IN_RING = NVG * NT * 512 <= PLANES * PLANE;
 constexpr int TEAM_SHARED = TEAM_PROB + (PROB_IN_RING ? 0 : TEAM * NVG * NT * 512);

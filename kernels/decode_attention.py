@@ -245,9 +245,10 @@ def row_plans(head_size: int, group_size: int, rows: int) -> list[RowPlan]:
         return RowPlan(passes, -(-tiles // passes), team)
 
     alone = plan(max(1, min(5, 384 // head_size)), 1)
+    # A pass of a team takes about 1.6 times as long as one of a warp's three tiles.
     team = next((n for n in (4, 2) if head_size // 32 % n == 0 and group_size // 32 % n == 0), 1)
     plans = [plan(TEAM_TILES[head_size // team], team)] if team > 1 and head_size // team in TEAM_TILES else []
-    return [better for better in plans if better.passes < alone.passes] + [alone]
+    return [better for better in plans if 1.6 * better.passes < alone.passes] + [alone]
 
 
 def _bytes_per_team(fmt: PageFormat, bits: int, plan: RowPlan, stages: int) -> int:
@@ -258,7 +259,7 @@ def _bytes_per_team(fmt: PageFormat, bits: int, plan: RowPlan, stages: int) -> i
     query, probabilities = 16 * dim * tiles, 512 * tiles * fmt.num_value_groups
     if team == 1:
         return ring + query
-    return ring + 2 * query + 32 * tiles * (1 + team) + (0 if probabilities <= planes * 16 * dim else team * probabilities)
+    return ring + 2 * query + 64 * tiles * team + (0 if probabilities <= planes * 16 * dim else team * probabilities)
 
 
 def _static_bytes(warps: int, tiles: int) -> int:

@@ -27,6 +27,11 @@ DEV bool team_any(const Member& me, bool x) {
                : "memory");
   return r;
 }
+DEV u32 fma_f16x2(u32 a, u32 b, u32 c) {
+  u32 r;
+  asm("fma.rn.f16x2 %0,%1,%2,%3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
 DEV float2 lds_float2(u32 a) {
   float2 r;
   asm volatile("ld.shared.v2.f32 {%0,%1},[%2];" : "=f"(r.x), "=f"(r.y) : "r"(a));
@@ -77,26 +82,35 @@ DEV void raise_team_top(State& st, const float (&s)[NT][N][4], float scale, bool
   }
 }
 
-// The query times a page's key scales, and its product with the minima: each warp its share of the row tiles.
+// The query times a page's key scales, and its products with the minima: each warp for its share of the channels.
 DEV void scale_team_query(u32 stage, u32 shared, const Member& me, int lane) {
   const int t = lane & 3;
-  for (int n = me.index; n < NT; n += TEAM) {
-    float minima[4] = {0.f, 0.f, 0.f, 0.f}, bias[4] = {0.f, 0.f, 0.f, 0.f};
+  float minima[NT][4], bias[NT][4];
 #pragma unroll
-    for (int j = 0; j < J; j++) {
-      const uint4 s = lds128(stage + ST_KS + t * (D / 2) + j * 16), z = lds128(stage + ST_KS + 2 * D + t * (D / 2) + j * 16);
+  for (int n = 0; n < NT; n++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) minima[n][i] = bias[n][i] = 0.f;
+#pragma unroll
+  for (int i = 0; i < OWN_J; i++) {
+    const int j = me.index * OWN_J + i;
+    const uint4 s = lds128(stage + ST_KS + t * (D / 2) + j * 16), z = lds128(stage + ST_KS + 2 * D + t * (D / 2) + j * 16);
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
       const u32 at = shared + ((n * J + j) * 32 + lane) * 16;
       const uint4 q = lds128(at);
       const uint4 x = make_uint4(mul_f16x2(q.x, s.x), mul_f16x2(q.y, s.y), mul_f16x2(q.z, s.z), mul_f16x2(q.w, s.w));
       sts128(at + TEAM_SCALED, x);
-      mma_f16(minima, z.x, z.x, z.y, z.y, q.x, q.y);
-      mma_f16(bias, K_BIAS, K_BIAS, K_BIAS, K_BIAS, x.x, x.y);
-      mma_f16(minima, z.z, z.z, z.w, z.w, q.z, q.w);
-      mma_f16(bias, K_BIAS, K_BIAS, K_BIAS, K_BIAS, x.z, x.w);
+      mma_f16(minima[n], z.x, z.x, z.y, z.y, q.x, q.y);
+      mma_f16(bias[n], K_BIAS, K_BIAS, K_BIAS, K_BIAS, x.x, x.y);
+      mma_f16(minima[n], z.z, z.z, z.w, z.w, q.z, q.w);
+      mma_f16(bias[n], K_BIAS, K_BIAS, K_BIAS, K_BIAS, x.z, x.w);
     }
-    if (lane < 4)
-      sts_float2(shared + TEAM_START + (n * 8 + 2 * t) * 4, minima[0] * CODE_SCALE - bias[0], minima[1] * CODE_SCALE - bias[1]);
   }
+  if (lane < 4)
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+      sts_float2(shared + TEAM_START + (me.index * ROWS + n * 8 + 2 * t) * 4, minima[n][0] * CODE_SCALE - bias[n][0],
+                 minima[n][1] * CODE_SCALE - bias[n][1]);
 }
 
 // A slice's keys times all rows of the query.
@@ -104,7 +118,12 @@ DEV void score_slice(float (&s)[NT][2][4], u32 stage, u32 shared, int lane) {
   const u32 mine = stage + lane * 16, scaled = shared + TEAM_SCALED + lane * 16;
 #pragma unroll
   for (int n = 0; n < NT; n++) {
-    const float2 start = lds_float2(shared + TEAM_START + (n * 8 + 2 * (lane & 3)) * 4);
+    float2 start = make_float2(0.f, 0.f);
+#pragma unroll
+    for (int w = 0; w < TEAM; w++) {
+      const float2 x = lds_float2(shared + TEAM_START + (w * ROWS + n * 8 + 2 * (lane & 3)) * 4);
+      start.x += x.x, start.y += x.y;
+    }
 #pragma unroll
     for (int i = 0; i < 8; i++) s[n][i / 4][i % 4] = i & 1 ? start.y : start.x;
   }
@@ -147,19 +166,20 @@ DEV void leave_probabilities(State& st, const float (&s)[NT][2][4], u32 stages, 
                                          exp2_fast(fmaf(s[n][i / 2][(i & 1) * 2 + 1], scale, -st.top[n][1]))));
 #pragma unroll
   for (int v = 0; v < NVG; v++) {
-    const uint4 vs = lds128(stage + ST_VS + (v * 4 + t) * 16), vz = lds128(stage + ST_VS + 64 * NVG + (v * 4 + t) * 16);
+    const uint4 vs = lds128(stage + ST_VS + (v * 4 + t) * 16), low = lds128(stage + ST_VS + 64 * NVG + (v * 4 + t) * 16);
+    u32 vz[4];  // a code of 0 after centring
+#pragma unroll
+    for (int i = 0; i < 4; i++) vz[i] = fma_f16x2(HALF_RANGE, word(vs, i), word(low, i));
     const u32 one = v == 0 ? 0x3c003c00 : 0;
 #pragma unroll
     for (int n = 0; n < NT; n++) {
       float sums[4] = {0.f, 0.f, 0.f, 0.f};
       u32 scaled[4];
-      mma_f16(sums, vz.x, one, vz.y, one, prob[n][0], prob[n][1]);
-      mma_f16(sums, vz.z, one, vz.w, one, prob[n][2], prob[n][3]);
+      mma_f16(sums, vz[0], one, vz[1], one, prob[n][0], prob[n][1]);
+      mma_f16(sums, vz[2], one, vz[3], one, prob[n][2], prob[n][3]);
 #pragma unroll
       for (int i = 0; i < 4; i++) scaled[i] = mul_f16x2(prob[n][i], word(vs, i));
       sts128(probabilities(stages, shared, me.index, v, n) + lane * 16, make_uint4(scaled[0], scaled[1], scaled[2], scaled[3]));
-      mma_f16(sums, HALF_RANGE, 0, HALF_RANGE, 0, scaled[0], scaled[1]);
-      mma_f16(sums, HALF_RANGE, 0, HALF_RANGE, 0, scaled[2], scaled[3]);
 #pragma unroll
       for (int i = 0; i < 4; i++) st.sums[n][v][i] += sums[i];
     }
