@@ -15,6 +15,7 @@ Both are linear in T, so they pay from some T on, or never.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -23,6 +24,16 @@ import numpy as np
 LOST_TOKENS = 0.07
 # More pages than there can be, in an int32.
 NEVER = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class CycleBytes:
+    """What a cycle reads, as of `min_total_pages`."""
+
+    draft_weight_bytes: float
+    target_weight_bytes: float
+    draft_kv_bytes: float
+    target_kv_bytes: float
 
 
 def min_total_pages(
