@@ -18,6 +18,8 @@ A configuration is an engine of its own, with torch.compile and CUDA graphs on:
     sparse8-N, sparse16-N   QuantSpec whose drafts read an eighth, a sixteenth of the old tokens (``draft_context``)
     target16-N  the same sixteenth with the target's own weights, as Vegas and MagicDec draft, but in 4 bits
     auto-N      QuantSpec with ``draft_context: auto``, which reads a sixteenth where that pays
+    each, sparse16-each, ...   one engine (``num_speculative_tokens: auto``) that is measured with every number of drafts
+                that it can have, one after the other: rows 1, 2, 3, ... or sparse16-1, sparse16-2, ...
     ngram-N     vLLM's n-gram speculation on the GPU (``ngram_gpu``: the proposer of ``ngram``, with async scheduling)
     draft-N     vLLM's ``draft_model`` with a second, smaller model: Llama-3.2-1B's shape for 8b, TinyLlama's for 7b
     self-N      vLLM's ``draft_model`` with the same model again as its draft: what self-speculation costs without QuantSpec
@@ -59,6 +61,7 @@ from pathlib import Path
 
 from common import write_json
 
+from vllm_quantspec.config import AUTO_NUMBERS
 from vllm_quantspec.estimate import GIB, expected_tokens
 
 RESULTS = Path(__file__).parent / "results"
@@ -163,6 +166,8 @@ SPARSE = {
 # Bytes of a token against BF16's, with 8 KV heads of 128 or more of either.
 CACHE_BYTES = {"bf16": 1.0, "fp8": 0.5, "cache-int4": 0.29, "int4": 0.29}
 OUR_CACHE_BYTES = 0.54
+# The last word of a configuration that is measured with every number of drafts.
+EACH = "each"
 # Longer than any context here; a step's time does not depend on it.
 MAX_POSITIONS = 1 << 20
 CONFIGS = ["bf16", "fp8", "cache", "3", "5", "draft-5", "ngram-5"]
@@ -200,7 +205,15 @@ def shape_name(shape: str) -> str:
 def drafted(config: str) -> int:
     """Tokens that a configuration drafts per verification."""
     last = config.rpartition("-")[2]
-    return int(last) if last.isdigit() else 0
+    return int(last) if last.isdigit() else AUTO_NUMBERS[-1] if last == EACH else 0
+
+
+def numbers_of(config: str) -> dict[str, int | None]:
+    """{what a row is called: the number of drafts that its engine is held to, if any} of a configuration's rows."""
+    kind, _, last = config.rpartition("-")
+    if last != EACH:
+        return {config: None}
+    return {f"{kind}-{number}" if kind else str(number): number for number in AUTO_NUMBERS if number}
 
 
 def drafter(config: str) -> str:
@@ -223,7 +236,7 @@ def engine_arguments(config: str, acceptance: float, quantspec: dict, folders: d
         return {"attention_backend": "QUANTSPEC"}
     if config == "cache-int4":
         return {"kv_cache_dtype": "quantspec_int4"}
-    gamma = drafted(config)
+    gamma = "auto" if config.endswith(EACH) else drafted(config)
     methods = {
         **{name: {"method": "quantspec", **quantspec, **options} for name, options in SPARSE.items()},
         "": {"method": "quantspec", **quantspec},
@@ -416,7 +429,7 @@ def child(args) -> None:
     points = [tuple(map(int, point.split("x"))) for point in args.points]
     batches = {batch for _, batch in points}
     longest = max(context for context, _ in points)
-    query_len = 1 + drafted(args.child)
+    query_lens = {1 + (number or drafted(args.child)) for number in numbers_of(args.child).values()}
     shape = model_config(args.shape) | ({"num_hidden_layers": args.layers} if args.layers else {})
     fixed = {"kv_cache_memory_bytes": cache_bytes(args.child, args.together)} if args.together else {}
     started = time.perf_counter()
@@ -437,7 +450,7 @@ def child(args) -> None:
             disable_log_stats=True,
             tensor_parallel_size=args.tensor_parallel_size,
             enforce_eager=not torch.cuda.is_available(),
-            compilation_config={"cudagraph_capture_sizes": sorted({b * n for b in batches for n in (1, query_len)})},
+            compilation_config={"cudagraph_capture_sizes": sorted({b * n for b in batches for n in {1} | query_lens})},
             **fixed,
             **engine_arguments(args.child, args.acceptance, json.loads(args.options), folders),
         )
@@ -457,11 +470,14 @@ def child(args) -> None:
     for context, batch in points:
         point = engine | {"context": context, "batch": batch}
         fit = int(cache.sequences(context + MAX_TOKENS // 2))
-        if fit < batch:
-            row = {"sequences_that_fit": fit}
-        else:
-            row = measure(llm, cache, context, batch, args.tokens, args.repeats, args.child in args.profile)
-        print("ROW " + json.dumps(point | row), flush=True)
+        for name, number in numbers_of(args.child).items():
+            if number is not None:
+                cache.scheduler.draft_length.choose = lambda *of_a_step, number=number: number
+            if fit < batch:
+                row = {"sequences_that_fit": fit}
+            else:
+                row = measure(llm, cache, context, batch, args.tokens, args.repeats, args.child in args.profile)
+            print("ROW " + json.dumps(point | {"config": name} | row), flush=True)
 
 
 def add_derived(rows: list[dict], acceptance: float) -> None:

@@ -42,6 +42,18 @@ def test_configurations():
     assert end_to_end.engine_arguments("cache-int4", 0.9, {}, folders) == {"kv_cache_dtype": "quantspec_int4"}
 
 
+def test_one_engine_for_every_number_of_drafts():
+    def speculative(config: str) -> dict:
+        return end_to_end.engine_arguments(config, 0.9, {}, {"self": "", "draft": ""})["speculative_config"]
+
+    assert list(end_to_end.numbers_of("each").items()) == [(str(n), n) for n in (1, 2, 3, 4, 6, 8)]
+    assert list(end_to_end.numbers_of("sparse16-each"))[-1] == "sparse16-8" and end_to_end.drafted("sparse16-each") == 8
+    for config in ("bf16", "cache-int4", "4", "auto-5"):
+        assert end_to_end.numbers_of(config) == {config: None}
+    assert speculative("each")["num_speculative_tokens"] == speculative("sparse16-each")["num_speculative_tokens"] == "auto"
+    assert speculative("sparse16-each")["draft_context"] == 1 / 16 and "draft_context" not in speculative("each")
+
+
 def test_server_arguments():
     assert serve_bench.server_arguments("bf16", 0.9) == ["--load-format", "dummy"]
     caches = {c: serve_bench.server_arguments(c, 0.9)[3] for c in serve_bench.CONFIGS if c != "bf16"}

@@ -27,6 +27,7 @@ from vllm_quantspec.config import AUTO_NUMBERS
 from vllm_quantspec.draft_length import DraftLength
 from vllm_quantspec.integration.gpu.step_graphs import PlainGraphs
 from vllm_quantspec.kernels import cache_update, gather_context
+from vllm_quantspec.sparse_choice import SparseChoice
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -333,6 +334,21 @@ def test_sparse_drafts_where_they_pay(model, prompts, expected, monkeypatch):
         assert (sparse.count == 3).all()
         assert_close(expected[-1:], generate(llm, prompts[-1:], MAX_TOKENS))
         assert all(replayed[name, False] > 5 for name in names)
+        # Whoever reads everything by choice, in any cycle: the output stays, and a batch of such requests is plain.
+        rng, read = random.Random(4), []
+
+        def some(self, requests, tokens, scored, number):
+            whole = {name for name in requests if rng.random() < 0.5}
+            read.append(bool(sparse.reads_all.any()))
+            return whole, set(requests) - whole
+
+        monkeypatch.setattr(SparseChoice, "choose", some)
+        assert_same_or_tied(expected, generate(llm, prompts, MAX_TOKENS), TIE, "auto, some read everything")
+        assert sum(read) > 0
+        monkeypatch.setattr(SparseChoice, "choose", lambda self, requests, *more: (set(requests), set()))
+        replayed.clear()
+        assert_close(expected[-1:], generate(llm, prompts[-1:], MAX_TOKENS))
+        assert all(replayed[name, True] > 5 for name in names)
 
 
 def test_cache_in_4_bits(model, prompts):
