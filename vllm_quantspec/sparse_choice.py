@@ -126,12 +126,13 @@ class SparseChoice:
         if not number or not could.any():
             return set(), set()
         rows = self._rows_of(requests)
-        cycle, saved, price = self._economy(rows, requests, pages, np.where(could, chosen, pages), number)
+        reads_all = self._reads_all[rows]
         rates, deviations = self.rates(requests)
         brings, at_best = _tokens(rates, number), _tokens(np.minimum(rates + deviations, 1), number)
+        cycle, saved = self._bytes(pages, np.where(could, chosen, pages), ~reads_all, number)
+        price = cycle / np.where(could & ~reads_all, brings[:, SPARSE], brings[:, WHOLE]).sum()
         gain = saved - price * (brings[:, WHOLE] - brings[:, SPARSE])
         margin = HYSTERESIS * cycle / len(requests)
-        reads_all = self._reads_all[rows]
         reads_all ^= could & np.where(reads_all, gain > margin, gain < -margin)
         self._reads_all[rows] = reads_all
 
@@ -144,20 +145,18 @@ class SparseChoice:
         sparse = chosen_pages(np.where(scored & ~reads_all, pages, 0), **self.limits) > 0
         return _named(requests, could & reads_all), _named(requests, sparse)
 
-    def _economy(
-        self, rows: np.ndarray, requests: Sequence[str], pages: np.ndarray, sparse_pages: np.ndarray, number: int
-    ) -> tuple[float, np.ndarray, float]:
-        """Bytes of a cycle, those that each request's sparse drafts save in it, and those that a token costs.
+    def _bytes(
+        self, pages: np.ndarray, sparse_pages: np.ndarray, is_sparse: np.ndarray, number: int
+    ) -> tuple[float, np.ndarray]:
+        """Of a cycle, and those that each request's sparse drafts save in it, be they sparse now or not.
 
         ``pages`` are all that requests have, ``sparse_pages`` those that sparse drafts of them read.
         """
-        cycle, is_sparse = self.cycle, (sparse_pages < pages) & ~self._reads_all[rows]
-        old, read = pages.sum() * self.group_size, np.where(is_sparse, sparse_pages, pages).sum() * self.group_size
+        cycle = self.cycle
+        old, read = (x.sum() * self.group_size for x in (pages, np.where(is_sparse, sparse_pages, pages)))
         draft = cycle.draft_weight_bytes + cycle.draft_kv_bytes * read
         total = number * draft + cycle.target_weight_bytes + cycle.target_kv_bytes * old
-        rates, _ = self.rates(requests)
-        brings = _tokens(np.where(is_sparse, rates[:, SPARSE], rates[:, WHOLE]), number).sum()
-        return total, number * cycle.draft_kv_bytes * self.group_size * (pages - sparse_pages), total / brings
+        return total, number * cycle.draft_kv_bytes * self.group_size * (pages - sparse_pages)
 
     def _tried(self, rows: np.ndarray, promise: np.ndarray, costs: np.ndarray, cycle: float, margin: float) -> int | None:
         """The request, if any, that has the other kind of drafts for once: the one that could gain most by it."""
