@@ -13,6 +13,7 @@ from vllm.v1.request import Request
 from vllm_quantspec.config import AUTO_NUMBERS
 from vllm_quantspec.draft_length import DraftLength
 from vllm_quantspec.integration.draft import sparse_scheduler
+from vllm_quantspec.integration.draft.scheduler import DraftLengthScheduler
 from vllm_quantspec.integration.draft.sparse import reading_all
 from vllm_quantspec.integration.draft.sparse_scheduler import (
     AsyncSparseDraftLengthScheduler,
@@ -143,8 +144,9 @@ def test_the_log_says_how_many_read_everything(llm, prompts, kinds, monkeypatch)
     assert lines == ["Of requests long enough for sparse drafts 100 % read everything, as accepted drafts say"]
 
 
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("cls", [AsyncSparseScheduler, AsyncSparseDraftLengthScheduler])
-def test_async_scheduling(llm, tokens, cls):
+def test_async_scheduling(llm, tokens, cls, seed):
     """The scheduler of GPU engines, without a device: outcomes are counted for the kind that the drafts were of."""
     core, now = llm.llm_engine.engine_core.engine_core, scheduler_of(llm)
     scheduler = cls(
@@ -155,7 +157,7 @@ def test_async_scheduling(llm, tokens, cls):
         hash_block_size=now.hash_block_size,
         log_stats=True,
     )
-    rng, chosen, numbers = random.Random(3), [], []
+    rng, chosen, numbers = random.Random(seed), [], []
 
     def choose(requests, tokens, scored, number):
         numbers.append(number)
@@ -166,6 +168,8 @@ def test_async_scheduling(llm, tokens, cls):
     observed = []
     scheduler.sparse_choice.choose = choose
     scheduler.sparse_choice.observe = lambda *args: observed.extend(zip(*args, strict=True))
+    if isinstance(scheduler, DraftLengthScheduler):  # by measured times otherwise
+        scheduler.draft_length.choose = lambda *args: rng.choice((0, 1, 4))
     params = SamplingParams(max_tokens=40, ignore_eos=True)
     for name, length in (("a", 20), ("b", 33)):
         scheduler.add_request(Request(name, tokens[:length], params, None, block_hasher=core.request_block_hasher))
