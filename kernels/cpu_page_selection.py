@@ -50,17 +50,20 @@ def scored_pages(
     num_slots: int,
     min_pages: int = 0,
     min_total_pages: int = 0,
+    reads_all: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Where a verification step's scores go: ``begin`` and ``num_scored`` int32 [R].
 
-    All pages that the step's first row reads are scored, of requests that have ``min_pages`` or more, if those have
-    ``min_total_pages`` together. Requests follow one another; one that does not fit into the ``num_slots`` slots any more,
-    and all after it, have none.
+    All pages that the step's first row reads are scored, of requests that have ``min_pages`` or more and 0 in ``reads_all``
+    int [R] (None: in all), if those have ``min_total_pages`` together. Requests follow one another; one that does not fit
+    into the ``num_slots`` slots any more, and all after it, have none.
     """
     queries = query_start_loc.diff()
     first = seq_lens - queries
     pages = window_start(first.clamp_min(0), fmt.group_size) // fmt.group_size
     pages = pages * ((queries > 0) & (pages >= min_pages))
+    if reads_all is not None:
+        pages = pages * (reads_all == 0)
     pages = pages * (pages.sum() >= min_total_pages)
     end = pages.cumsum(0)
     fits = end <= num_slots

@@ -16,6 +16,7 @@ def scored_pages(
     num_slots: int,
     min_pages: int = 0,
     min_total_pages: int = 0,
+    reads_all: torch.Tensor | None = None,
 ) -> None:
     """Write ``begin`` and ``num_scored`` of the requests of a step; lengths are read on the device.
 
@@ -25,6 +26,7 @@ def scored_pages(
         num_slots: pages that there is room for.
         min_pages: a request with fewer pages is not scored, and takes no room.
         min_total_pages: none is scored if all requests that would be have fewer together.
+        reads_all: int32 [R or more]: a request that has 1 is not scored, and takes no room. None for no such request.
 
     Raises:
         ValueError: if an argument does not fit the above.
@@ -36,23 +38,28 @@ def scored_pages(
         raise ValueError(f"Need 1 to 1024 requests and one start more, got {requests} and {len(query_start_loc)}.")
     if min(len(begin), len(num_scored)) < requests:
         raise ValueError(f"begin and num_scored have {len(begin)} and {len(num_scored)} entries, for {requests} requests.")
+    if reads_all is not None:
+        check_int32(reads_all=reads_all)
+        if len(reads_all) < requests:
+            raise ValueError(f"reads_all has {len(reads_all)} entries, for {requests} requests.")
     check_device(seq_lens)
     padded = max(32, power_of_two(requests))
     _scored_pages[(1,)](
-        query_start_loc, seq_lens, begin, num_scored, requests, num_slots, min_pages, min_total_pages, G=fmt.group_size,
-        RP=padded, num_warps=max(1, padded // 128), **overlap(seq_lens),
+        query_start_loc, seq_lens, begin, num_scored, reads_all, requests, num_slots, min_pages, min_total_pages,
+        G=fmt.group_size, RP=padded, num_warps=max(1, padded // 128), **overlap(seq_lens),
     )  # fmt: skip
 
 
 @jit(
     do_not_specialize=["requests", "num_slots", "min_pages", "min_total_pages"],
-    do_not_specialize_on_alignment=["query_start_loc", "seq_lens", "begin", "num_scored"],
+    do_not_specialize_on_alignment=["query_start_loc", "seq_lens", "begin", "num_scored", "reads_all"],
 )
 def _scored_pages(
     query_start_loc,
     seq_lens,
     begin,
     num_scored,
+    reads_all,
     requests,
     num_slots,
     min_pages,
@@ -71,6 +78,8 @@ def _scored_pages(
     first = tl.load(seq_lens + r, mask=there, other=0) - queries
     pages = tl.where((queries > 0) & (first > 0), tl.maximum(first // G - 1, 0), 0)
     pages = tl.where(pages >= min_pages, pages, 0)
+    if reads_all is not None:
+        pages = tl.where(tl.load(reads_all + r, mask=there, other=0) == 0, pages, 0)
     pages = tl.where(tl.sum(pages, axis=0) >= min_total_pages, pages, 0)
     end = tl.cumsum(pages, axis=0)
     fits = end <= num_slots

@@ -2,6 +2,7 @@
 checked again where the kernels, the model runner and the speculator are other ones."""
 
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -21,9 +22,12 @@ from engine_tools import (
 )
 from vllm import SamplingParams
 
+from vllm_quantspec import sparse_policy
 from vllm_quantspec.config import AUTO_NUMBERS
 from vllm_quantspec.draft_length import DraftLength
+from vllm_quantspec.integration.gpu.step_graphs import PlainGraphs
 from vllm_quantspec.kernels import cache_update, gather_context
+from vllm_quantspec.sparse_choice import SparseChoice
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -303,6 +307,48 @@ def test_sparse_drafts(model, prompts, expected, options):
         assert chosen.unique().numel() > 4 or options == {"draft_selection": "window"}
     assert_close(expected[-3:], alone)
     assert accepted[0] > 0.5 * drafts
+
+
+def test_sparse_drafts_where_they_pay(model, prompts, expected, monkeypatch):
+    """``draft_context: auto``: a batch with a long request replays the graphs of sparse drafts, one without plain ones."""
+    monkeypatch.setattr(sparse_policy, "min_total_pages", lambda **shape: 40)
+    replayed, run_fullgraph = Counter(), PlainGraphs.run_fullgraph
+
+    def counting(self, desc):
+        replayed[type(self).__name__, self.sparse.plain] += 1
+        return run_fullgraph(self, desc)
+
+    monkeypatch.setattr(PlainGraphs, "run_fullgraph", counting)
+    names = ("TargetCudaGraphManager", "DraftCudaGraphManager")
+    with engine(model, **SIZE, **quantspec(4, draft_context="auto")) as llm:
+        assert_same_or_tied(expected, generate(llm, prompts, MAX_TOKENS), TIE, "auto, in a batch")
+        assert all(replayed[name, False] > 5 for name in names)
+        sparse = speculator_of(llm).page_scores
+        assert int(sparse.count.max()) >= 8 and 0 < sparse.share.mean < 0.9
+        replayed.clear()
+        short = [generate(llm, [p], MAX_TOKENS)[0] for p in prompts[-3:-1]]
+        assert_close(expected[-3:-1], short)
+        assert all(replayed[name, True] > 5 and not replayed[name, False] for name in names)
+        sparse.count.fill_(3)  # nothing writes it in a plain step, and nobody reads it
+        assert_close(expected[-3:-1], [generate(llm, [p], MAX_TOKENS)[0] for p in prompts[-3:-1]])
+        assert (sparse.count == 3).all()
+        assert_close(expected[-1:], generate(llm, prompts[-1:], MAX_TOKENS))
+        assert all(replayed[name, False] > 5 for name in names)
+        # Whoever reads everything by choice, in any cycle: the output stays, and a batch of such requests is plain.
+        rng, read = random.Random(4), []
+
+        def some(self, requests, tokens, scored, number):
+            whole = {name for name in requests if rng.random() < 0.5}
+            read.append(bool(sparse.reads_all.any()))
+            return whole, set(requests) - whole
+
+        monkeypatch.setattr(SparseChoice, "choose", some)
+        assert_same_or_tied(expected, generate(llm, prompts, MAX_TOKENS), TIE, "auto, some read everything")
+        assert sum(read) > 0
+        monkeypatch.setattr(SparseChoice, "choose", lambda self, requests, *more: (set(requests), set()))
+        replayed.clear()
+        assert_close(expected[-1:], generate(llm, prompts[-1:], MAX_TOKENS))
+        assert all(replayed[name, True] > 5 for name in names)
 
 
 def test_cache_in_4_bits(model, prompts):

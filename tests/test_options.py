@@ -11,7 +11,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from vllm_quantspec import register
 from vllm_quantspec.config import AUTO_NUMBERS, AUTO_SCHEDULE, QuantSpecOptions, is_quantspec, parse_options
-from vllm_quantspec.integration.draft import scheduler
+from vllm_quantspec.integration.draft import scheduler, sparse_scheduler
 from vllm_quantspec.integration.startup.backend_name import quantspec_backend
 from vllm_quantspec.integration.startup.cache_dtype import page_bits
 from vllm_quantspec.integration.startup.engine_args import extension_path
@@ -221,6 +221,21 @@ def test_auto_brings_a_scheduler_of_its_own(asynchronous, books_4m, monkeypatch)
     fixed = make(books_4m, speculative_config="quantspec")
     assert fixed.scheduler_config.scheduler_cls is None and not fixed.speculative_config.chooses_number
     assert not fixed.speculative_config.uses_dynamic_speculative_decoding()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("number", [4, "auto"])
+def test_an_automatic_draft_context_brings_one_too(number, asynchronous, books_4m, monkeypatch):
+    if asynchronous:
+        monkeypatch.setattr(type(current_platform), "check_and_update_config", classmethod(lambda cls, config: None))
+    auto = {"method": "quantspec", "num_speculative_tokens": number, "draft_context": "auto"}
+    config = pickle.loads(pickle.dumps(make(books_4m, speculative_config=auto, async_scheduling=asynchronous)))
+    cls = config.scheduler_config.get_scheduler_cls()
+    assert issubclass(cls, sparse_scheduler.SparseScheduler) and issubclass(cls, AsyncScheduler) == asynchronous
+    assert issubclass(cls, scheduler.DraftLengthScheduler) == (number == "auto")
+    for other in ({"draft_context": 1024}, {"draft_context": "auto", "draft_selection": "snapkv"}):
+        config = make(books_4m, speculative_config={"method": "quantspec", **other}, async_scheduling=asynchronous)
+        assert config.scheduler_config.scheduler_cls is None
 
 
 def test_a_draft_context_beyond_the_models_length_is_refused(books_4m):

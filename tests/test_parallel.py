@@ -3,6 +3,7 @@
 import secrets
 import sys
 from importlib.util import find_spec
+from itertools import count
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from moe_tools import save_mixture
 from test_models import ENGINE
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
+
+from vllm_quantspec.sparse_choice import SparseChoice
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="two workers of the CPU engine; GPUs are not shared")
 
@@ -51,6 +54,20 @@ def test_processes_with_sparse_drafts(books_4m, expected):
     for llm in check(books_4m, expected, "mp", **quantspec(draft_context=256)):
         shares = llm.collective_rpc(lambda worker: worker.model_runner.drafter.page_scores.share.mean)
         assert shares[0] == shares[1] < 0.7
+
+
+def test_processes_are_told_who_reads_everything(books_4m, passage, monkeypatch):
+    """``draft_context: auto``, every second cycle by the scheduler's choice: both workers hear of it in the same step."""
+    steps = count()
+    monkeypatch.setattr(SparseChoice, "choose", lambda self, names, *more: (set(names) if next(steps) % 2 else set(), set()))
+    size = {"max_model_len": 8192, "dtype": "float32"}
+    with engine(books_4m, tensor_parallel_size=2, **size, **quantspec(draft_context="auto")) as llm:
+        prompt = llm.get_tokenizer().encode(passage)[:5000]
+        assert len(prompt) == 5000
+        answer = generate(llm, [prompt], MAX_TOKENS)
+        shares = llm.collective_rpc(lambda worker: worker.model_runner.drafter.page_scores.share.mean)
+    assert 0.4 < shares[0] == shares[1] < 0.9 and next(steps) > 4
+    assert len(answer[0].tokens) == MAX_TOKENS
 
 
 def test_a_mixture_of_experts(tmp_path):

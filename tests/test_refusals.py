@@ -238,6 +238,11 @@ def test_audio_that_arrives_while_the_model_answers(architecture):
             "drop one of them",
         ),
         (
+            {"scheduler_cls": "some.Scheduler", "speculative_config": {"method": "quantspec", "draft_context": "auto"}},
+            "draft_context 'auto' is chosen by a scheduler of its own",
+            "drop one of them",
+        ),
+        (
             {"data_parallel_size": 2, "speculative_config": AUTO},
             "wait for each other",
             "set num_speculative_tokens to a number",

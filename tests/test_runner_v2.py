@@ -1,17 +1,20 @@
 """The hooks into model runner V2 that can be checked without a GPU."""
 
+import pickle
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.gpu import model_runner
 
 from vllm_quantspec.format import PageFormat
 from vllm_quantspec.integration.cache.backend import QuantSpecMetadataBuilder
 from vllm_quantspec.integration.cache.specs import make_specs
 from vllm_quantspec.integration.cache.window import WindowMetadataBuilder
+from vllm_quantspec.integration.draft.sparse import let_read_all
 from vllm_quantspec.integration.gpu import runner as runner_v2
 from vllm_quantspec.integration.gpu.speculator import any_request_samples
 from vllm_quantspec.integration.startup.replace import replaced
@@ -79,8 +82,10 @@ def test_metadata_carry_the_sparse_drafts_of_their_layers(builder):
     layer = SimpleNamespace(impl=SimpleNamespace(page_scores=None))
     builder.vllm_config.compilation_config.static_forward_context["layer"] = layer
     assert builder.build(0, step([5, 40], [1005, 40])).page_scores is None
-    layer.impl.page_scores = sparse = object()
+    layer.impl.page_scores = sparse = SimpleNamespace(plain=False)
     assert builder.build(0, step([5, 40], [1005, 40])).page_scores is sparse
+    sparse.plain = True
+    assert builder.build(0, step([5, 40], [1005, 40])).page_scores is None
 
 
 @pytest.mark.parametrize(
@@ -100,6 +105,27 @@ def test_only_prompts_without_their_ends_are_not_drafted_for(computed, scheduled
         "prefill_len_np": np.array(prefill),
     }
     assert any_request_samples(SimpleNamespace(**rows)) is samples
+
+
+def test_sparse_drafts_hear_of_a_step_before_anything_is_built(monkeypatch):
+    heard, runner = [], SimpleNamespace(attn_groups=[], speculator=SimpleNamespace(page_scores=None))
+    batch = SimpleNamespace(
+        num_draft_tokens_per_req=None,
+        req_ids=["b", "a"],
+        num_reqs=2,
+        seq_lens_cpu_upper_bound=torch.tensor([700, 90, 0, 0], dtype=torch.int32),  # padded for a graph
+    )
+    prepare = runner_v2._with_draft_counts(lambda *args: batch)
+    output = SchedulerOutput.make_empty()
+    assert prepare(runner, output, "state", "shape", 0) is batch
+    runner.speculator.page_scores = SimpleNamespace(begin_step=lambda *args: heard.append(args))
+    for told in ((), ("a", "c")):
+        let_read_all(output, told)
+        prepare(runner, pickle.loads(pickle.dumps(output)), "state", "shape", 0)
+    assert [(names, most.tolist(), whole) for names, most, whole in heard] == [
+        (["b", "a"], [700, 90], frozenset()),
+        (["b", "a"], [700, 90], {"a", "c"}),
+    ]
 
 
 def test_only_quantspec_gets_our_speculator(monkeypatch):

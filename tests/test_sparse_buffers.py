@@ -30,14 +30,14 @@ def test_in_the_interpreter():
 def make(monkeypatch):
     monkeypatch.setattr(sparse_drafts, "pages_of_pool", lambda *args: 300)
 
-    def make_buffers(policy: str) -> sparse_drafts.SparseDrafts:
-        options = {"draft_selection": policy, "draft_context": 2 * G, "num_speculative_tokens": 4}
+    def make_buffers(policy: str, draft_context: str | int = 2 * G, least: int = 0) -> sparse_drafts.SparseDrafts:
+        options = {"draft_selection": policy, "draft_context": draft_context, "num_speculative_tokens": 4}
         config = SimpleNamespace(
             speculative_config=SimpleNamespace(**options),
             scheduler_config=SimpleNamespace(max_num_seqs=8),
-            model_config=SimpleNamespace(max_model_len=WIDTH * G),
+            model_config=SimpleNamespace(max_model_len=WIDTH * G * (4 if draft_context == "auto" else 1)),
         )
-        return sparse_drafts.SparseDrafts(config, SETTINGS, LAYERS, 0, torch.device(DEVICE))
+        return sparse_drafts.SparseDrafts(config, SETTINGS, LAYERS, least, torch.device(DEVICE))
 
     return make_buffers
 
@@ -96,3 +96,49 @@ def test_what_is_read_is_counted_from_lengths_and_scores_can_be_dropped(make):
     sparse.num_scored.fill_(7)
     sparse.forget()
     assert not sparse.num_scored.any()
+
+
+@runs
+@pytest.mark.parametrize("policy", ["attention", "window"])
+def test_a_request_that_shall_read_everything_is_not_scored(make, policy):
+    sparse, table = make(policy), torch.randperm(5 * WIDTH).int().view(5, WIDTH).to(DEVICE)
+    sparse.begin_step(["a", "b", "c"], np.array(LENGTHS[:3]), {"c", "elsewhere"})
+    cycle(sparse, table, [3, 0, 5, -1, -1])
+    assert sparse.count.tolist() == [2] + [0] * 7 and not sparse.plain
+    sparse.count_reading(np.array([900, 190, 1900]), np.array([False] * 3), 1)
+    assert (sparse.share.read, sparse.share.old) == (2 + 1 + 28, 13 + 1 + 28)
+    sparse.begin_step(["c", "a", "b"], np.array(LENGTHS[:3]), ())
+    cycle(sparse, table, [3, 0, 5, -1, -1])
+    assert sparse.count.tolist() == [2, 0, 2] + [0] * 5
+
+
+@runs
+@pytest.mark.parametrize("policy", ["attention", "window", "snapkv"])
+def test_a_step_is_plain_where_the_device_would_choose_nothing(make, policy):
+    """Whatever the lengths, a few tokens less than the host knows: a plain step never hides a choice, and is no rarity."""
+    sparse, generator = make(policy, "auto", least=100), np.random.default_rng(3)
+    plain = 0
+    for _ in range(30):
+        most = generator.integers(1, generator.choice([60, 80, 140]) * G, 3)
+        whole = {name for name in "abc" if generator.random() < 0.2}
+        sparse.begin_step(list("abc"), most, whole)
+        lengths = np.maximum(most - generator.integers(0, 5, 3), 1)
+        queries = np.minimum(generator.integers(1, 6, 3), lengths)
+        table = torch.zeros(3, 4 * WIDTH, dtype=torch.int32, device=DEVICE)
+        starts = ints([0, *queries.cumsum()])
+        metadata = QuantSpecMetadata(0, starts, ints(lengths), ints([0] * 3), table, 3, int(queries.sum()), 5)
+        if sparse.scores is not None:
+            sparse.prepare(metadata)
+            sparse.scores.fill_(0.5)
+        sparse.set_verified_rows(starts, ints([0] * 3))
+        sparse.choose(3, ints(lengths + 1), table, torch.arange(3, device=DEVICE))
+        assert not (sparse.plain and sparse.count.any())
+        plain += sparse.plain
+    assert (8 < plain < 26) if policy != "snapkv" else plain == 0
+
+
+@runs
+def test_only_auto_has_plain_steps(make):
+    sparse = make("attention")
+    sparse.begin_step(["a"], np.array([3]), ())
+    assert not sparse.plain and not sparse.has_plain_steps

@@ -23,7 +23,9 @@ from vllm_quantspec.integration.gpu.speculator import QuantSpecSpeculator
 FULL = CUDAGraphMode.FULL
 
 
-def speculator_with_graphs(drafts: int, schedule, monkeypatch) -> tuple[QuantSpecSpeculator, list[tuple[int, int]]]:
+def speculator_with_graphs(
+    drafts: int, schedule, monkeypatch, page_scores=None
+) -> tuple[QuantSpecSpeculator, list[tuple[int, int]]]:
     """A speculator that has captured its graphs, and what it captured: [(requests, drafts)]. Nothing is recorded."""
     group = SimpleNamespace(is_first_rank=True, is_last_rank=True)
     monkeypatch.setattr(cudagraph_utils, "get_pp_group", lambda: group)
@@ -54,7 +56,7 @@ def speculator_with_graphs(drafts: int, schedule, monkeypatch) -> tuple[QuantSpe
     captured: list[tuple[int, int]] = []
     ours = object.__new__(QuantSpecSpeculator)
     ours.vllm_config, ours.device, ours.speculative_config = config, torch.device("cpu"), speculative_config
-    ours.idx_mapping = torch.ones(8)
+    ours.idx_mapping, ours.page_scores = torch.ones(8), page_scores
     for name in ("model_state", "input_buffers", "block_tables", "attn_groups", "kv_cache_config"):
         setattr(ours, name, None)
     ours._generate_fused_drafts = lambda num_reqs, *args, num_speculative_steps: captured.append(

@@ -21,7 +21,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheConfig, KVCacheSpec, SlidingWindowSpec
 from vllm.v1.worker import gpu_model_runner
-from vllm.v1.worker.gpu import model_runner
+from vllm.v1.worker.gpu import cudagraph_utils, model_runner
 from vllm.v1.worker.gpu.dp_utils import DPSyncState, dispatch_cg_and_sync_dp
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import SpeculatorCudaGraphManager
@@ -29,8 +29,9 @@ from vllm.v1.worker.utils import select_common_block_size
 
 from vllm_quantspec.integration.cache import backend, offloading, specs, window
 from vllm_quantspec.integration.cpu import proposer
-from vllm_quantspec.integration.draft import scheduler
-from vllm_quantspec.integration.gpu import speculator
+from vllm_quantspec.integration.draft import scheduler, sparse_scheduler
+from vllm_quantspec.integration.gpu import speculator, step_graphs
+from vllm_quantspec.integration.gpu.speculator import DraftCudaGraphManager
 from vllm_quantspec.integration.startup import speculative_config, version
 
 # {class: what of its vLLM bases it overrides}. Anything else in the class is its own.
@@ -58,6 +59,9 @@ OVERRIDES = {
     proposer.QuantSpecProposer: "__init__ load_model validate_same_kv_cache_group initialize_attn_backend propose "
     "_sample_from_logits",
     scheduler.DraftLengthScheduler: "__init__ _update_after_schedule update_from_output",
+    sparse_scheduler.SparseScheduler: "__init__ _update_after_schedule update_from_output",
+    step_graphs.PlainGraphs: "capture run_fullgraph",
+    step_graphs.TargetCudaGraphManager: "__init__",
     speculative_config.QuantSpecConfig: "__post_init__ max_num_new_slots_for_drafting compute_hash",
 }
 # Called by nobody but us, so their parameters are ours: constructors, and what only another of our methods calls.
@@ -83,7 +87,8 @@ REPLACED = {
     "vllm.v1.worker.gpu_model_runner.GPUModelRunner._bookkeeping_sync": "self",
     "vllm.v1.worker.cpu_model_runner.CPUModelRunner._zero_block_ids": "self block_ids",
     "vllm.v1.worker.gpu.model_runner.GPUModelRunner.get_kv_cache_spec": "self",
-    "vllm.v1.worker.gpu.model_runner.GPUModelRunner.prepare_inputs": "self",
+    "vllm.v1.worker.gpu.model_runner.GPUModelRunner.prepare_inputs": "self scheduler_output",
+    "vllm.v1.worker.gpu.model_runner.ModelCudaGraphManager": "vllm_config",
     "vllm.v1.worker.gpu.model_runner.init_speculator": "vllm_config device req_states",
     "vllm.v1.worker.gpu.cudagraph_utils.build_dynamic_sd_schedule_lookup": "num_speculative_tokens_per_batch_size "
     "vllm_max_batch_size vllm_num_speculative_tokens",
@@ -97,8 +102,8 @@ FIELDS = {
     CommonAttentionMetadata: "query_start_loc query_start_loc_cpu seq_lens seq_lens_cpu_upper_bound num_reqs "
     "num_actual_tokens max_query_len block_table_tensor",
     DPSyncState: "num_tokens_across_dp num_reqs",
-    InputBatch: "num_reqs idx_mapping seq_lens seq_lens_cpu_upper_bound num_draft_tokens_per_req num_scheduled_tokens "
-    "num_computed_prefill_tokens_np prefill_len_np",
+    InputBatch: "req_ids num_reqs idx_mapping seq_lens seq_lens_cpu_upper_bound num_draft_tokens_per_req "
+    "num_scheduled_tokens num_computed_prefill_tokens_np prefill_len_np",
     SchedulerOutput: "scheduled_spec_decode_tokens num_scheduled_tokens finished_req_ids num_spec_tokens_to_schedule "
     "num_invalid_spec_tokens",
     KVCacheConfig: "kv_cache_groups",
@@ -209,6 +214,30 @@ def test_launcher():
 @pytest.mark.parametrize("cls", FIELDS, ids=lambda cls: cls.__name__)
 def test_fields(cls):
     assert set(FIELDS[cls].split()) <= {field.name for field in fields(cls)}
+
+
+def test_graphs_of_both_kinds():
+    """Metadata of a graph are built where `create_forward_fn` is called, and both managers go through `PlainGraphs`."""
+    base, target = cudagraph_utils.CudaGraphManager, cudagraph_utils.ModelCudaGraphManager
+    (call,) = calls_of(base.capture, "replay") + calls_of(base.run_fullgraph, "replay")
+    assert ast.unparse(call) == "self.graphs[desc].replay()"
+    assert {ast.unparse(c) for c in calls_of(base.capture, "create_forward_fn")} == {
+        "create_forward_fn(desc, warmup=True)",
+        "create_forward_fn(desc, warmup=False)",
+    }
+    source = inspect.getsource(base)
+    assert re.search(r"self\._capture_descs\[\w+\] = descs", source) and "in self._capture_descs" in source
+    for owner, ours in ((target, step_graphs.TargetCudaGraphManager), (SpeculatorCudaGraphManager, DraftCudaGraphManager)):
+        captures = [ast.unparse(c) for c in calls_of(owner.capture, "capture")]
+        assert captures == ["super().capture(create_forward_fn, progress_bar_desc)"]
+        assert calls_of(owner.capture, "prepare_inputs_to_capture")
+        names = [cls.__name__ for cls in ours.__mro__]
+        assert names.index(owner.__name__) < names.index("PlainGraphs") < names.index("CudaGraphManager")
+    assert "super().run_fullgraph(desc)" in inspect.getsource(target.run_fullgraph)
+    (made,) = calls_of(model_runner.GPUModelRunner, "ModelCudaGraphManager")
+    assert len(made.args) >= 1 and ast.unparse(made.args[0]) == "self.vllm_config"
+    prepared = [ast.unparse(call) for call in calls_of(model_runner.GPUModelRunner, "prepare_inputs")]
+    assert any(call.startswith("self.prepare_inputs(scheduler_output, ") for call in prepared)
 
 
 def calls_of(owner, name: str) -> list[ast.Call]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -352,6 +352,21 @@ def expected_tokens(acceptance: float, num_speculative_tokens: int) -> float:
     return tokens if acceptance == 1 else (1 - acceptance**tokens) / (1 - acceptance)
 
 
+def cycle_bytes(
+    model: Model, tensor_parallel_size: int, group_size: int, page_bits: int, draft_experts: str
+) -> sparse_policy.CycleBytes:
+    """What the policy of sparse drafts goes by, of one of so many GPUs. Arguments as of `speed`."""
+    tp = tensor_parallel_size
+    fmt = PageFormat(max(1, model.num_kv_heads // tp), model.head_size, group_size, model.dtype, page_bits)
+    read, in_int4 = model.weights - model.embedding_weights, model.int4_weights(draft_experts)
+    return sparse_policy.CycleBytes(
+        draft_weight_bytes=(in_int4 * INT4_BITS / 8 + (read - in_int4) * model.dtype.itemsize) / tp,
+        target_weight_bytes=read * model.dtype.itemsize / tp,
+        draft_kv_bytes=model.num_layers * fmt.bytes_per_token(4),
+        target_kv_bytes=model.num_layers * fmt.bytes_per_token(),
+    )
+
+
 def draft_share(
     model: Model,
     context: int,
@@ -369,14 +384,8 @@ def draft_share(
         return 1.0
     least = 0
     if draft_context == "auto":
-        tp = tensor_parallel_size
-        fmt = PageFormat(max(1, model.num_kv_heads // tp), model.head_size, group_size, model.dtype, page_bits)
-        read, in_int4 = model.weights - model.embedding_weights, model.int4_weights(draft_experts)
         least = sparse_policy.min_total_pages(
-            draft_weight_bytes=(in_int4 * INT4_BITS / 8 + (read - in_int4) * model.dtype.itemsize) / tp,
-            target_weight_bytes=read * model.dtype.itemsize / tp,
-            draft_kv_bytes=model.num_layers * fmt.bytes_per_token(4),
-            target_kv_bytes=model.num_layers * fmt.bytes_per_token(),
+            **asdict(cycle_bytes(model, tensor_parallel_size, group_size, page_bits, draft_experts)),
             num_speculative_tokens=num_speculative_tokens,
             fraction=budget.fraction,
             group_size=group_size,

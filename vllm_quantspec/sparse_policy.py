@@ -15,12 +15,25 @@ Both are linear in T, so they pay from some T on, or never.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+
+import numpy as np
 
 # The share of a cycle's expected tokens that sparse drafts lose. Where drafts read a sixteenth, 5 drafts bring 4.82 tokens
 # instead of 5.12, 8 bring 6.36 instead of 6.96 (books-30m, 32k tokens, benchmarks/results/sparse_acceptance-books-30m.json).
 LOST_TOKENS = 0.07
 # More pages than there can be, in an int32.
 NEVER = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class CycleBytes:
+    """What a cycle reads, as of `min_total_pages`."""
+
+    draft_weight_bytes: float
+    target_weight_bytes: float
+    draft_kv_bytes: float
+    target_kv_bytes: float
 
 
 def min_total_pages(
@@ -47,3 +60,24 @@ def min_total_pages(
         return NEVER
     tokens = LOST_TOKENS * (drafts * draft_weight_bytes + target_weight_bytes) / per_token
     return min(math.ceil(tokens / group_size), NEVER)
+
+
+def chosen_pages(
+    old_pages: np.ndarray, *, pages: int, fraction: float, min_pages: int, min_scored_pages: int, min_total_pages: int
+) -> np.ndarray:
+    """What `cpu_page_selection.scored_pages` and then `plan_selection` come to, of numbers that the host has.
+
+    A request with more old pages is never read as a whole where it would not be with fewer: bounds give a bound.
+
+    Args:
+        old_pages: int [R], pages below each request's exact window; 0 for one that is not scored.
+        pages, fraction, min_pages: as of `config.DraftBudget`.
+        min_scored_pages, min_total_pages: a request with fewer, and a batch with fewer in such requests, is read as a whole.
+
+    Returns:
+        int64 [R], pages that each request's drafts choose; 0 for all.
+    """
+    scored = np.where(old_pages >= max(min_scored_pages, 1), old_pages, 0).astype(np.int64)
+    budget = np.maximum(np.ceil(scored * fraction), pages).astype(np.int64)
+    sparse = (scored >= max(min_pages, 1)) & (budget < scored) & (scored.sum() >= min_total_pages)
+    return np.where(sparse, budget, 0)

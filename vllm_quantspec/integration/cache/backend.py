@@ -85,7 +85,8 @@ class QuantSpecMetadataBuilder(AttentionMetadataBuilder[QuantSpecMetadata]):
     def _page_scores(self) -> Any:
         """That of the group's layers, all of which have the same; drafts are set up after layers, and may be before this."""
         layer = self._layers.get(self._layer)
-        return None if layer is None else layer.impl.page_scores
+        page_scores = None if layer is None else layer.impl.page_scores
+        return None if page_scores is None or page_scores.plain else page_scores
 
     def update_draft_decode_metadata(self, metadata: QuantSpecMetadata) -> None:
         """Lengths and tables are read on the device when the kernels run: nothing to refresh."""

@@ -51,9 +51,9 @@ class QuantSpecMetadata:
     num_decode_tokens: int
     max_query_len: int = 1
     prefill: Any = None
-    # Sparse drafts, None without: where the target's layers leave what each page weighs, and the pages that the draft's
-    # layers read. On a GPU the first is `gpu.sparse_drafts.SparseDrafts`, which says both; on a CPU they are
-    # `cpu.page_scores.PageScores` and, of metadata of a draft step, a `PageSelection` of all layers.
+    # Sparse drafts, None without and in a plain step (`gpu.step_graphs`): where the target's layers leave what each page
+    # weighs, and the pages that the draft's layers read. On a GPU the first is `gpu.sparse_drafts.SparseDrafts`, which says
+    # both; on a CPU they are `cpu.page_scores.PageScores` and, of metadata of a draft step, a `PageSelection` of all layers.
     page_scores: Any = None
     selection: Any = None
     # What a platform works out once per step and reuses in all layers.

@@ -21,7 +21,7 @@ from vllm_quantspec.config import DraftBudget, draft_budget
 from vllm_quantspec.format import PageFormat, window_start
 from vllm_quantspec.integration.cpu import llvm_scan
 from vllm_quantspec.integration.draft.read_share import ReadShare, labels_of
-from vllm_quantspec.integration.draft.sparse import log_budget, min_pages_of_batch, number_layers, tell_layers
+from vllm_quantspec.integration.draft.sparse import log_budget, may_pay, min_pages_of_batch, number_layers, tell_layers
 from vllm_quantspec.kernels import cpu_page_selection
 from vllm_quantspec.kernels.cpu_decode import ScoresOut
 from vllm_quantspec.kernels.cpu_page_selection import PageSelection
@@ -37,6 +37,8 @@ llvm_scan.install()  # cpu_decode has loaded Numba
 class PageScores:
     """The state of sparse drafts in one worker of a CPU engine.
 
+    ``plain`` is as of `gpu.sparse_drafts.SparseDrafts`, where it saves launches: there are none here.
+
     Args:
         num_layers: L, the target's attention layers, numbered by `number_layers`.
         selection: as of `QuantSpecOptions.draft_selection`.
@@ -44,6 +46,8 @@ class PageScores:
         max_requests: the most in a batch. max_pages: the most of a request.
         labels: as of `ReadShare`.
     """
+
+    plain = False
 
     def __init__(
         self,
@@ -64,9 +68,14 @@ class PageScores:
         self.share = ReadShare(labels)
         self._scores: torch.Tensor | None = None
         self._begin = self._num_scored = torch.zeros(0, dtype=torch.int32)
+        self._reads_all = torch.zeros(0, dtype=torch.bool)
         self._snap = _Snapshots(num_layers, fmt.num_kv_heads, max_requests, max_pages) if selection == "snapkv" else None
 
     # --- Verification ---
+
+    def begin_step(self, requests: Sequence[str], reading_all: Container[str]) -> None:
+        """Before a step of the target, whose requests these are, in its order: the drafts of some shall read everything."""
+        self._reads_all = torch.tensor([name in reading_all for name in requests], dtype=torch.bool)
 
     def start_step(self, query_start_loc: torch.Tensor, seq_lens: torch.Tensor) -> None:
         """A step of the target begins, of whose requests these are scored if they are long enough: its decode and
@@ -76,8 +85,10 @@ class PageScores:
             query_start_loc: int32 [R + 1]; seq_lens: int32 [R], the step's tokens included. R may be 0.
         """
         slots = sparse_policy.NEVER  # as many as there are pages
+        reads_all = self._reads_all[: len(seq_lens)]
+        reads_all = nn.functional.pad(reads_all, (0, len(seq_lens) - len(reads_all)))  # a step that was not announced
         self._begin, self._num_scored = cpu_page_selection.scored_pages(
-            self.fmt, query_start_loc, seq_lens, slots, *self._min_scored
+            self.fmt, query_start_loc, seq_lens, slots, *self._min_scored, reads_all
         )
         self._scores = None
         slots = int(self._num_scored.sum())
@@ -176,8 +187,11 @@ def make_page_scores(
     fmt = layers[next(iter(draft.attention_layers))].impl.settings.format
     min_total = min_pages_of_batch(vllm_config, target_model, draft, fmt)
     labels = labels_of(vllm_config)
+    pays = may_pay(vllm_config, fmt, min_total)
     if labels:
-        log_budget(config.draft_context, config.draft_selection, min_total * fmt.group_size)
+        log_budget(config.draft_context, config.draft_selection, min_total * fmt.group_size if pays else None)
+    if not pays:
+        return None
     page_scores = PageScores(
         fmt,
         num_layers,

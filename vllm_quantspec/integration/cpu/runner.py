@@ -15,6 +15,7 @@ from vllm_quantspec.integration.cache.backend import QuantSpecBackend, QuantSpec
 from vllm_quantspec.integration.cache.window import add_window_specs
 from vllm_quantspec.integration.cpu import generators
 from vllm_quantspec.integration.cpu.proposer import QuantSpecProposer
+from vllm_quantspec.integration.draft.sparse import reading_all
 from vllm_quantspec.integration.startup.replace import replace
 from vllm_quantspec.integration.startup.speculative_config import QuantSpecConfig
 from vllm_quantspec.kernels import cpu_decode
@@ -23,7 +24,7 @@ from vllm_quantspec.kernels import cpu_decode
 def set_draft_counts(runner, scheduler_output) -> None:
     """Tell the metadata builders how many tokens of each row are drafts: exactly those the scheduler put there.
 
-    And sparse drafts, which requests are gone.
+    And sparse drafts, which requests are gone, and whose drafts shall read everything.
     """
     counts, page_scores = None, getattr(getattr(runner, "drafter", None), "page_scores", None)
     for group in runner._attn_group_iterator():
@@ -36,6 +37,7 @@ def set_draft_counts(runner, scheduler_output) -> None:
             builder.num_unverified[: len(counts)] = counts
     if page_scores is not None:
         page_scores.forget(scheduler_output.finished_req_ids | scheduler_output.scheduled_cached_reqs.resumed_req_ids)
+        page_scores.begin_step(runner.input_batch.req_ids, reading_all(scheduler_output))
 
 
 def give_placeholders_probs(runner, num_draft_tokens: list[int]) -> None:

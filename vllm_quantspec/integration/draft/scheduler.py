@@ -76,6 +76,20 @@ def step_seconds(config: VllmConfig):
     return predict
 
 
+def outcomes_of(
+    scheduler: Scheduler, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+) -> list[tuple[str, int, int]]:
+    """What became of a step's drafts: (request, how many it had, how many were accepted) of those that had any."""
+    sampled, invalid = model_runner_output.sampled_token_ids, scheduler_output.num_invalid_spec_tokens or {}
+    outcomes = []
+    for request_id, drafts in scheduler_output.scheduled_spec_decode_tokens.items():
+        tokens = sampled[model_runner_output.req_id_to_index[request_id]] if sampled else ()
+        num_drafts = len(drafts) - invalid.get(request_id, 0)
+        if tokens and num_drafts and request_id in scheduler.requests:
+            outcomes.append((request_id, num_drafts, min(len(tokens) - 1, num_drafts)))
+    return outcomes
+
+
 @dataclass(frozen=True)
 class _Step:
     """A step on its way: when it was scheduled, and what it does."""
@@ -153,20 +167,9 @@ class DraftLengthScheduler(Scheduler):
         self._last_output_at, self._last_step_had_prompt = now, step.has_prompt
 
     def _learn_acceptance(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> None:
-        sampled = model_runner_output.sampled_token_ids
-        if not sampled:
-            return
-        invalid = scheduler_output.num_invalid_spec_tokens or {}
-        requests, drafted, accepted = [], [], []
-        for request_id, drafts in scheduler_output.scheduled_spec_decode_tokens.items():
-            tokens = sampled[model_runner_output.req_id_to_index[request_id]]
-            num_drafts = len(drafts) - invalid.get(request_id, 0)
-            if tokens and num_drafts and request_id in self.requests:
-                requests.append(request_id)
-                drafted.append(num_drafts)
-                accepted.append(min(len(tokens) - 1, num_drafts))
-        if requests:
-            self.draft_length.observe_acceptance(requests, drafted, accepted)
+        outcomes = outcomes_of(self, scheduler_output, model_runner_output)
+        if outcomes:
+            self.draft_length.observe_acceptance(*map(list, zip(*outcomes, strict=True)))
 
     def _log(self, now: float) -> None:
         steps = self._chosen.total()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import nn
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearBase
@@ -18,12 +19,29 @@ from vllm_quantspec.config import draft_budget
 from vllm_quantspec.integration.draft.model import loaded_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
 
     from vllm_quantspec.format import PageFormat
     from vllm_quantspec.integration.draft.model import DraftModel
 
 logger = init_logger("vllm.quantspec.sparse")
+
+# An attribute of vLLM's SchedulerOutput that is ours: it travels to all workers, as everything that is in there.
+READING_ALL = "quantspec_reading_all"
+
+
+def let_read_all(scheduler_output: SchedulerOutput, requests: Collection[str]) -> None:
+    """Tell the workers: the drafts that follow this step read everything of these requests, by name."""
+    if requests:
+        setattr(scheduler_output, READING_ALL, frozenset(requests))
+
+
+def reading_all(scheduler_output: SchedulerOutput) -> frozenset[str]:
+    """What the scheduler has told by `let_read_all`."""
+    return getattr(scheduler_output, READING_ALL, frozenset())
 
 
 def number_layers(draft: DraftModel, layers: dict[str, nn.Module]) -> int:
@@ -62,6 +80,20 @@ def min_pages_of_batch(vllm_config: VllmConfig, target_model: nn.Module, draft: 
     )
 
 
+def may_pay(vllm_config: VllmConfig, fmt: PageFormat, min_total_pages: int) -> bool:
+    """Whether any batch of this engine is long enough for sparse drafts, at ``min_pages_of_batch``."""
+    config = vllm_config.speculative_config
+    longest = vllm_config.model_config.max_model_len // fmt.group_size - 1
+    budget = draft_budget(config.draft_context, fmt.group_size)
+    chosen = sparse_policy.chosen_pages(
+        np.full(vllm_config.scheduler_config.max_num_seqs, max(0, longest)),
+        min_scored_pages=budget.min_scored_pages,
+        min_total_pages=min_total_pages,
+        **budget._asdict(),
+    )
+    return bool(chosen.any())
+
+
 def read_bytes(model: nn.Module) -> int:
     """Bytes of this worker's weights that a step of ``model`` reads: all but an input embedding beside the output layer.
 
@@ -80,10 +112,11 @@ def read_bytes(model: nn.Module) -> int:
     return total
 
 
-def log_budget(draft_context: str | int | float, selection: str, min_tokens: int) -> None:
-    """Say at start what drafts will read, ``min_tokens`` being those of a batch from which on they read less than all."""
-    if min_tokens >= sparse_policy.NEVER:
-        logger.info("Sparse drafts would not pay here at any length: drafts read the whole cache")
+def log_budget(draft_context: str | int | float, selection: str, min_tokens: int | None) -> None:
+    """Say at start what drafts will read, ``min_tokens`` being those of a batch from which on they read less than all (None:
+    no batch of this engine has as many)."""
+    if min_tokens is None:
+        logger.info("Sparse drafts would not pay at any length that this engine has: drafts read the whole cache")
     else:
         beginning = f", from {min_tokens} tokens of a batch on" if min_tokens else ""
         logger.info("Sparse drafts: draft_context %s, pages chosen by %s%s", draft_context, selection, beginning)

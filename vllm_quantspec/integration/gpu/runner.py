@@ -1,6 +1,6 @@
-"""Hooks into model runner V2 (the GPU engine's): the window's cache, the number of drafts per row, the speculator, graphs.
+"""Hooks into model runner V2 (the GPU engine's): the window's cache, what a step's drafts are, the speculator, graphs.
 
-vLLM has no public hook for any of the four in 0.32; each replaces one function, and does nothing for other engines.
+vLLM has no public hook for any of them in 0.32; each replaces one function, and does nothing for other engines.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from vllm_quantspec.integration.cache.backend import QuantSpecMetadataBuilder
 from vllm_quantspec.integration.cache.window import add_window_specs
+from vllm_quantspec.integration.draft.sparse import reading_all
 from vllm_quantspec.integration.gpu.draft_numbers import with_every_number
 from vllm_quantspec.integration.gpu.speculator import QuantSpecSpeculator
+from vllm_quantspec.integration.gpu.step_graphs import with_plain_graphs
 from vllm_quantspec.integration.startup.replace import replace
 from vllm_quantspec.integration.startup.speculative_config import QuantSpecConfig
 
@@ -44,9 +46,17 @@ def _with_windows(get_kv_cache_spec):
 
 
 def _with_draft_counts(prepare_inputs):
-    def prepare_inputs_with_draft_counts(self, *args, **kwargs):
-        input_batch = prepare_inputs(self, *args, **kwargs)
+    def prepare_inputs_with_draft_counts(self, scheduler_output, *args, **kwargs):
+        input_batch = prepare_inputs(self, scheduler_output, *args, **kwargs)
         set_draft_counts(self, input_batch.num_draft_tokens_per_req)
+        sparse = getattr(self.speculator, "page_scores", None)
+        if sparse is not None:  # before metadata are built, and graphs replayed
+            num_reqs = input_batch.num_reqs
+            sparse.begin_step(
+                input_batch.req_ids,
+                input_batch.seq_lens_cpu_upper_bound[:num_reqs].numpy(),
+                reading_all(scheduler_output),
+            )
         return input_batch
 
     return prepare_inputs_with_draft_counts
@@ -62,8 +72,9 @@ def _with_quantspec(init_speculator):
 
 
 def install() -> None:
-    """Replace the four functions."""
+    """Replace the five functions."""
     replace(GPUModelRunner, "get_kv_cache_spec", _with_windows)
     replace(GPUModelRunner, "prepare_inputs", _with_draft_counts)
     replace(model_runner, "init_speculator", _with_quantspec)
+    replace(model_runner, "ModelCudaGraphManager", with_plain_graphs)
     replace(cudagraph_utils, "build_dynamic_sd_schedule_lookup", with_every_number)

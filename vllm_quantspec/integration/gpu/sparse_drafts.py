@@ -10,21 +10,28 @@ drafts that follow it and by nothing else: no request keeps any (SnapKV's choice
 Memory (design rule 5): one slot for each page that the step's requests read, of all together. There are no more slots than
 the pool can hold pages, and all are allocated before vLLM measures what is left for the pool. Where requests share
 prefixes they may read more pages than the pool has; those that find no slots have drafts that read everything.
+
+Steps in which no request can have sparse drafts are plain: with ``draft_context: auto`` they launch nothing of this, in
+graphs of their own (`step_graphs`).
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
+from vllm.utils.torch_utils import async_tensor_h2d
 
+from vllm_quantspec import sparse_policy
 from vllm_quantspec.config import draft_budget
 from vllm_quantspec.integration.cache.metadata import LayerSettings, QuantSpecMetadata
 from vllm_quantspec.integration.draft.model import DraftModel
 from vllm_quantspec.integration.draft.read_share import ReadShare, labels_of
-from vllm_quantspec.integration.draft.sparse import log_budget, min_pages_of_batch, number_layers, tell_layers
+from vllm_quantspec.integration.draft.sparse import log_budget, may_pay, min_pages_of_batch, number_layers, tell_layers
 from vllm_quantspec.kernels import cpu_page_selection, page_selection, snapkv
 from vllm_quantspec.kernels.cpu_page_selection import PageSelection
 from vllm_quantspec.kernels.decode_attention import ScoresOut, raw_rows
@@ -42,6 +49,9 @@ class SparseDrafts:
         num_layers: of the target, numbered by `number_layers`.
         min_total_pages: a batch with fewer old pages is read as a whole.
         labels: as of `ReadShare`.
+
+    ``plain`` says of the present step, from `begin_step` on, that none of its requests has sparse drafts: its metadata then
+    carry no page scores. Always False where not ``has_plain_steps``.
 
     Raises:
         ValueError: requests of this model's length have more pages than the selection can hold.
@@ -79,7 +89,13 @@ class SparseDrafts:
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
+        # With a budget that the user chose nearly all steps are sparse: graphs of other ones would be memory for nothing.
+        # What SnapKV has chosen ends with a step that is seen not to score the request.
+        self.has_plain_steps = config.draft_context == "auto" and self.policy != "snapkv"
+        self.plain = False
         self.begin, self.num_scored, self.num_rows, self.count, self.dense_from = (zeros(requests) for _ in range(5))
+        self.reads_all = zeros(requests)  # 1 for requests that are not scored, whatever their length
+        self._any_reads_all, self._not_scored = False, np.zeros((), dtype=bool)  # the same on the host, of the step's
         self.page_list = zeros(num_layers, heads, slots)
         buffers = [self.page_list]
         self.scores = self.scores_out = self.snap = None
@@ -102,6 +118,29 @@ class SparseDrafts:
             slots,
         )
 
+    def begin_step(self, requests: Sequence[str], most_tokens: np.ndarray, reading_all: Collection[str]) -> None:
+        """Once per step, on the host, before its metadata are built and its graph is replayed.
+
+        Args:
+            requests: names of the batch's requests, in its order.
+            most_tokens: int [num_reqs], what each of them has at most, the step's own tokens and all drafts included.
+            reading_all: names of requests whose drafts shall read everything.
+        """
+        flags = np.zeros(len(self.reads_all), dtype=np.int32)
+        if reading_all:
+            flags[: len(requests)] = [name in reading_all for name in requests]
+        if self._any_reads_all or flags.any():  # a graph reads them: written in place, on the runner's stream
+            async_tensor_h2d(flags, out=self.reads_all)
+            self._any_reads_all = bool(flags.any())
+        self._not_scored = flags[: len(requests)] != 0
+        self.plain = self.has_plain_steps and not self._chosen_at_most(most_tokens, np.zeros(len(requests), bool)).any()
+
+    def _chosen_at_most(self, lengths: np.ndarray, not_scored: np.ndarray) -> np.ndarray:
+        """`sparse_policy.chosen_pages` of the step's requests; of shorter ones the device chooses none where this is 0."""
+        pages = np.maximum(lengths // self.format.group_size - 1, 0)
+        scored = np.where(self._not_scored | not_scored, 0, pages)
+        return sparse_policy.chosen_pages(scored, min_scored_pages=self.min_scored_pages, **self.limits)
+
     def prepare(self, md: QuantSpecMetadata) -> None:
         """Once per step: which requests are scored, and where."""
         n = md.num_decodes
@@ -111,6 +150,7 @@ class SparseDrafts:
             md.seq_lens[:n],
             self.begin,
             self.num_scored,
+            reads_all=self.reads_all,
             num_slots=self.page_list.shape[2],
             min_pages=self.min_scored_pages,
             min_total_pages=self.min_scored_total,
@@ -143,12 +183,9 @@ class SparseDrafts:
         Args:
             lengths: int [num_reqs], tokens of each request, or a few more. from_prompt: bool, requests that are not scored.
         """
-        group, limits = self.format.group_size, self.limits
-        pages = np.maximum(lengths // group - 1, 0)
-        scored = pages if self.policy == "window" else np.where(from_prompt, 0, pages)
-        budget = np.maximum(np.ceil(scored * limits["fraction"]), limits["pages"])
-        sparse = (scored >= limits["min_pages"]) & (budget < scored) & (scored.sum() >= limits["min_total_pages"])
-        self.share.add(int(np.where(sparse, budget, pages).sum()), int(pages.sum()), steps)
+        pages = np.maximum(lengths // self.format.group_size - 1, 0)
+        chosen = self._chosen_at_most(lengths, np.zeros_like(from_prompt) if self.policy == "window" else from_prompt)
+        self.share.add(int(np.where(chosen > 0, chosen, pages).sum()), int(pages.sum()), steps)
 
     def forget(self) -> None:
         """The step's scores: no drafts follow it."""
@@ -164,7 +201,15 @@ class SparseDrafts:
         """
         if self.policy == "window":  # all requests, those that come from their prompt too
             starts = torch.arange(num_reqs + 1, dtype=torch.int32, device=seq_lens.device)
-            begin, pages = cpu_page_selection.scored_pages(self.format, starts, seq_lens, self.page_list.shape[2])
+            begin, pages = cpu_page_selection.scored_pages(
+                self.format,
+                starts,
+                seq_lens,
+                self.page_list.shape[2],
+                self.min_scored_pages,
+                self.min_scored_total,
+                self.reads_all[:num_reqs],
+            )
             self.begin[:num_reqs].copy_(begin)
             self.num_scored[:num_reqs].copy_(pages)
         selection = (self.begin, self.num_rows[:num_reqs], self.count, self.dense_from)
@@ -205,6 +250,13 @@ def pages_of_pool(vllm_config: VllmConfig, num_layers: int, page_bytes: int, dev
     return min(pages, cache.num_gpu_blocks_override or pages)
 
 
+def of_engine(vllm_config: VllmConfig) -> SparseDrafts | None:
+    """What `make` has told the engine's layers."""
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    found = (getattr(getattr(layer, "impl", None), "page_scores", None) for layer in layers)
+    return next((x for x in found if x is not None), None)
+
+
 def make(vllm_config: VllmConfig, target_model: nn.Module, draft: DraftModel, device: torch.device) -> SparseDrafts | None:
     """For an engine with these options, or None where drafts read everything; the layers know of it then."""
     config = vllm_config.speculative_config
@@ -215,8 +267,12 @@ def make(vllm_config: VllmConfig, target_model: nn.Module, draft: DraftModel, de
     settings = layers[next(iter(draft.attention_layers))].impl.settings
     min_total = min_pages_of_batch(vllm_config, target_model, draft, settings.format)
     labels = labels_of(vllm_config)
+    pays = may_pay(vllm_config, settings.format, min_total)
     if labels:
-        log_budget(config.draft_context, config.draft_selection, min_total * settings.format.group_size)
+        min_tokens = min_total * settings.format.group_size if pays else None
+        log_budget(config.draft_context, config.draft_selection, min_tokens)
+    if not pays:
+        return None
     sparse = SparseDrafts(vllm_config, settings, num_layers, min_total, device, labels=labels)
     tell_layers(draft, layers, sparse)
     return sparse

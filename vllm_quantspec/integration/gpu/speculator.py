@@ -33,6 +33,7 @@ from vllm_quantspec.integration.draft.model import DraftModel, build_configured_
 from vllm_quantspec.integration.draft.rotary import RotaryPositions, make_rotary_positions
 from vllm_quantspec.integration.gpu import sparse_drafts
 from vllm_quantspec.integration.gpu.draft_numbers import numbers_of_drafts
+from vllm_quantspec.integration.gpu.step_graphs import PlainGraphs
 
 logger = init_logger("vllm.quantspec.speculator")
 
@@ -43,7 +44,7 @@ def any_request_samples(input_batch: InputBatch) -> bool:
     return bool((computed >= input_batch.prefill_len_np).any())
 
 
-class DraftCudaGraphManager(SpeculatorCudaGraphManager):
+class DraftCudaGraphManager(SpeculatorCudaGraphManager, PlainGraphs):
     """Captures a graph for each number of drafts in the schedule, 1 included.
 
     vLLM's own leaves 1 out: its first draft comes from a prefill, which has graphs of its own. Ours is part of the loop.
@@ -93,6 +94,8 @@ class QuantSpecSpeculator(TargetDependentARSpeculator):
         full = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
         mode = CUDAGraphMode.FULL_DECODE_ONLY if full else CUDAGraphMode.NONE
         self.decode_cudagraph_manager = DraftCudaGraphManager(self.vllm_config, self.device, mode, decode_query_len=1)
+        if self.page_scores is not None and self.page_scores.has_plain_steps:
+            self.decode_cudagraph_manager.sparse = self.page_scores
 
     def capture(self) -> None:
         assert self.decode_cudagraph_manager is not None
@@ -203,7 +206,7 @@ class QuantSpecSpeculator(TargetDependentARSpeculator):
 
         A request in the middle of its prompt has sampled nothing; its drafts are thrown away, whatever they are.
         """
-        if self.page_scores is not None:
+        if self.page_scores is not None and not self.page_scores.plain:
             self.page_scores.set_verified_rows(input_batch.query_start_loc[: num_reqs + 1], num_rejected[:num_reqs])
         rows = input_batch.idx_mapping[:num_reqs]
         tokens = torch.where(num_sampled[:num_reqs] > 0, last_sampled.view(-1)[rows], next_prefill_tokens[0][rows])
@@ -233,10 +236,13 @@ class QuantSpecSpeculator(TargetDependentARSpeculator):
         num_speculative_steps: int,
     ) -> None:
         """All draft steps; what one CUDA graph captures. The kernels derive slots from positions: no slot mapping."""
-        if self.page_scores is not None and attn_metadata is not None:
-            block_table = attn_metadata[next(iter(self.draft.attention_layers))].block_table
-            self.page_scores.choose(
-                num_reqs, self.input_buffers.seq_lens[:num_reqs], block_table[:num_reqs], self.idx_mapping[:num_reqs]
+        metadata = attn_metadata[next(iter(self.draft.attention_layers))] if self.page_scores and attn_metadata else None
+        if metadata is not None and metadata.page_scores is not None:  # not a plain step
+            metadata.page_scores.choose(
+                num_reqs,
+                self.input_buffers.seq_lens[:num_reqs],
+                metadata.block_table[:num_reqs],
+                self.idx_mapping[:num_reqs],
             )
         for step in range(num_speculative_steps):
             self.current_draft_step.fill_(step)

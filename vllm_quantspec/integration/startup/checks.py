@@ -220,8 +220,7 @@ def check_speculation(config: VllmConfig) -> None:
             f"quantspec: draft_context {context} is more tokens than a request of this engine has, {longest} "
             "(--max-model-len); make it smaller, or set it to 'all'."
         )
-    if config.speculative_config.chooses_number:
-        check_chosen_number(config)
+    check_own_scheduler(config)
     slides = supported.sliding_layers(config.model_config.hf_text_config.to_dict()) == "some"
     for present, what, remedy in (
         (slides, supported.SOME_SLIDING, supported.ALONE),
@@ -241,14 +240,17 @@ def check_speculation(config: VllmConfig) -> None:
             raise ValueError(supported.not_drafted_for(what, remedy))
 
 
-def check_chosen_number(config: VllmConfig) -> None:
-    """A scheduler of ours chooses the number of drafts, one per engine."""
-    if config.scheduler_config.scheduler_cls is not None:
+def check_own_scheduler(config: VllmConfig) -> None:
+    """What is chosen while running is chosen by a scheduler of ours, one per engine."""
+    speculative = config.speculative_config
+    option = "num_speculative_tokens" if speculative.chooses_number else "draft_context"
+    needs_scheduler = speculative.chooses_number or speculative.weighs_sparse_drafts
+    if needs_scheduler and config.scheduler_config.scheduler_cls is not None:
         raise ValueError(
-            "quantspec: num_speculative_tokens 'auto' is chosen by a scheduler of its own, so it cannot be combined with "
+            f"quantspec: {option} 'auto' is chosen by a scheduler of its own, so it cannot be combined with "
             f"--scheduler-cls {config.scheduler_config.scheduler_cls}; drop one of them."
         )
-    if config.parallel_config.data_parallel_size > 1:
+    if speculative.chooses_number and config.parallel_config.data_parallel_size > 1:
         raise ValueError(
             "quantspec: num_speculative_tokens 'auto' is chosen by each data-parallel rank for itself, and ranks that draft "
             "different numbers wait for each other for ever; set num_speculative_tokens to a number, or drop "

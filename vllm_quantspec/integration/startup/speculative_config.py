@@ -48,6 +48,11 @@ class QuantSpecConfig(SpeculativeConfig):
         return self
 
     @property
+    def weighs_sparse_drafts(self) -> bool:
+        """Whether a request's drafts read everything where its sparse ones are accepted too rarely: SnapKV's are kept."""
+        return self.draft_context == "auto" and self.draft_selection != "snapkv"
+
+    @property
     def max_num_new_slots_for_drafting(self) -> int:
         """The draft's first step has one query token per request: no slot beside the verified tokens' own."""
         return 0
