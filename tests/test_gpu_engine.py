@@ -22,7 +22,7 @@ from engine_tools import (
 from vllm import SamplingParams
 
 from vllm_quantspec.config import AUTO_NUMBERS
-from vllm_quantspec.draft_length import DraftLength
+from vllm_quantspec.draft_length import DraftLength, Drafts, Plan
 from vllm_quantspec.kernels import cache_update, gather_context
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -232,7 +232,7 @@ def test_the_number_of_drafts_is_chosen_while_running(model, prompts, expected, 
         replay = manager.run_fullgraph
         monkeypatch.setattr(manager, "run_fullgraph", lambda descriptor: replayed.append(descriptor) or replay(descriptor))
         monkeypatch.setattr(speculator, "_generate_fused_drafts", lambda *args: launched.append(args) or draft(*args))
-        monkeypatch.setattr(DraftLength, "choose", lambda *args, **kwargs: rng.choice(AUTO_NUMBERS))
+        monkeypatch.setattr(DraftLength, "choose", lambda *args, **kwargs: Plan(Drafts(rng.choice(AUTO_NUMBERS))))
         assert_same_or_tied(expected, generate(llm, prompts, MAX_TOKENS), TIE, "at random")
     assert {descriptor.num_speculative_tokens for descriptor in replayed} == set(AUTO_NUMBERS) - {0} and not launched
 

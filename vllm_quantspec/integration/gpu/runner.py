@@ -12,6 +12,7 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from vllm_quantspec.integration.cache.backend import QuantSpecMetadataBuilder
 from vllm_quantspec.integration.cache.window import add_window_specs
+from vllm_quantspec.integration.draft.ngram_plan import plan_of
 from vllm_quantspec.integration.gpu.draft_numbers import with_every_number
 from vllm_quantspec.integration.gpu.speculator import QuantSpecSpeculator
 from vllm_quantspec.integration.startup.replace import replace
@@ -44,9 +45,11 @@ def _with_windows(get_kv_cache_spec):
 
 
 def _with_draft_counts(prepare_inputs):
-    def prepare_inputs_with_draft_counts(self, *args, **kwargs):
-        input_batch = prepare_inputs(self, *args, **kwargs)
+    def prepare_inputs_with_draft_counts(self, scheduler_output, *args, **kwargs):
+        input_batch = prepare_inputs(self, scheduler_output, *args, **kwargs)
         set_draft_counts(self, input_batch.num_draft_tokens_per_req)
+        if isinstance(self.speculator, QuantSpecSpeculator):
+            self.speculator.plan = plan_of(scheduler_output)
         return input_batch
 
     return prepare_inputs_with_draft_counts
@@ -55,7 +58,7 @@ def _with_draft_counts(prepare_inputs):
 def _with_quantspec(init_speculator):
     def init_quantspec_speculator(vllm_config, device, req_states):
         if isinstance(vllm_config.speculative_config, QuantSpecConfig):
-            return QuantSpecSpeculator(vllm_config, device)
+            return QuantSpecSpeculator(vllm_config, device, req_states)
         return init_speculator(vllm_config, device, req_states)
 
     return init_quantspec_speculator
