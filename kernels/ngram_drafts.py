@@ -45,7 +45,7 @@ def write_ngram_drafts(
     block = min(BLOCK, power_of_two(vocabulary))
     _write_ngram_drafts[(-(-vocabulary // block), number, len(drafts))](
         drafts,
-        found,
+        None if found is None else found.view(torch.uint8),
         rows,
         slots,
         draft_tokens,
@@ -105,13 +105,13 @@ def _write_ngram_drafts(
     BLOCK_SIZE: tl.constexpr,
 ):
     block, position, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    writes = True if found is None else tl.load(found + request) != 0
+    writes = 1 if found is None else tl.load(found + request).to(tl.int32)  # 0 writes nothing
     token = tl.load(drafts + request * drafts_stride + position)
     row = tl.load(rows + request)
-    tl.store(draft_tokens + row * tokens_stride + position, token, mask=(block == 0) & writes)
+    tl.store(draft_tokens + row * tokens_stride + position, token, mask=block < writes)
     if draft_logits is not None:
         slot = tl.load(slots + request)
         ids = block * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
         logits = draft_logits + slot * slot_stride + position.to(tl.int64) * position_stride
         values = tl.where(ids == token, 0.0, LOGIT)
-        tl.store(logits + ids, values.to(draft_logits.dtype.element_ty), mask=(ids < vocabulary) & writes)
+        tl.store(logits + ids, values.to(draft_logits.dtype.element_ty), mask=ids < vocabulary * writes)
