@@ -109,7 +109,7 @@ def test_each_request_has_its_own():
 
 
 class Copying:
-    """Requests that copy with edits, or write freely. The model's drafts are accepted with 0.9, and take a third of a step."""
+    """Requests that copy with edits, or write freely; a draft of the model takes a third of a step, 0.9 are accepted."""
 
     def __init__(self, copies: list[bool], every: int = 40, seed: int = 0, steps_ahead: int = 2, ngrams: bool = True):
         rng = self.rng = random.Random(seed)

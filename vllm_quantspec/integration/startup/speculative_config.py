@@ -91,8 +91,8 @@ def make_config(
         vllm_options["num_speculative_tokens_per_batch_size"] = schedule
     ours = {name: getattr(options, name) for name in QuantSpecOptions.__dataclass_fields__}
     ours["num_speculative_tokens"] = options.most_drafts
-    if options.ngram == "off":  # as with other methods of vLLM's
-        ours["prompt_lookup_min"] = ours["prompt_lookup_max"] = 0
+    if options.ngram == "off":
+        ours["prompt_lookup_min"] = ours["prompt_lookup_max"] = None
     return QuantSpecConfig(
         target_model_config=model_config,
         target_parallel_config=parallel_config,
