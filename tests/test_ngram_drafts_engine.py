@@ -1,5 +1,6 @@
 """``ngram: auto`` in the CPU engine: the output stays the target's, whoever drafts what in each step."""
 
+import pickle
 import random
 import re
 from collections import Counter
@@ -7,11 +8,15 @@ from collections import Counter
 import pytest
 from engine_tools import QUANTSPEC_CACHE, assert_same_or_tied, engine, generate, quantspec, speculation_counts
 from test_draft_length_engine import ALPHA, DRAWS, SEEDS, TIE, draw, scheduler_of, statistics
+from vllm import SamplingParams
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
 
 from vllm_quantspec.config import NGRAM_NUMBERS
 from vllm_quantspec.draft_length import DraftLength, Drafts, Plan
 from vllm_quantspec.integration.draft import ngram_count
-from vllm_quantspec.integration.draft.scheduler import step_seconds
+from vllm_quantspec.integration.draft.ngram_plan import plan_of
+from vllm_quantspec.integration.draft.scheduler import AsyncDraftLengthScheduler, step_seconds
 
 G = 128
 MAX_TOKENS = 90
@@ -147,3 +152,54 @@ def test_the_cost_model_prices_steps_without_the_model_s_drafts(llm):
     seconds = dict(zip(policy.choices, predict(4, 1000.0), strict=True))
     for number in (4, 8):
         assert seconds[Drafts(0)] < seconds[Drafts(number, by_ngrams=True)] < seconds[Drafts(number)]
+
+
+def test_async_scheduling_of_a_text_that_copies(llm, tokens):
+    """The scheduler of GPU engines, without a device: two steps are on their way when drafts are decided on."""
+    core, now = llm.llm_engine.engine_core.engine_core, scheduler_of(llm)
+    scheduler = AsyncDraftLengthScheduler(
+        vllm_config=now.vllm_config,
+        kv_cache_config=now.kv_cache_config,
+        structured_output_manager=core.structured_output_manager,
+        block_size=now.block_size,
+        hash_block_size=now.hash_block_size,
+        log_stats=True,
+    )
+    document, params = tokens[:400], SamplingParams(max_tokens=300, ignore_eos=True)
+    prompt = document + document[:20]
+    scheduler.add_request(Request("a", prompt, params, None, block_hasher=core.request_block_hasher))
+    follow, followed = scheduler.ngrams.follow, []
+    scheduler.ngrams.follow = lambda *args: followed.append(args) or follow(*args)
+    in_flight, answer, plans = [], [], []
+    while scheduler.has_requests() and len(plans) < 400:
+        output = scheduler.schedule()
+        if output.num_scheduled_tokens:
+            output = pickle.loads(pickle.dumps(step := output))  # as a worker of another process gets it
+            assert plan_of(output) == plan_of(step) == scheduler._plan
+            assert output.num_spec_tokens_to_schedule == plan_of(output).drafts.number
+            plans.append(plan_of(output))
+            in_flight.append(step)
+        if len(in_flight) < 2 and output.num_scheduled_tokens or not in_flight:
+            continue
+        done = in_flight.pop(0)
+        number = len(done.scheduled_spec_decode_tokens.get("a", ()))
+        # Whoever drafts is right, up to an end of the batch's own: the answer copies the document.
+        sampled = document[20 + len(answer) :][: 1 + number]
+        known = scheduler.ngrams.length("a")
+        for outputs in scheduler.update_from_output(done, ModelRunnerOutput(["a"], {"a": 0}, [sampled])).values():
+            for one in outputs.outputs:
+                answer += one.new_token_ids
+        assert known in (0, len(prompt) + len(answer) - len(sampled)) or len(answer) == 300
+    assert answer == document[20:320] and len(followed) == 1
+    late = [plan.drafts for plan in plans[10:]]
+    assert sum(drafts.by_ngrams for drafts in late) > len(late) / 2, late
+    assert not scheduler._steps
+
+
+def test_greedy_with_sparse_drafts_and_tails_of_prompts(books_4m, prompts, off, monkeypatch):
+    """All that is chosen while running at once: pages that drafts read, numbers of drafts, who drafts; prompts in chunks."""
+    chosen = draft_anyhow(monkeypatch, 5)
+    options = quantspec("auto", ngram="auto", prompt_lookup_max=4, draft_context=G, draft_experts="target")
+    with engine(books_4m, **SIZE | {"max_num_batched_tokens": 200, "enable_prefix_caching": False}, **options) as llm:
+        assert_same_or_tied(off[0], generate(llm, prompts, MAX_TOKENS), TIE)
+        assert scheduler_of(llm)._ngram_count.accepted > 20 and len(chosen) > 5
