@@ -69,6 +69,7 @@ from pathlib import Path
 from common import write_json
 
 from vllm_quantspec.config import AUTO_NUMBERS
+from vllm_quantspec.draft_length import Drafts, Plan
 from vllm_quantspec.estimate import GIB, expected_tokens
 
 RESULTS = Path(__file__).parent / "results"
@@ -351,10 +352,10 @@ def draft_numbers(scheduler, held: int | None) -> Iterator[list[int]]:
     choose = policy.choose
 
     def choose_or_hold(requests, context, with_prompts=False):
-        number = choose(requests, context, with_prompts) if held is None else held if requests else 0
+        plan = choose(requests, context, with_prompts) if held is None else Plan(Drafts(held if requests else 0))
         if requests:
-            numbers.append(number)
-        return number
+            numbers.append(plan.drafts.number)
+        return plan
 
     put = {"choose": choose_or_hold}
     if held is not None:

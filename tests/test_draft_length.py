@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vllm_quantspec.config import AUTO_NUMBERS
-from vllm_quantspec.draft_length import Acceptance, DraftLength, StepTimes
+from vllm_quantspec.draft_length import Acceptance, DraftLength, Drafts, Plan, StepTimes
 
 LONGEST = AUTO_NUMBERS[-1]
 
@@ -34,7 +34,7 @@ class Simulation:
         """Tokens per second and request of so many steps: those expected of the numbers chosen, whatever luck they had."""
         tokens, elapsed = self.tokens, self.time
         for _ in range(steps):
-            number = self.policy.choose(self.requests, 1000.0, with_prompts)
+            number = self.policy.choose(self.requests, 1000.0, with_prompts).drafts.number
             accepted = []
             for index in range(len(self.requests)):
                 rates, count = self.rates(index, self.step), 0
@@ -47,7 +47,7 @@ class Simulation:
                 self.policy.observe_acceptance(self.requests, [number] * len(self.requests), accepted)
             if not with_prompts:
                 measured = self.seconds(number) * (1 + self.noise * self.rng.gauss(0, 1))
-                self.policy.observe_time(len(self.requests), 1000.0, number, measured)
+                self.policy.observe_time(len(self.requests), 1000.0, Drafts(number), measured)
             self.chosen.append(number)
             self.step += 1
         return (self.tokens - tokens) / (self.time - elapsed) / len(self.requests)
@@ -114,7 +114,7 @@ def test_requests_have_rates_of_their_own():
     acceptance = simulation.policy.acceptance
     assert acceptance.rates(["request-0"])[0, 0] > 0.85 and acceptance.rates(["request-1"])[0, 0] < 0.5
     for name, right in (("request-0", {4, 6, 8}), ("request-1", {0, 1})):
-        chosen = Counter(simulation.policy.choose([name], 1000.0) for _ in range(100))
+        chosen = Counter(simulation.policy.choose([name], 1000.0).drafts.number for _ in range(100))
         assert sum(chosen[number] for number in right) > 80, (name, chosen)  # else a trial
 
 
@@ -147,8 +147,8 @@ def test_acceptance_is_that_of_the_tokens_that_were_tried():
     assert a[0] > 0.97 and a[1] < 0.1  # the second is always rejected, the others never looked at
     assert b[0] > 0.97 and b[1] > 0.9
     tokens = acceptance.expected_tokens(["a", "b"])
-    assert tokens[0] == 2 and 3.9 < tokens[1] < 4 and np.all(np.diff(tokens) > 0)
-    assert np.allclose(tokens, acceptance.expected_tokens(["a"]) + acceptance.expected_tokens(["b"]))
+    assert (tokens[:, 0] == 1).all() and 3.9 < tokens[:, 1].sum() < 4 and (np.diff(tokens) > 0).all()
+    assert np.allclose(tokens[1:], acceptance.expected_tokens(["b"]))
 
 
 def test_a_request_that_is_over_leaves_nothing_but_the_mean():
@@ -185,8 +185,8 @@ def test_times_correct_the_model_where_they_are_known():
 
 def test_numbers_that_are_not_chosen_from_are_passed_over():
     policy = DraftLength(lambda batch, context: [1.0, 1.3], (0, 2))
-    policy.observe_time(1, 100.0, 1, 50.0)
-    assert policy.choose(["a"], 100.0) == 2
-    assert policy.choose([], 0.0) == 0
+    policy.observe_time(1, 100.0, Drafts(1), 50.0)
+    assert policy.choose(["a"], 100.0) == Plan(Drafts(2))
+    assert policy.choose([], 0.0) == Plan(Drafts(0))
     with pytest.raises(ValueError, match="must ascend from 0"):
         DraftLength(lambda batch, context: [1.0, 1.3], (1, 2))

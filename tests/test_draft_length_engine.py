@@ -12,7 +12,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from vllm_quantspec.config import AUTO_NUMBERS
-from vllm_quantspec.draft_length import DraftLength
+from vllm_quantspec.draft_length import DraftLength, Drafts, Plan
 from vllm_quantspec.integration.draft import scheduler as scheduler_module
 from vllm_quantspec.integration.draft.scheduler import AsyncDraftLengthScheduler, step_seconds
 
@@ -65,7 +65,7 @@ def draft_any_number(monkeypatch, seed: int) -> Counter:
     def choose(self, requests, context, with_prompts=False):
         number = rng.choice(AUTO_NUMBERS)
         chosen[number] += 1
-        return number
+        return Plan(Drafts(number))
 
     monkeypatch.setattr(DraftLength, "choose", choose)
     return chosen
@@ -135,7 +135,7 @@ def test_async_scheduling(llm, tokens):
 
     def choose(requests, context, with_prompts=False):
         wanted.append(rng.choice(AUTO_NUMBERS))
-        return wanted[-1]
+        return Plan(Drafts(wanted[-1]))
 
     observed = []
     scheduler.draft_length.choose = choose

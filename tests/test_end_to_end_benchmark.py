@@ -16,6 +16,7 @@ import serve_bench  # noqa: E402
 
 from vllm_quantspec import estimate  # noqa: E402
 from vllm_quantspec.config import AUTO_NUMBERS  # noqa: E402
+from vllm_quantspec.draft_length import Drafts, Plan  # noqa: E402
 
 BF16 = {"config": "bf16", "context": 32768, "batch": 4, "ms_per_step": 10.0, "ms_per_token": 10.0}
 BF16 |= {"other_peak_gib": 20.0, "kv_gib": 16.0}
@@ -101,7 +102,7 @@ def test_a_held_number_takes_the_place_of_the_policy_for_a_while():
         learned = 0
 
         def choose(self, requests, context, with_prompts=False):
-            return 7
+            return Plan(Drafts(7))
 
         def observe_time(self, *seen):
             self.learned += 1
@@ -110,11 +111,12 @@ def test_a_held_number_takes_the_place_of_the_policy_for_a_while():
     policy = scheduler.draft_length
     with end_to_end.draft_numbers(scheduler, None) as numbers:
         policy.observe_time(1, 2.0, 3, 4.0)
-        assert [policy.choose(names, 9.0) for names in (["a"], [])] == [7, 7] and numbers == [7]
+        assert [policy.choose(names, 9.0).drafts.number for names in (["a"], [])] == [7, 7] and numbers == [7]
     with end_to_end.draft_numbers(scheduler, 3) as numbers:
         policy.observe_time(1, 2.0, 3, 4.0)
-        assert [policy.choose(["a"], 9.0, True), policy.choose([], 9.0)] == [3, 0] and numbers == [3]
-    assert policy.choose(["a"], 9.0) == 7 and vars(policy) == {"learned": 1}
+        plans = policy.choose(["a"], 9.0, True), policy.choose([], 9.0)
+        assert [plan.drafts.number for plan in plans] == [3, 0] and numbers == [3]
+    assert policy.choose(["a"], 9.0).drafts.number == 7 and vars(policy) == {"learned": 1}
 
 
 def test_derived():

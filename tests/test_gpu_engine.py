@@ -20,11 +20,12 @@ from engine_tools import (
     quantspec,
     speculation_counts,
 )
+from test_sampling import ALPHA, SEEDS, draw, statistics
 from vllm import SamplingParams
 
 from vllm_quantspec import sparse_policy
-from vllm_quantspec.config import AUTO_NUMBERS
-from vllm_quantspec.draft_length import DraftLength
+from vllm_quantspec.config import AUTO_NUMBERS, NGRAM_NUMBERS
+from vllm_quantspec.draft_length import DraftLength, Drafts, Plan
 from vllm_quantspec.integration.gpu.step_graphs import PlainGraphs
 from vllm_quantspec.kernels import cache_update, gather_context
 from vllm_quantspec.sparse_choice import SparseChoice
@@ -236,9 +237,61 @@ def test_the_number_of_drafts_is_chosen_while_running(model, prompts, expected, 
         replay = manager.run_fullgraph
         monkeypatch.setattr(manager, "run_fullgraph", lambda descriptor: replayed.append(descriptor) or replay(descriptor))
         monkeypatch.setattr(speculator, "_generate_fused_drafts", lambda *args: launched.append(args) or draft(*args))
-        monkeypatch.setattr(DraftLength, "choose", lambda *args, **kwargs: rng.choice(AUTO_NUMBERS))
+        monkeypatch.setattr(DraftLength, "choose", lambda *args, **kwargs: Plan(Drafts(rng.choice(AUTO_NUMBERS))))
         assert_same_or_tied(expected, generate(llm, prompts, MAX_TOKENS), TIE, "at random")
     assert {descriptor.num_speculative_tokens for descriptor in replayed} == set(AUTO_NUMBERS) - {0} and not launched
+
+
+def plans_at_random(monkeypatch, seed: int) -> set[Drafts]:
+    """Every step's plan is drawn at random, and which requests draft by n-grams; returns what was drawn, as it grows."""
+    rng, drawn = random.Random(seed), set()
+
+    def choose(self, requests, context, with_prompts=False):
+        drafts = rng.choice(self.choices)
+        some = frozenset(request for request in requests if rng.random() < 0.5)
+        drawn.add(drafts)
+        return Plan(drafts, frozenset() if drafts.by_ngrams else some)
+
+    monkeypatch.setattr(DraftLength, "choose", choose)
+    return drawn
+
+
+def test_n_grams_beside_the_model_s_drafts(model, prompts, expected, monkeypatch):
+    """As the policy decides, and at random in every step; verifications of each number replay a graph."""
+    with engine(model, **SIZE, **quantspec("auto", ngram="auto", prompt_lookup_min=2)) as llm:
+        scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        assert_same_or_tied(expected, generate(llm, prompts, MAX_TOKENS), TIE, "auto")
+        count = scheduler._ngram_count
+        assert len(speculation_counts(llm)[1]) == NGRAM_NUMBERS[-1] and count.drafted >= count.accepted
+        speculator, launched = speculator_of(llm), []
+        draft = speculator._generate_fused_drafts
+        monkeypatch.setattr(speculator, "_generate_fused_drafts", lambda *args: launched.append(args) or draft(*args))
+        drawn = plans_at_random(monkeypatch, 0)
+        assert_same_or_tied(expected, generate(llm, prompts, MAX_TOKENS), TIE, "at random")
+        assert drawn == set(scheduler.draft_length.choices) and count.accepted > 20 and not launched
+        # A text that repeats itself, by n-grams alone: what is found is what was said before.
+        monkeypatch.setattr(DraftLength, "choose", lambda *args, **kwargs: Plan(Drafts(12, by_ngrams=True)))
+        before = count.drafted, count.accepted
+        passage = prompts[-3][:120]
+        generate(llm, [passage * 6], MAX_TOKENS)
+        drafted, accepted = count.drafted - before[0], count.accepted - before[1]
+        assert drafted and accepted > 0.1 * drafted, (drafted, accepted)
+
+
+def test_n_grams_leave_the_distribution_of_draws(books_4m, passage, monkeypatch):
+    """Two samples: speculation off, and plans at random, after a text that is said twice."""
+    from transformers import AutoTokenizer
+
+    tokens = AutoTokenizer.from_pretrained(books_4m).encode(passage)
+    prompt, size = tokens[:200] + tokens[:120], {"max_model_len": 2048, "max_num_seqs": 128}
+    with engine(books_4m, **size, **QUANTSPEC_CACHE) as llm:
+        off = draw(llm, prompt, SEEDS["off"], temperature=0.8)
+    with engine(books_4m, **size, **quantspec("auto", ngram="auto", prompt_lookup_min=2)) as llm:
+        plans_at_random(monkeypatch, 1)
+        p = statistics(off, draw(llm, prompt, SEEDS["on"], temperature=0.8))
+        count = llm.llm_engine.engine_core.engine_core.scheduler._ngram_count
+        assert 0 < count.accepted < count.drafted
+    assert min(p.values()) > ALPHA, p
 
 
 def test_min_p_and_logit_bias(model, prompts):

@@ -10,7 +10,15 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from vllm_quantspec import register
-from vllm_quantspec.config import AUTO_NUMBERS, AUTO_SCHEDULE, QuantSpecOptions, is_quantspec, parse_options
+from vllm_quantspec.config import (
+    AUTO_NUMBERS,
+    AUTO_SCHEDULE,
+    NGRAM_NUMBERS,
+    NGRAM_SCHEDULE,
+    QuantSpecOptions,
+    is_quantspec,
+    parse_options,
+)
 from vllm_quantspec.integration.draft import scheduler, sparse_scheduler
 from vllm_quantspec.integration.startup.backend_name import quantspec_backend
 from vllm_quantspec.integration.startup.cache_dtype import page_bits
@@ -37,6 +45,15 @@ def test_a_number_that_is_chosen_while_running():
     assert not fixed.chooses_number and fixed.most_drafts == 3
 
 
+def test_n_grams_beside_the_model_s_drafts():
+    options, vllm_options = parse_options({"num_speculative_tokens": "auto", "ngram": "auto", "prompt-lookup-max": 8})
+    assert (options.prompt_lookup_min, options.prompt_lookup_max, options.most_drafts) == (3, 8, NGRAM_NUMBERS[-1])
+    assert not vllm_options
+    numbers = [number for _, _, number in NGRAM_SCHEDULE]
+    assert numbers == sorted({*AUTO_NUMBERS, *NGRAM_NUMBERS}) and NGRAM_NUMBERS[-1] == 12
+    assert QuantSpecOptions().ngram == "off"
+
+
 def test_dashes_and_vllm_options_are_taken():
     options, vllm_options = parse_options(
         {"method": "quantspec", "num-speculative-tokens": 7, "group_size": 64, "draft_sample_method": "greedy"}
@@ -55,6 +72,11 @@ def test_dashes_and_vllm_options_are_taken():
         ({"num_speculative_tokens": 0}, "from 1 to 32"),
         ({"num_speculative_tokens": 2.5}, "must be an integer"),
         ({"num_speculative_tokens": True}, "must be an integer"),
+        ({"ngram": "auto"}, "num_speculative_tokens is 4; set num_speculative_tokens to 'auto', or drop ngram"),
+        ({"num_speculative_tokens": "auto", "ngram": "on"}, "ngram must be 'off' or 'auto', not 'on'"),
+        ({"prompt_lookup_min": 2}, "but ngram is 'off'"),
+        ({"ngram": "auto", "num_speculative_tokens": "auto", "prompt_lookup_min": 6}, "in this order, not 6 and 5"),
+        ({"ngram": "auto", "num_speculative_tokens": "auto", "prompt_lookup_max": 40}, "from 1 to 32"),
         ({"num_speculative_tokens": "many"}, "must be an integer from 1 to 32 or 'auto', not 'many'"),
         (
             {"num_speculative_tokens": "auto", "num_speculative_tokens_per_batch_size": [[1, 8, 4]]},
@@ -218,6 +240,10 @@ def test_auto_brings_a_scheduler_of_its_own(asynchronous, books_4m, monkeypatch)
     assert issubclass(cls, scheduler.DraftLengthScheduler) and issubclass(cls, AsyncScheduler) == asynchronous
     assert copy.speculative_config.uses_dynamic_speculative_decoding()
     assert "num_spec_tokens=up to 8" in repr(copy.speculative_config)
+    assert not copy.speculative_config.use_ngram()
+    ngrams = pickle.loads(pickle.dumps(make(books_4m, speculative_config=auto | {"ngram": "auto"})))
+    assert ngrams.num_speculative_tokens == NGRAM_NUMBERS[-1] and ngrams.speculative_config.use_ngram()
+    assert (ngrams.speculative_config.prompt_lookup_min, ngrams.speculative_config.prompt_lookup_max) == (3, 5)
     fixed = make(books_4m, speculative_config="quantspec")
     assert fixed.scheduler_config.scheduler_cls is None and not fixed.speculative_config.chooses_number
     assert not fixed.speculative_config.uses_dynamic_speculative_decoding()

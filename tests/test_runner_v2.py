@@ -133,7 +133,7 @@ def test_only_quantspec_gets_our_speculator(monkeypatch):
     monkeypatch.setattr(runner_v2, "QuantSpecSpeculator", lambda *args: built.append(args) or "ours")
     init_speculator = runner_v2._with_quantspec(lambda *args: "vllm's")
     ours = SimpleNamespace(speculative_config=object.__new__(QuantSpecConfig))
-    assert init_speculator(ours, "cuda", None) == "ours" and built == [(ours, "cuda")]
+    assert init_speculator(ours, "cuda", "states") == "ours" and built == [(ours, "cuda", "states")]
     assert init_speculator(SimpleNamespace(speculative_config=object()), "cuda", None) == "vllm's"
 
 

@@ -13,7 +13,7 @@ from vllm.v1.worker.gpu.dp_utils import DPSyncState
 from vllm.v1.worker.gpu.spec_decode.target_dependent_ar import cudagraph_utils as speculator_graphs
 from vllm.v1.worker.gpu.spec_decode.target_dependent_ar import speculator as vllm_speculator
 
-from vllm_quantspec.config import AUTO_NUMBERS, AUTO_SCHEDULE
+from vllm_quantspec.config import AUTO_NUMBERS, AUTO_SCHEDULE, NGRAM_NUMBERS, NGRAM_SCHEDULE
 from vllm_quantspec.integration.draft.model import DraftModel
 from vllm_quantspec.integration.draft.rotary import RotaryPositions
 from vllm_quantspec.integration.gpu import speculator
@@ -76,6 +76,7 @@ def speculator_with_graphs(
         (1, [[1, 4, 1], [5, 8, 0]], {1}),
         (3, [[1, 4, 3], [5, 8, 2]], {2, 3}),
         (AUTO_NUMBERS[-1], AUTO_SCHEDULE, set(AUTO_NUMBERS) - {0}),
+        (NGRAM_NUMBERS[-1], NGRAM_SCHEDULE, set(AUTO_NUMBERS) - {0}),  # n-grams need none
     ],
 )
 def test_every_number_of_drafts_has_its_graphs(drafts, schedule, lengths, monkeypatch):
@@ -87,12 +88,14 @@ def test_every_number_of_drafts_has_its_graphs(drafts, schedule, lengths, monkey
             assert manager.specialize_spec_tokens(descriptor, k) in manager.graphs
 
 
+@pytest.mark.parametrize("schedule", [AUTO_SCHEDULE, NGRAM_SCHEDULE])
 @pytest.mark.parametrize("max_num_seqs", [1, 2, 8, 40])
-def test_verifications_of_every_number_that_may_be_chosen_have_graphs(max_num_seqs, monkeypatch):
+def test_verifications_of_every_number_that_may_be_chosen_have_graphs(max_num_seqs, schedule, monkeypatch):
     """Also where fewer requests run at a time than there are numbers."""
     build = cudagraph_utils.build_dynamic_sd_schedule_lookup
     monkeypatch.setattr(cudagraph_utils, "build_dynamic_sd_schedule_lookup", with_every_number(build))
-    most = AUTO_NUMBERS[-1]
+    numbers = [number for _, _, number in schedule]
+    most = numbers[-1]
     sizes = sorted({1, 2, 4, *range(8, 2 * max_num_seqs * (most + 1), 8)})
     config = SimpleNamespace(
         scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs),
@@ -100,7 +103,7 @@ def test_verifications_of_every_number_that_may_be_chosen_have_graphs(max_num_se
         parallel_config=SimpleNamespace(tensor_parallel_size=1, data_parallel_size=1, use_ubatching=False),
         speculative_config=SimpleNamespace(
             uses_dynamic_speculative_decoding=lambda: True,
-            num_speculative_tokens_per_batch_size=[tuple(entry) for entry in AUTO_SCHEDULE],
+            num_speculative_tokens_per_batch_size=[tuple(entry) for entry in schedule],
         ),
         num_speculative_tokens=most,
         lora_config=None,
@@ -113,9 +116,9 @@ def test_verifications_of_every_number_that_may_be_chosen_have_graphs(max_num_se
         config, torch.device("cpu"), CUDAGraphMode.FULL_DECODE_ONLY, decode_query_len=most + 1
     )
     captured = manager._capture_descs[FULL]
-    assert {d.uniform_token_count for d in captured} == {number + 1 for number in AUTO_NUMBERS}
+    assert {d.uniform_token_count for d in captured} == {number + 1 for number in numbers}
     manager._graphs_captured = True
-    for number in AUTO_NUMBERS:
+    for number in numbers:
         found = manager.dispatch(1, number + 1, number + 1, 0)
         assert found.cg_mode == FULL and found.uniform_token_count == number + 1, number
 

@@ -17,6 +17,10 @@ MAX_SPECULATIVE_TOKENS = 32
 AUTO_NUMBERS = (0, 1, 2, 3, 4, 6, 8)
 # The same as a schedule of vLLM's, by which it captures graphs for each number; the number of requests means nothing in it.
 AUTO_SCHEDULE = [[i, i, number] for i, number in enumerate(AUTO_NUMBERS, start=1)]
+# ``ngram: auto``: numbers of drafts in steps whose drafts are n-grams alone, and the schedule that has them as well.
+NGRAM_NUMBERS = (4, 8, 12)
+NGRAM_SCHEDULE = [[i, i, number] for i, number in enumerate(sorted({*AUTO_NUMBERS, *NGRAM_NUMBERS}), start=1)]
+LONGEST_NGRAM = 32
 # This cache's names for ``--kv-cache-dtype``, and the bits of a key or value older than the exact window.
 CACHE_DTYPES = {"quantspec_int8": 8, "quantspec_int4": 4}
 DEFAULT_CACHE_DTYPE = "quantspec_int8"
@@ -71,6 +75,13 @@ class QuantSpecOptions:
     draft_selection: str = "attention"
     """Which pages those are. ``attention``: those that the last verification attended to most. ``window``: the first page
     and the newest. ``snapkv``: those that the first verification after the prompt attended to most, and all newer ones."""
+    ngram: str = "off"
+    """``auto``, with ``num_speculative_tokens: auto``: where a text repeats itself, drafts are what followed before, up to
+    the last of `NGRAM_NUMBERS`; the same policy decides. (Not the default: it was not run on a GPU.)"""
+    prompt_lookup_min: int = 3
+    """Tokens of the shortest n-gram that is looked for, as with vLLM's ``ngram``."""
+    prompt_lookup_max: int = 5
+    """Tokens of the longest one."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "draft_context", parse_draft_context(self.draft_context, self.group_size))
@@ -91,6 +102,7 @@ class QuantSpecOptions:
             ("weight_rotation", ("none", "hadamard")),
             ("quantize_lm_head", (False, True)),
             ("draft_selection", DRAFT_SELECTIONS),
+            ("ngram", ("off", "auto")),
         ):
             value = getattr(self, name)
             if value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
@@ -111,6 +123,27 @@ class QuantSpecOptions:
                 "draft_selection."
             )
 
+        self._check_ngrams()
+
+    def _check_ngrams(self) -> None:
+        lengths = self.prompt_lookup_min, self.prompt_lookup_max
+        are_integers = all(isinstance(n, int) and not isinstance(n, bool) for n in lengths)
+        if not (are_integers and 1 <= lengths[0] <= lengths[1] <= LONGEST_NGRAM):
+            raise ValueError(
+                f"quantspec: prompt_lookup_min and prompt_lookup_max must be integers from 1 to {LONGEST_NGRAM}, in this "
+                f"order, not {lengths[0]!r} and {lengths[1]!r}."
+            )
+        if self.ngram == "auto" and not self.chooses_number:
+            raise ValueError(
+                "quantspec: ngram 'auto' is decided beside the number of drafts, but num_speculative_tokens is "
+                f"{self.num_speculative_tokens}; set num_speculative_tokens to 'auto', or drop ngram."
+            )
+        if self.ngram == "off" and lengths != (QuantSpecOptions.prompt_lookup_min, QuantSpecOptions.prompt_lookup_max):
+            raise ValueError(
+                "quantspec: prompt_lookup_min and prompt_lookup_max say which n-grams are looked for, but ngram is 'off'; "
+                "set ngram to 'auto', or drop them."
+            )
+
     @property
     def chooses_number(self) -> bool:
         """Whether the number of drafts is chosen in every step."""
@@ -119,7 +152,9 @@ class QuantSpecOptions:
     @property
     def most_drafts(self) -> int:
         """Tokens that are drafted per verification at most."""
-        return AUTO_NUMBERS[-1] if self.chooses_number else self.num_speculative_tokens
+        if not self.chooses_number:
+            return self.num_speculative_tokens
+        return NGRAM_NUMBERS[-1] if self.ngram == "auto" else AUTO_NUMBERS[-1]
 
 
 def parse_draft_context(value: Any, group_size: int) -> str | int | float:

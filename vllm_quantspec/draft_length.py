@@ -5,6 +5,10 @@ it were, 1 + a_1 + a_1 a_2 + ... tokens. `Acceptance` learns a_i, `StepTimes` le
 `DraftLength` divides one by the other for every number that may be chosen. One number holds for all requests of a step:
 a verification reads weights and cache once, however many drafts a request has. No vLLM import; nothing here is random.
 
+Where texts repeat themselves drafts may be n-grams (`NgramWatch`): of single requests beside the model's drafts of others,
+at the model's numbers, where n-grams are more likely to be right; or of all requests, in a step that asks the model nothing
+and therefore takes hardly more than one without drafts.
+
 Steps that also compute parts of prompts are judged by what drafts add to them. A token that such a step does not bring has
 to come from a later step at the usual price, where there is one; where prompts come without an end there is none, and
 tokens that ride along with prompts are nearly free: drafts do not pay then. If answers fall behind, seats fill up, no
@@ -16,8 +20,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from statistics import median
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from vllm_quantspec.ngram_watch import NgramWatch
 
 # Acceptance of a draft before anything is known, and how many observations that and the engine's mean are worth.
 PRIOR, PRIOR_WEIGHT, MEAN_WEIGHT = 0.8, 8.0, 6.0
@@ -48,10 +56,20 @@ class Acceptance:
 
     Args:
         num_positions: most drafts of a request.
+        prior: acceptance before anything is known, 0 to 1.
+        memory: what an observation leaves of those before it in a request, 0 to 1.
+        mean_weight: how many observations of a request the mean is worth.
     """
 
-    def __init__(self, num_positions: int) -> None:
+    def __init__(
+        self,
+        num_positions: int,
+        prior: float = PRIOR,
+        memory: float = REQUEST_MEMORY,
+        mean_weight: float = MEAN_WEIGHT,
+    ) -> None:
         self.num_positions = num_positions
+        self._prior, self._memory, self._mean_weight = prior, memory, mean_weight
         self._rows: dict[str, int] = {}
         self._free = list(range(8))
         self._trials = np.zeros((8, num_positions))
@@ -67,7 +85,7 @@ class Acceptance:
         # Those after the first that was rejected tell nothing.
         tried = position < np.minimum(num_accepted + 1, np.asarray(drafted)[:, None])
         held = position < num_accepted
-        kept = np.where(tried, REQUEST_MEMORY, 1.0)
+        kept = np.where(tried, self._memory, 1.0)
         self._trials[rows] = self._trials[rows] * kept + tried
         self._successes[rows] = self._successes[rows] * kept + held
         kept = MEAN_MEMORY ** tried.sum(0)
@@ -76,7 +94,7 @@ class Acceptance:
 
     def mean_rates(self) -> np.ndarray:
         """Of all requests: acceptance of each position if those before it were accepted; [num_positions], 0 to 1."""
-        rates, rate = np.empty(self.num_positions), PRIOR
+        rates, rate = np.empty(self.num_positions), self._prior
         for i in range(self.num_positions):
             # A position that is hardly known is taken to be as the one before it.
             rate = (self._mean_successes[i] + PRIOR_WEIGHT * rate) / (self._mean_trials[i] + PRIOR_WEIGHT)
@@ -94,14 +112,14 @@ class Acceptance:
         for i in range(self.num_positions):
             # Who is better or worse than others at one position is expected to be so at the next.
             prior = np.clip(mean[i] + lead, 0.0, 1.0)
-            rates[:, i] = (successes[:, i] + MEAN_WEIGHT * prior) / (trials[:, i] + MEAN_WEIGHT)
+            rates[:, i] = (successes[:, i] + self._mean_weight * prior) / (trials[:, i] + self._mean_weight)
             lead = rates[:, i] - mean[i]
         return rates
 
     def expected_tokens(self, requests: Sequence[str]) -> np.ndarray:
-        """Tokens that a step brings, of all ``requests`` together, by the number of drafts: [num_positions + 1]."""
-        tokens = np.full(self.num_positions + 1, float(len(requests)))
-        tokens[1:] += np.cumsum(self.rates(requests).cumprod(1).sum(0))
+        """Tokens that a step brings of each of ``requests``, by its number of drafts: [num_requests, num_positions + 1]."""
+        tokens = np.ones((len(requests), self.num_positions + 1))
+        tokens[:, 1:] += self.rates(requests).cumprod(1).cumsum(1)
         return tokens
 
     def forget(self, request: str) -> None:
@@ -202,23 +220,46 @@ def _fitted(predicted: np.ndarray, measured: np.ndarray, weights: np.ndarray) ->
     return np.maximum(factors[0], least) * predicted[0] + np.maximum(factors[1], least) * (predicted - predicted[0])
 
 
+class Drafts(NamedTuple):
+    """What can be chosen: how many tokens each request drafts, by the model or, without it, by n-grams alone."""
+
+    number: int
+    by_ngrams: bool = False
+
+
+class Plan(NamedTuple):
+    """What was chosen for a step; ``ngram_requests`` draft by n-grams where the others draft by the model."""
+
+    drafts: Drafts
+    ngram_requests: frozenset[str] = frozenset()
+
+
 class DraftLength:
-    """Chooses the number of drafts of every step.
+    """Chooses the drafts of every step.
 
     Args:
-        predict: as of `StepTimes`.
-        numbers: that can be chosen, ascending, the first one 0.
-        probe_steps: steps in a row that another number has to be tried for until one of them tells its time.
+        predict: as of `StepTimes`, of `choices`: the ``numbers``, then the ``ngram_numbers``.
+        numbers: of drafts by the model that can be chosen, ascending, the first one 0.
+        probe_steps: steps in a row that another choice has to be tried for until one of them tells its time.
+        ngrams: what n-grams would bring, where they may be drafted; its user keeps it up to date.
+        ngram_numbers: of drafts by n-grams alone that can be chosen, none above ``ngrams.num_positions``.
     """
 
     def __init__(
-        self, predict: Callable[[int, float], Sequence[float]], numbers: Sequence[int], probe_steps: int = 1
+        self,
+        predict: Callable[[int, float], Sequence[float]],
+        numbers: Sequence[int],
+        probe_steps: int = 1,
+        ngrams: NgramWatch | None = None,
+        ngram_numbers: Sequence[int] = (),
     ) -> None:
         if list(numbers) != sorted(set(numbers)) or numbers[0] != 0 or len(numbers) < 2:
             raise ValueError(f"numbers must ascend from 0, and be more than that, not {tuple(numbers)}.")
-        self.numbers = tuple(numbers)
+        self.numbers, self.ngram_numbers = tuple(numbers), tuple(ngram_numbers)
+        self.choices = tuple(Drafts(n) for n in numbers) + tuple(Drafts(n, by_ngrams=True) for n in ngram_numbers)
         self.acceptance = Acceptance(self.numbers[-1])
-        self.times = StepTimes(predict, len(self.numbers))
+        self.ngrams = ngrams
+        self.times = StepTimes(predict, len(self.choices))
         self.num_probes = 0
         self._probe_steps = probe_steps
         self._current: dict[bool, int] = {}  # the choice in steps with and without prompts
@@ -229,38 +270,69 @@ class DraftLength:
         self._probe: tuple[int, int] | None = None  # the choice being tried, and for how many more steps
 
     def observe_acceptance(self, requests: Sequence[str], drafted: Sequence[int], accepted: Sequence[int]) -> None:
-        """See `Acceptance.observe`."""
+        """See `Acceptance.observe`; of drafts by the model."""
         self.acceptance.observe(requests, drafted, accepted)
 
-    def observe_time(self, batch: int, context: float, number: int, seconds: float) -> None:
-        """A step that computed no prompt and in which ``batch`` requests had ``number`` drafts each took ``seconds``.
+    def observe_time(self, batch: int, context: float, drafts: Drafts, seconds: float) -> None:
+        """A step that computed no prompt and in which ``batch`` requests had ``drafts`` each took ``seconds``.
 
-        ``seconds`` are of drafting and verifying so many. Numbers that cannot be chosen are passed over.
+        ``seconds`` are of drafting and verifying so many. What cannot be chosen is passed over.
         """
-        if number in self.numbers:
-            self.times.observe(batch, context, self.numbers.index(number), seconds)
+        if drafts in self.choices:
+            self.times.observe(batch, context, self.choices.index(drafts), seconds)
 
     def forget(self, request: str) -> None:
         """``request`` is over."""
         self.acceptance.forget(request)
+        if self.ngrams is not None:
+            self.ngrams.forget(request)
 
-    def choose(self, requests: Sequence[str], context: float, with_prompts: bool = False) -> int:
-        """The number of drafts of each of ``requests`` in their next verification.
+    def choose(self, requests: Sequence[str], context: float, with_prompts: bool = False) -> Plan:
+        """The drafts of each of ``requests`` in their next verification.
 
         Args:
             context: tokens that they have on average.
             with_prompts: whether steps around this one also compute parts of prompts.
         """
         if not requests:
-            return 0
-        batch = len(requests)
-        seconds = self.times.estimate(batch, context)
-        tokens = self.acceptance.expected_tokens(requests)[list(self.numbers)]
-        price = float((seconds / tokens).min())
+            return Plan(Drafts(0))
+        by_model = self.acceptance.expected_tokens(requests)[:, self.numbers]
+        by_ngrams = None if self.ngrams is None else self.ngrams.expected_tokens(requests)
+        seconds = self.times.estimate(len(requests), context)
+        tokens = self._expected_tokens(by_model, by_ngrams, seconds)
+        choice = self._choose(len(requests), tokens, seconds, with_prompts)
+        drafts = self.choices[choice]
+        if by_ngrams is None or drafts.by_ngrams:
+            return Plan(drafts)
+        better = by_ngrams[:, drafts.number] > by_model[:, choice]
+        return Plan(drafts, frozenset(request for request, is_better in zip(requests, better, strict=True) if is_better))
+
+    def _expected_tokens(self, by_model: np.ndarray, by_ngrams: np.ndarray | None, seconds: np.ndarray) -> np.ndarray:
+        """Tokens that a step brings of all requests, [num_choices]; 0 where nothing could be drafted.
+
+        Of n-grams alone, tokens of a fair kind: one request that copies would bring more by itself than a batch by the
+        model's drafts, while the others have one token a step. So what counts is by how much, in the geometric mean,
+        requests become faster than with the best number of the model's drafts.
+
+        Args:
+            by_model: of each request and of ``numbers``, [num_requests, len(numbers)].
+            by_ngrams: of each request and any number, [num_requests, num_positions + 1]; None where nothing repeats itself.
+        """
+        if by_ngrams is None:
+            return np.concatenate([by_model.sum(0), np.zeros(len(self.ngram_numbers))])
+        mixed = np.maximum(by_model, by_ngrams[:, self.numbers])
+        best = int((mixed.sum(0) / seconds[: len(self.numbers)]).argmax())
+        gain = np.exp(np.log(by_ngrams[:, self.ngram_numbers] / mixed[:, best : best + 1]).mean(0))
+        return np.concatenate([mixed.sum(0), mixed[:, best].sum() * gain])
+
+    def _choose(self, batch: int, tokens: np.ndarray, seconds: np.ndarray, with_prompts: bool) -> int:
+        """The choice for a step of ``batch`` requests that brings ``tokens`` in ``seconds``, both [num_choices]."""
+        can = tokens > 0
+        price = float((seconds[can] / tokens[can]).min())
         self._share_alone += PRICE_MEMORY * ((not with_prompts) - self._share_alone)
         if with_prompts:
             price *= min(1.0, self._share_alone / PRICE_SHARE)
-        losses = seconds - price * tokens  # seconds, up to what all have in common
+        losses = np.where(can, seconds - price * tokens, np.inf)  # seconds, up to what all have in common
         losses -= losses.min()
         best = int(losses.argmin())
         current = self._current.get(with_prompts, best)
@@ -269,15 +341,17 @@ class DraftLength:
         self._current[with_prompts] = current
         if with_prompts:
             self._probe = None
-            return self.numbers[current]
-        return self.numbers[self._tried_instead_of(current, batch, losses, seconds)]
+            return current
+        return self._tried_instead_of(current, batch, losses, seconds)
 
     def _tried_instead_of(self, current: int, batch: int, losses: np.ndarray, seconds: np.ndarray) -> int:
         """``current``, or now and then another choice of which too little is known."""
         if self._probe is not None:
             choice, left = self._probe
-            self._probe = (choice, left - 1) if left > 1 else None
-            return choice
+            is_possible = losses[choice] < np.inf  # else it was by n-grams, and nothing repeats itself any more
+            self._probe = (choice, left - 1) if left > 1 and is_possible else None
+            if is_possible:
+                return choice
         self._since_probe += 1
         most = PROBE_SAVINGS * seconds[current]
         grown = self._savings + PROBE_SHARE * seconds[current]
@@ -290,15 +364,15 @@ class DraftLength:
         costs = losses * self._probe_steps
         wanted = [
             choice
-            for choice in range(len(self.numbers))
+            for choice in range(len(self.choices))
             if choice != current
             and costs[choice] <= self._savings
             and not self.times.known(batch, choice)
             and (choice == 0 or losses[choice] <= PROBE_LOSS * seconds[choice])
         ]
         if current == 0 and not wanted:
-            # Without drafts nothing says that they would be accepted by now.
-            wanted = [1 + int(losses[1:].argmin())]
+            # Without drafts nothing says that the model's would be accepted by now.
+            wanted = [1 + int(losses[1 : len(self.numbers)].argmin())]
         wanted = [choice for choice in wanted if costs[choice] <= self._savings]
         if not wanted:
             return current

@@ -2,6 +2,8 @@
 
 It starts where the target stopped: every verified token's keys and values are in the cache, so there is nothing to
 prefill and the first step has one query token per request, the one just sampled.
+
+Where the plan of a step says so (``ngram: auto``), drafts are n-grams: of some requests, or of all, without a draft step.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from vllm.v1.sample.sampler import _SAMPLING_EPS
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
+from vllm_quantspec.draft_length import Plan
 from vllm_quantspec.integration.cache.metadata import WINDOW_SUFFIX, QuantSpecMetadata, WindowMetadata
+from vllm_quantspec.integration.cpu.ngram_drafts import NgramDrafts, write_one_hot
 from vllm_quantspec.integration.cpu.page_scores import PageScores, make_page_scores
 from vllm_quantspec.integration.draft import weight_updates
 from vllm_quantspec.integration.draft.model import DraftModel, build_configured_draft
@@ -34,6 +38,8 @@ class QuantSpecProposer(DraftModelProposer):
         self.runner = runner
         self.draft = DraftModel()
         self.page_scores: PageScores | None = None
+        self.plan: Plan | None = None  # of the step that is being computed, where n-grams may be drafted
+        self.ngrams: NgramDrafts | None = None
         self.rotary = make_rotary_positions(vllm_config.model_config, self.max_num_tokens, device)
 
     def _raise_if_mrope(self) -> None:
@@ -48,6 +54,9 @@ class QuantSpecProposer(DraftModelProposer):
         layers = self.vllm_config.compilation_config.static_forward_context
         self.page_scores = make_page_scores(self.vllm_config, target_model, self.draft, layers)
         self.model = self.draft.model
+        if self.speculative_config.ngram == "auto":
+            lengths = self.speculative_config.prompt_lookup_min, self.speculative_config.prompt_lookup_max
+            self.ngrams = NgramDrafts(self.runner, *lengths, self.max_model_len)
         self._draft_attn_layer_names = set(self.draft.attention_layers)
         self.supports_mm_inputs = False  # images are in the prompt, which the target computes: a draft is text
 
@@ -77,10 +86,15 @@ class QuantSpecProposer(DraftModelProposer):
         mm_embed_inputs=None,
         num_rejected_tokens_gpu: torch.Tensor | None = None,
         slot_mappings=None,
-    ) -> torch.Tensor:
-        """Draft ``num_speculative_tokens`` tokens for each request; int64 [batch_size, num_speculative_tokens]."""
+    ) -> torch.Tensor | list[list[int]]:
+        """Draft ``num_speculative_tokens`` tokens for each request; int64 [batch_size, num_speculative_tokens].
+
+        With n-grams among them: a list of token ids for each request, as many as were found, and none for a request without
+        if the plan has nothing but n-grams.
+        """
         weight_updates.refresh(self.draft)
-        self.num_speculative_tokens = num_speculative_tokens
+        by_ngrams = self.plan is not None and self.plan.drafts.by_ngrams
+        self.num_speculative_tokens = 0 if by_ngrams else num_speculative_tokens
         self._last_draft_probs = None
         batch_size = common_attn_metadata.batch_size()
         verified = common_attn_metadata.seq_lens[:batch_size].clone()
@@ -99,17 +113,22 @@ class QuantSpecProposer(DraftModelProposer):
         token_ids = next_token_ids
         drafts: list[torch.Tensor] = []
         probs: list[torch.Tensor] = []
-        for step in range(num_speculative_tokens):
+        for step in range(self.num_speculative_tokens):
             hidden_states = self._run_step(token_ids, verified + step, tables, selection)
             token_ids, step_probs = self._sample_draft_tokens(hidden_states, sampling_metadata)
             drafts.append(token_ids.long())
             if step_probs is not None:
                 probs.append(step_probs)
-        if not drafts:
-            return torch.empty(batch_size, 0, device=verified.device, dtype=torch.long)
         if probs:
             self._last_draft_probs = torch.stack(probs, dim=1).contiguous()
-        return torch.stack(drafts, dim=1)
+        by_model = torch.stack(drafts, dim=1) if drafts else torch.empty(batch_size, 0, dtype=torch.long)
+        if self.plan is None or not (by_ngrams or self.plan.ngram_requests):
+            return by_model
+        computing_prompt = torch.from_numpy(self.runner.discard_request_mask.np[:batch_size])
+        found = self.ngrams.find(self.plan, verified, next_token_ids, computing_prompt)
+        if self._last_draft_probs is not None:
+            write_one_hot(self._last_draft_probs, found)
+        return [found.get(row, tokens) for row, tokens in enumerate(by_model.tolist())]
 
     def _sample_from_logits(
         self, logits: torch.Tensor, sampling_metadata: SamplingMetadata

@@ -15,6 +15,7 @@ from vllm_quantspec.integration.cache.backend import QuantSpecBackend, QuantSpec
 from vllm_quantspec.integration.cache.window import add_window_specs
 from vllm_quantspec.integration.cpu import generators
 from vllm_quantspec.integration.cpu.proposer import QuantSpecProposer
+from vllm_quantspec.integration.draft.ngram_plan import plan_of
 from vllm_quantspec.integration.draft.sparse import reading_all
 from vllm_quantspec.integration.startup.replace import replace
 from vllm_quantspec.integration.startup.speculative_config import QuantSpecConfig
@@ -24,9 +25,13 @@ from vllm_quantspec.kernels import cpu_decode
 def set_draft_counts(runner, scheduler_output) -> None:
     """Tell the metadata builders how many tokens of each row are drafts: exactly those the scheduler put there.
 
-    And sparse drafts, which requests are gone, and whose drafts shall read everything.
+    And the proposer, the plan of the next ones; and sparse drafts, which requests are gone, and whose drafts shall read
+    everything.
     """
-    counts, page_scores = None, getattr(getattr(runner, "drafter", None), "page_scores", None)
+    drafter = getattr(runner, "drafter", None)
+    counts, page_scores = None, getattr(drafter, "page_scores", None)
+    if isinstance(drafter, QuantSpecProposer):
+        drafter.plan = plan_of(scheduler_output)
     for group in runner._attn_group_iterator():
         builder = group.get_metadata_builder()
         if isinstance(builder, QuantSpecMetadataBuilder):

@@ -51,6 +51,10 @@ class SparseScheduler(Scheduler):
         self._drafted = self._kept_whole = 0  # requests' cycles since the last line in the log
         self._said_at = time.monotonic()
 
+    def has_ngrams(self, scheduler_output: SchedulerOutput, request_id: str) -> bool:
+        """As of `DraftLengthScheduler`: without it nobody but the model drafts."""
+        return isinstance(self, DraftLengthScheduler) and DraftLengthScheduler.has_ngrams(self, scheduler_output, request_id)
+
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         super()._update_after_schedule(scheduler_output)
         if self.sparse_choice is None:
@@ -88,7 +92,11 @@ class SparseScheduler(Scheduler):
     ) -> dict[int, EngineCoreOutputs]:
         sparse = self._verified.pop(id(scheduler_output), None)
         if sparse is not None:
-            outcomes = outcomes_of(self, scheduler_output, model_runner_output)
+            outcomes = [
+                outcome
+                for outcome in outcomes_of(self, scheduler_output, model_runner_output)
+                if not self.has_ngrams(scheduler_output, outcome[0])
+            ]
             if outcomes:
                 names, drafted, accepted = map(list, zip(*outcomes, strict=True))
                 self.sparse_choice.observe(names, [name in sparse for name in names], drafted, accepted)

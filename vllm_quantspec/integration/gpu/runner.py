@@ -12,6 +12,7 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from vllm_quantspec.integration.cache.backend import QuantSpecMetadataBuilder
 from vllm_quantspec.integration.cache.window import add_window_specs
+from vllm_quantspec.integration.draft.ngram_plan import plan_of
 from vllm_quantspec.integration.draft.sparse import reading_all
 from vllm_quantspec.integration.gpu.draft_numbers import with_every_number
 from vllm_quantspec.integration.gpu.speculator import QuantSpecSpeculator
@@ -57,6 +58,8 @@ def _with_draft_counts(prepare_inputs):
                 input_batch.seq_lens_cpu_upper_bound[:num_reqs].numpy(),
                 reading_all(scheduler_output),
             )
+        if isinstance(self.speculator, QuantSpecSpeculator):
+            self.speculator.plan = plan_of(scheduler_output)
         return input_batch
 
     return prepare_inputs_with_draft_counts
@@ -65,7 +68,7 @@ def _with_draft_counts(prepare_inputs):
 def _with_quantspec(init_speculator):
     def init_quantspec_speculator(vllm_config, device, req_states):
         if isinstance(vllm_config.speculative_config, QuantSpecConfig):
-            return QuantSpecSpeculator(vllm_config, device)
+            return QuantSpecSpeculator(vllm_config, device, req_states)
         return init_speculator(vllm_config, device, req_states)
 
     return init_quantspec_speculator

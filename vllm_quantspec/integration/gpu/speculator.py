@@ -3,6 +3,9 @@
 It starts where the target stopped: every verified token's keys and values are in the cache, so there is nothing to
 prefill, and all draft steps are alike: one query token per request, the first the one just sampled. vLLM's base class
 captures such a loop, sampling included; here it begins at draft position 0 rather than 1.
+
+Where the plan of a step says so (``ngram: auto``), n-grams take the place of drafts: of some requests after the loop, or of
+all, without it.
 """
 
 from __future__ import annotations
@@ -26,13 +29,16 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator import (
     TargetDependentARSpeculator,
     prepare_decode_inputs,
 )
+from vllm.v1.worker.gpu.states import RequestState
 
+from vllm_quantspec.draft_length import Plan
 from vllm_quantspec.integration.cache.metadata import WINDOW_SUFFIX
 from vllm_quantspec.integration.draft import weight_updates
 from vllm_quantspec.integration.draft.model import DraftModel, build_configured_draft
 from vllm_quantspec.integration.draft.rotary import RotaryPositions, make_rotary_positions
 from vllm_quantspec.integration.gpu import sparse_drafts
 from vllm_quantspec.integration.gpu.draft_numbers import numbers_of_drafts
+from vllm_quantspec.integration.gpu.ngram_drafts import NgramDrafts
 from vllm_quantspec.integration.gpu.step_graphs import PlainGraphs
 
 logger = init_logger("vllm.quantspec.speculator")
@@ -63,9 +69,13 @@ class DraftCudaGraphManager(SpeculatorCudaGraphManager, PlainGraphs):
 class QuantSpecSpeculator(TargetDependentARSpeculator):
     page_scores: sparse_drafts.SparseDrafts | None = None  # of an engine whose drafts choose their pages
     rotary: RotaryPositions | None = None  # of a model with M-RoPE
+    ngrams: NgramDrafts | None = None  # of an engine that may draft them
+    plan: Plan | None = None  # of the step that is being computed, in such an engine
 
-    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, req_states: RequestState) -> None:
         super().__init__(vllm_config, device)
+        if vllm_config.speculative_config.ngram == "auto":
+            self.ngrams = NgramDrafts(vllm_config, device, req_states)
         # The base class carries hidden states from step to step; a row per request is all that it touches here.
         self.hidden_states = self.hidden_states[: self.max_num_reqs].clone()
         self.draft = DraftModel()
@@ -91,6 +101,8 @@ class QuantSpecSpeculator(TargetDependentARSpeculator):
         DraftModelSpeculator._configure_decode_metadata_update(self)  # one draft step is a loop here, too
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        if self.ngrams is not None:
+            self.ngrams.warm_up(self.draft_tokens, self.draft_logits)
         full = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
         mode = CUDAGraphMode.FULL_DECODE_ONLY if full else CUDAGraphMode.NONE
         self.decode_cudagraph_manager = DraftCudaGraphManager(self.vllm_config, self.device, mode, decode_query_len=1)
@@ -151,6 +163,12 @@ class QuantSpecSpeculator(TargetDependentARSpeculator):
                 self.page_scores.forget()
             self.draft_tokens[:num_reqs].fill_(-1)
             return self.draft_tokens[:num_reqs]
+        plan = None if dummy_run else self.plan
+        if plan is not None and plan.drafts.by_ngrams:
+            if self.page_scores is not None:
+                self.page_scores.forget()
+            self.ngrams.write(plan, input_batch, num_sampled, last_sampled, self.draft_tokens, self.draft_logits)
+            return self.draft_tokens[:num_reqs]
         seq_lens_upper_bound = input_batch.seq_lens_cpu_upper_bound
         self.draft_max_seq_len = min(int(seq_lens_upper_bound[:num_reqs].max()) + num_speculative_tokens, self.max_model_len)
         self._copy_request_inputs(num_reqs, input_batch.idx_mapping[:num_reqs], temperature, seeds, dummy_run=dummy_run)
@@ -184,6 +202,8 @@ class QuantSpecSpeculator(TargetDependentARSpeculator):
             seq_lens_upper_bound,
             num_speculative_tokens,
         )
+        if plan is not None and plan.ngram_requests:
+            self.ngrams.write(plan, input_batch, num_sampled, last_sampled, self.draft_tokens, self.draft_logits)
         return self.draft_tokens[:num_reqs]
 
     def _set_rotary_deltas(self, rows: torch.Tensor, dummy_run: bool) -> None:

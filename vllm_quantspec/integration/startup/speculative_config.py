@@ -8,7 +8,7 @@ from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
 from vllm.config.utils import config
 from vllm.logger import init_logger
 
-from vllm_quantspec.config import AUTO_SCHEDULE, METHOD, QuantSpecOptions, parse_options
+from vllm_quantspec.config import AUTO_SCHEDULE, METHOD, NGRAM_SCHEDULE, QuantSpecOptions, parse_options
 
 logger = init_logger("vllm.quantspec.speculative_config")
 
@@ -36,6 +36,7 @@ class QuantSpecConfig(SpeculativeConfig):
     quantize_lm_head: bool = True
     draft_context: str | int | float = "all"
     draft_selection: str = "attention"
+    ngram: str = "off"
     chooses_number: bool = False  # of drafts in each step; num_speculative_tokens are the most then
 
     def __post_init__(self):
@@ -57,6 +58,10 @@ class QuantSpecConfig(SpeculativeConfig):
         """The draft's first step has one query token per request: no slot beside the verified tokens' own."""
         return 0
 
+    def use_ngram(self) -> bool:
+        """Whether vLLM's GPU runner keeps the token ids of all requests on the device, where n-grams are looked for."""
+        return self.ngram == "auto"
+
     def compute_hash(self) -> str:
         # Nothing of the draft changes the target's graph; the draft is compiled under a tag of its own.
         return (
@@ -68,7 +73,8 @@ class QuantSpecConfig(SpeculativeConfig):
         return (
             f"SpeculativeConfig(method='{METHOD}', num_spec_tokens={'up to ' * self.chooses_number}"
             f"{self.num_speculative_tokens}, group_size={self.group_size}, draft_weights='{self.draft_weights}', "
-            f"draft_experts='{self.draft_experts}', draft_kv='{self.draft_kv}', draft_context={self.draft_context!r})"
+            f"draft_experts='{self.draft_experts}', draft_kv='{self.draft_kv}', draft_context={self.draft_context!r}, "
+            f"ngram='{self.ngram}')"
         )
 
 
@@ -86,9 +92,12 @@ def make_config(
     vllm_options.setdefault("draft_sample_method", "probabilistic")
     if options.chooses_number:
         # vLLM then captures graphs for every number, and pads no request to the most that it could have.
-        vllm_options["num_speculative_tokens_per_batch_size"] = AUTO_SCHEDULE
+        schedule = NGRAM_SCHEDULE if options.ngram == "auto" else AUTO_SCHEDULE
+        vllm_options["num_speculative_tokens_per_batch_size"] = schedule
     ours = {name: getattr(options, name) for name in QuantSpecOptions.__dataclass_fields__}
     ours["num_speculative_tokens"] = options.most_drafts
+    if options.ngram == "off":
+        ours["prompt_lookup_min"] = ours["prompt_lookup_max"] = None
     return QuantSpecConfig(
         target_model_config=model_config,
         target_parallel_config=parallel_config,
