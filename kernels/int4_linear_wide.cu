@@ -1,0 +1,320 @@
+// y = x W^T for 9 tokens or more (tiles of 8; a launch has blocks of up to 64) and a weight of 4-bit codes in groups. Compiled
+// by NVRTC.
+//
+// Output rows are M and tokens N, as in int4_linear.cu, and codes have its order. Here x is more than one warp can hold, and
+// reading it is no longer free: a CTA has a share of the row tiles and of the input channels (SPLITS), and its warps share x.
+//
+// A warp multiplies up to TILES row tiles. Their codes come through a ring in shared memory of its own (cp.async; a lane copies
+// what it will read, so no other warp waits). Codes become floats, scaled, in registers: one fragment serves all tokens.
+// x comes through a ring of the CTA: a few more warps (PRODUCERS) take one chunk of 128 channels each, rotate it where the weight
+// is that of rotated inputs, and store it as rows of 64 channels in the order of the fragments, swizzled for ldmatrix and wgmma
+// alike.
+//
+// WGMMA (Hopper): four warps with a row tile each are a warp group; the tensor cores read x from shared memory once per 64 rows and
+// work while the next codes are unpacked. Otherwise mma.m16n8k16, everywhere.
+//
+// SPLITS: each CTA leaves its sums in the workspace, waits for the others of its rows, and adds up and stores its part. The launch
+// has to be on the GPU as a whole for that: no more CTAs than fit at once. The order of all sums is fixed.
+//
+// The launch overlaps with its predecessor as in int4_linear.cu: only codes are read before the wait.
+//
+// Macros: GROUP_SIZE IS_BF16 WARPS (that multiply) STAGES (chunks of a warp's codes) TILES TOKEN_TILES X_STAGES (chunks of x)
+//         PRODUCERS SPLITS MIN_CTAS (CTAs that registers allow on a multiprocessor) WGMMA ROTATED
+
+#include "int4_linear.cuh"
+#if WGMMA
+#include "wgmma.cuh"
+#endif
+
+constexpr int NW = WARPS, T = TILES, NT = TOKEN_TILES, S = STAGES, XS = X_STAGES, NP = PRODUCERS;
+constexpr int GROUPS = 128 / GROUP_SIZE, STEPS = GROUP_SIZE / 16;  // per chunk; products of k = 16 per group
+constexpr int CODES = 1024, SCALES = 64 * GROUPS, UNIT = CODES + SCALES;  // bytes of one tile's chunk
+constexpr int X_HALF = NT * 1024, X_STAGE = 2 * X_HALF;                    // 64 and 128 channels of all tokens
+constexpr int RINGS_AT = XS * X_STAGE, BARRIERS_AT = RINGS_AT + NW * S * T * UNIT;
+static_assert(NT % 2 == 0, "x is brought two tiles of tokens at a time");
+static_assert(S >= 2, "a stage is filled while another is used");
+#if WGMMA
+static_assert(NW % 4 == 0, "four warps are a warp group");
+#endif
+
+extern __shared__ __align__(1024) u8 smem[];
+
+DEV void wait_for_consumers() { asm volatile("bar.sync 1,%0;" ::"n"(32 * NW) : "memory"); }
+DEV void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int LEFT>
+DEV void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+}
+DEV void sts32(u32 a, u32 x) { asm volatile("st.shared.u32 [%0],%1;" ::"r"(a), "r"(x) : "memory"); }
+DEV uint4 ldmatrix4(u32 a) {
+  uint4 r;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3},[%4];"
+               : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
+               : "r"(a)
+               : "memory");
+  return r;
+}
+DEV int load_acquire(const int* p) {
+  int r;
+  asm volatile("ld.acquire.gpu.global.s32 %0,[%1];" : "=r"(r) : "l"(p) : "memory");
+  return r;
+}
+DEV u32 fma2(u32 a, u32 b, u32 c) {
+  u32 r;
+#if IS_BF16
+  asm("fma.rn.bf16x2 %0,%1,%2,%3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+#else
+  asm("fma.rn.f16x2 %0,%1,%2,%3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+#endif
+  return r;
+}
+
+struct Range {
+  int tile_begin, tiles, chunk_begin, chunks, token0;
+};
+
+// ---- x ---------------------------------------------------------------------------------------------------------------
+// Lane 4*g+t has channels 32*j + 8*t + 0..7 of token g, for two tiles of tokens and all j.
+DEV void load_x(uint4 (&x)[2][4], const Params& p, const Range& r, int n, int chunk, int lane) {
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const int token = r.token0 + (n + i) * 8 + (lane >> 2);
+    const u16* from = p.x + token * p.x_stride + chunk * 128 + (lane & 3) * 8;
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+      x[i][j] = token < p.tokens && chunk * 128 + j * 32 < p.channels ? ldg128(from + j * 32) : make_uint4(0, 0, 0, 0);
+  }
+}
+
+// A row is a token's 64 channels; a lane's 8 channels of 32 are the four words t of 16-byte pieces 4 * (j % 2) + 0..3, which are
+// the k = 0..7 and 8..15 of products 2*j and 2*j+1.
+DEV void store_x(u32 stage, const uint4 (&x)[2][4], int n, int lane) {
+  const int g = lane >> 2;
+#pragma unroll
+  for (int i = 0; i < 2; i++)
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+#pragma unroll
+      for (int q = 0; q < 4; q++)
+        sts32(stage + j / 2 * X_HALF + (n + i) * 1024 + g * 128 + (((j % 2 * 4 + q) ^ g) << 4) + (lane & 3) * 4, word(x[i][j], q));
+}
+
+// One of the warps that fill the ring of x; each takes whole chunks, so that several are under way.
+DEV void produce_x(const Params& p, const Range& r, u32 ring, u32 full, u32 empty, int producer, int lane) {
+#if ROTATED
+  const u32 signs = signs_of_lane(lane);
+#endif
+  uint4 next[2][4];
+  if (producer < r.chunks) load_x(next, p, r, 0, r.chunk_begin + producer, lane);
+#pragma unroll 1
+  for (int c = producer; c < r.chunks; c += NP) {
+    const int slot = c % XS, round = c / XS;
+    if (round > 0) wait_for(empty + slot * 8, (round & 1) ^ 1);
+#pragma unroll
+    for (int n = 0; n < NT; n += 2) {
+      uint4 x[2][4];
+#pragma unroll
+      for (int e = 0; e < 8; e++) x[e / 4][e % 4] = next[e / 4][e % 4];
+      if (n + 2 < NT) load_x(next, p, r, n + 2, r.chunk_begin + c, lane);
+      else if (c + NP < r.chunks) load_x(next, p, r, 0, r.chunk_begin + c + NP, lane);
+#if ROTATED
+#pragma unroll
+      for (int e = 0; e < 8; e++) rotate(x[e / 4][e % 4], signs);
+#endif
+      store_x(ring + slot * X_STAGE, x, n, lane);
+    }
+#if WGMMA
+    fence_shared();
+#endif
+    arrive(full + slot * 8);
+  }
+}
+
+// ---- Codes -----------------------------------------------------------------------------------------------------------
+// The next chunk of a warp's `slots` row tiles, of which one and the next lie NW tiles apart.
+DEV void fetch(const Params& p, u32 to, i64 unit, int slots, int lane) {
+#pragma unroll
+  for (int i = 0; i < T; i++)
+    if (i < slots) {
+      const i64 at = unit + (i64)(i * NW) * p.chunks;
+      const u8* codes = p.codes + at * CODES + lane * 16;
+      copy16(to + i * UNIT + lane * 16, codes);
+      copy16(to + i * UNIT + lane * 16 + 512, codes + 512);
+      if (lane < SCALES / 16) copy16(to + i * UNIT + CODES + lane * 16, p.scales + at * SCALES + lane * 16);
+    }
+}
+
+// Pairs of the same number, for rows g and g + 8.
+struct Scale {
+  u32 scale[2], minus_zero[2];
+};
+DEV Scale scale_of(u32 unit, int product, int lane) {
+  const uint2 v = lds64(unit + CODES + product / STEPS * 64 + (lane >> 2) * 8);
+  return {{__byte_perm(v.x, 0, 0x1010), __byte_perm(v.y, 0, 0x1010)},
+          {__byte_perm(v.x, 0, 0x3232) ^ 0x80008000, __byte_perm(v.y, 0, 0x3232) ^ 0x80008000}};
+}
+// (code - zero point) * scale of 8 weights; only the last product is rounded.
+DEV void scaled(u32 (&a)[4], u32 w, const Scale& by) {
+  const u32 one = IS_BF16 ? 0x3f803f80 : 0x3c003c00;
+  expand(a, w);
+#pragma unroll
+  for (int e = 0; e < 4; e++) a[e] = fma2(fma2(a[e], one, by.minus_zero[e & 1]), by.scale[e & 1], 0x80008000);
+}
+
+// ---- Sums of several CTAs --------------------------------------------------------------------------------------------
+DEV float4* partial_of(const Params& p, int split, int n, int at) {
+  return p.partial + ((split * gridDim.y + blockIdx.y) * NT + n) * (i64)p.tiles * 32 + at;
+}
+
+// Wait until all CTAs of these rows have left their sums, and add up this one's part of them.
+DEV void merge_splits(const Params& p, const Range& r, int thread) {
+  __threadfence();
+  wait_for_consumers();
+  int* arrived = p.arrived + blockIdx.y * gridDim.x + blockIdx.x;
+  if (thread == 0) {
+    atomicAdd(arrived, 1);
+    while (load_acquire(arrived) < SPLITS) {
+    }
+  }
+  wait_for_consumers();
+  const int all = r.tiles * NT, begin = all * blockIdx.z / SPLITS, end = all * (blockIdx.z + 1) / SPLITS;
+  for (int at = begin * 32 + thread; at < end * 32; at += 32 * NW) {
+    const int n = at / 32 % NT, tile = r.tile_begin + at / 32 / NT, lane = thread & 31;
+    if (r.token0 + n * 8 + (lane & 3) * 2 >= p.tokens) continue;
+    float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+    for (int z = 0; z < SPLITS; z++) {
+      const float4 u = __ldcg(partial_of(p, z, n, tile * 32 + lane));
+      v.x += u.x, v.y += u.y, v.z += u.z, v.w += u.w;
+    }
+    store(p, v, tile, r.token0 + n * 8, lane);
+  }
+  // None reads the count any more when all have arrived here too; the next launch finds zero.
+  wait_for_consumers();
+  if (thread == 0 && atomicAdd(arrived, 1) == 2 * SPLITS - 1) *arrived = 0;
+}
+
+extern "C" __global__ void __launch_bounds__(32 * (NW + NP), MIN_CTAS) int4_linear_wide(const __grid_constant__ Params p) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  Range r;
+  r.tile_begin = (u32)(p.tiles * blockIdx.x) / gridDim.x;
+  r.tiles = (int)((u32)(p.tiles * (blockIdx.x + 1)) / gridDim.x) - r.tile_begin;
+  r.chunk_begin = p.chunks * blockIdx.z / SPLITS;
+  r.chunks = p.chunks * (blockIdx.z + 1) / SPLITS - r.chunk_begin;
+  r.token0 = blockIdx.y * 8 * NT;
+  const u32 x_ring = shared_address(smem), full = x_ring + BARRIERS_AT, empty = full + 8 * XS;
+  if (threadIdx.x < XS) {
+    barrier_init(full + threadIdx.x * 8, 32);
+    barrier_init(empty + threadIdx.x * 8, NW);
+  }
+  __syncthreads();
+  if (warp >= NW) {
+    wait_for_predecessor();
+    return produce_x(p, r, x_ring, full, empty, warp - NW, lane);
+  }
+
+  // This warp's tiles are tile_begin + warp + i * NW.
+  const int slots = (r.tiles - warp + NW - 1) / NW;
+  const u32 ring = x_ring + RINGS_AT + warp * (S * T * UNIT);
+  const i64 first = (i64)(r.tile_begin + warp) * p.chunks + r.chunk_begin;
+#pragma unroll
+  for (int c = 0; c < S - 1; c++) {
+    if (c < r.chunks) fetch(p, ring + c * T * UNIT, first + c, slots, lane);
+    commit_copies();
+  }
+  wait_for_predecessor();
+  release_successor();
+
+  float acc[T][NT][4];
+#pragma unroll
+  for (int i = 0; i < T; i++)
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) acc[i][n][e] = 0.f;
+#if WGMMA
+  const int team_slots = (r.tiles - warp / 4 * 4 + NW - 1) / NW;
+#endif
+  int slot = 0, x_slot = 0;
+  u32 parity = 0;
+#pragma unroll 1
+  for (int c = 0; c < r.chunks; c++) {
+    const u32 stage = ring + slot * T * UNIT, x = x_ring + x_slot * X_STAGE;
+    const u32 used = empty + (x_slot == 0 ? XS - 1 : x_slot - 1) * 8;  // the chunk before has been there
+    wait_for_copies<S - 2>();
+    __syncwarp();  // for the scales, which few lanes copy; and all lanes are done with the chunk before
+    if (c + S - 1 < r.chunks) fetch(p, ring + (slot == 0 ? S - 1 : slot - 1) * T * UNIT, first + c + S - 1, slots, lane);
+    commit_copies();
+    wait_for(full + x_slot * 8, parity);
+#if WGMMA
+    if (team_slots <= 0 && lane == 0 && c > 0) arrive(used);
+#pragma unroll
+    for (int i = 0; i < T; i++)
+      if (i < team_slots) {  // the same for the four warps; one without a tile multiplies what is there and stores nothing
+        Scale by;
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          const uint4 w = lds128(stage + i * UNIT + h * 512 + lane * 16);
+          u32 a[4][4];
+#pragma unroll
+          for (int s = 0; s < 4; s++) {
+            if ((4 * h + s) % STEPS == 0) by = scale_of(stage + i * UNIT, 4 * h + s, lane);
+            scaled(a[s], word(w, s), by);
+          }
+          wgmma_fence();
+#pragma unroll
+          for (int s = 0; s < 4; s++) wgmma(acc[i], a[s], columns_at(x + h * X_HALF + s * 32));
+          wgmma_commit();
+          wgmma_wait<1>();  // so the fragments before these can be replaced
+          if (i == 0 && h == 0 && lane == 0 && c > 0) arrive(used);
+        }
+      }
+#else
+    if (lane == 0 && c > 0) arrive(used);
+    Scale by[T];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      uint4 w[T];
+#pragma unroll
+      for (int i = 0; i < T; i++) w[i] = lds128(stage + i * UNIT + h * 512 + lane * 16);
+#pragma unroll
+      for (int j = 0; j < 2; j++) {
+        uint4 b[NT];
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+          b[n] = ldmatrix4(x + h * X_HALF + n * 1024 + (lane & 7) * 128 + (((j * 4 + (lane >> 3)) ^ (lane & 7)) << 4));
+#pragma unroll
+        for (int i = 0; i < T; i++)
+          if (i < slots)
+#pragma unroll
+            for (int k = 0; k < 2; k++) {
+              u32 a[4];
+              if ((4 * h + 2 * j + k) % STEPS == 0) by[i] = scale_of(stage + i * UNIT, 4 * h + 2 * j + k, lane);
+              scaled(a, word(w[i], j * 2 + k), by[i]);
+#pragma unroll
+              for (int n = 0; n < NT; n++) mma(acc[i][n], a, word(b[n], 2 * k), word(b[n], 2 * k + 1));
+            }
+      }
+    }
+#endif
+    if (++slot == S) slot = 0;
+    if (++x_slot == XS) x_slot = 0, parity ^= 1;
+  }
+#if WGMMA
+  wgmma_wait<0>();
+#pragma unroll
+  for (int i = 0; i < T; i++) hold(acc[i]);
+#endif
+#pragma unroll
+  for (int i = 0; i < T; i++)
+    if (i < slots)
+#pragma unroll
+      for (int n = 0; n < NT; n++) {
+        if (r.token0 + n * 8 + (lane & 3) * 2 >= p.tokens) continue;
+        const float4 v = make_float4(acc[i][n][0], acc[i][n][1], acc[i][n][2], acc[i][n][3]);
+        const int tile = r.tile_begin + warp + i * NW;
+        if (SPLITS == 1) store(p, v, tile, r.token0 + n * 8, lane);
+        else *partial_of(p, blockIdx.z, n, tile * 32 + lane) = v;
+      }
+  if (SPLITS > 1) merge_splits(p, r, warp * 32 + lane);
+}
