@@ -54,6 +54,15 @@ DEV uint4 ldmatrix4(u32 a) {
                : "memory");
   return r;
 }
+DEV uint4 ldg128_if(const u16* p, bool there) {  // or zeros
+  uint4 r;
+  asm volatile(
+      "{.reg .pred p;\n setp.ne.u32 p,%5,0;\n mov.u32 %0,0;\n mov.u32 %1,0;\n mov.u32 %2,0;\n mov.u32 %3,0;\n"
+      " @p ld.global.v4.u32 {%0,%1,%2,%3},[%4];}"
+      : "=&r"(r.x), "=&r"(r.y), "=&r"(r.z), "=&r"(r.w)
+      : "l"(p), "r"((u32)there));
+  return r;
+}
 DEV int load_acquire(const int* p) {
   int r;
   asm volatile("ld.acquire.gpu.global.s32 %0,[%1];" : "=r"(r) : "l"(p) : "memory");
@@ -74,74 +83,88 @@ struct Range {
 };
 
 // ---- x ---------------------------------------------------------------------------------------------------------------
-// Lane 4*g+t has channels 32*j + 8*t + 0..7 of token g, for two tiles of tokens and all j.
-DEV void load_x(uint4 (&x)[2][4], const Params& p, const Range& r, int n, int chunk, int lane) {
+// Two tiles of tokens of a chunk.
+struct Step {
+  int chunk, n;  // of the CTA's chunks; the first tile
+  DEV void advance() {
+    n += 2;
+    if (n == NT) n = 0, chunk += NP;
+  }
+};
+
+// Lane 4*g+t has channels 32*j + 8*t + 0..7 of token g, for two tiles of tokens and all j; zeros where there is no such channel.
+DEV void load_x(uint4 (&x)[2][4], const Params& p, const Range& r, const Step& step, int lane) {
+  const int left = step.chunk < r.chunks ? p.channels - (r.chunk_begin + step.chunk) * 128 : 0;
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    const int token = r.token0 + (n + i) * 8 + (lane >> 2);
-    const u16* from = p.x + token * p.x_stride + chunk * 128 + (lane & 3) * 8;
+    const int token = r.token0 + (step.n + i) * 8 + (lane >> 2);
+    const u16* from = p.x + token * p.x_stride + (r.chunk_begin + step.chunk) * 128 + (lane & 3) * 8;
 #pragma unroll
-    for (int j = 0; j < 4; j++)
-      x[i][j] = token < p.tokens && chunk * 128 + j * 32 < p.channels ? ldg128(from + j * 32) : make_uint4(0, 0, 0, 0);
+    for (int j = 0; j < 4; j++) x[i][j] = ldg128_if(from + j * 32, token < p.tokens && j * 32 < left);
   }
 }
 
 // A row is a token's 64 channels; a lane's 8 channels of 32 are the four words t of 16-byte pieces 4 * (j % 2) + 0..3, which are
 // the k = 0..7 and 8..15 of products 2*j and 2*j+1.
-DEV void store_x(u32 stage, const uint4 (&x)[2][4], int n, int lane) {
+DEV void store_x(u32 to, const uint4 (&x)[2][4], int lane) {
   const int g = lane >> 2;
+  to += g * 128 + (lane & 3) * 4;
 #pragma unroll
   for (int i = 0; i < 2; i++)
 #pragma unroll
     for (int j = 0; j < 4; j++)
 #pragma unroll
-      for (int q = 0; q < 4; q++)
-        sts32(stage + j / 2 * X_HALF + (n + i) * 1024 + g * 128 + (((j % 2 * 4 + q) ^ g) << 4) + (lane & 3) * 4, word(x[i][j], q));
+      for (int q = 0; q < 4; q++) sts32(to + j / 2 * X_HALF + i * 1024 + (((j % 2 * 4 + q) ^ g) << 4), word(x[i][j], q));
 }
 
-// One of the warps that fill the ring of x; each takes whole chunks, so that several are under way.
+// One of the warps that fill the ring of x. Each takes whole chunks and has two loads of 4 KB under way.
 DEV void produce_x(const Params& p, const Range& r, u32 ring, u32 full, u32 empty, int producer, int lane) {
 #if ROTATED
   const u32 signs = signs_of_lane(lane);
 #endif
-  uint4 next[2][4];
-  if (producer < r.chunks) load_x(next, p, r, 0, r.chunk_begin + producer, lane);
+  uint4 x[2][2][4];
+  Step step = {producer, 0}, ahead = step;
+#pragma unroll
+  for (int b = 0; b < 2; b++, ahead.advance()) load_x(x[b], p, r, ahead, lane);
 #pragma unroll 1
-  for (int c = producer; c < r.chunks; c += NP) {
-    const int slot = c % XS, round = c / XS;
-    if (round > 0) wait_for(empty + slot * 8, (round & 1) ^ 1);
+  while (true) {
 #pragma unroll
-    for (int n = 0; n < NT; n += 2) {
-      uint4 x[2][4];
-#pragma unroll
-      for (int e = 0; e < 8; e++) x[e / 4][e % 4] = next[e / 4][e % 4];
-      if (n + 2 < NT) load_x(next, p, r, n + 2, r.chunk_begin + c, lane);
-      else if (c + NP < r.chunks) load_x(next, p, r, 0, r.chunk_begin + c + NP, lane);
+    for (int b = 0; b < 2; b++, step.advance(), ahead.advance()) {
+      if (step.chunk >= r.chunks) return;
+      const int slot = step.chunk % XS, round = step.chunk / XS;
+      if (step.n == 0 && round > 0) wait_for(empty + slot * 8, (round & 1) ^ 1);
 #if ROTATED
 #pragma unroll
-      for (int e = 0; e < 8; e++) rotate(x[e / 4][e % 4], signs);
+      for (int e = 0; e < 8; e++) rotate(x[b][e / 4][e % 4], signs);
 #endif
-      store_x(ring + slot * X_STAGE, x, n, lane);
-    }
+      store_x(ring + slot * X_STAGE + step.n * 1024, x[b], lane);
+      load_x(x[b], p, r, ahead, lane);
+      if (step.n == NT - 2) {
 #if WGMMA
-    fence_shared();
+        fence_shared();
 #endif
-    arrive(full + slot * 8);
+        arrive(full + slot * 8);
+      }
+    }
   }
 }
 
 // ---- Codes -----------------------------------------------------------------------------------------------------------
-// The next chunk of a warp's `slots` row tiles, of which one and the next lie NW tiles apart.
-DEV void fetch(const Params& p, u32 to, i64 unit, int slots, int lane) {
+// A warp's place in the weight: the next chunk of its first row tile. Its others lie NW tiles apart.
+struct Place {
+  const u8 *codes, *scales;
+  int slots;  // row tiles that it has
+};
+DEV void fetch(Place& from, u32 to, i64 chunks, int lane) {
 #pragma unroll
   for (int i = 0; i < T; i++)
-    if (i < slots) {
-      const i64 at = unit + (i64)(i * NW) * p.chunks;
-      const u8* codes = p.codes + at * CODES + lane * 16;
+    if (i < from.slots) {
+      const u8* codes = from.codes + i * NW * CODES * chunks;
       copy16(to + i * UNIT + lane * 16, codes);
       copy16(to + i * UNIT + lane * 16 + 512, codes + 512);
-      if (lane < SCALES / 16) copy16(to + i * UNIT + CODES + lane * 16, p.scales + at * SCALES + lane * 16);
+      if (lane < SCALES / 16) copy16(to + i * UNIT + CODES + lane * 16, from.scales + i * NW * SCALES * chunks);
     }
+  from.codes += CODES, from.scales += SCALES;
 }
 
 // Pairs of the same number, for rows g and g + 8.
@@ -168,26 +191,33 @@ DEV float4* partial_of(const Params& p, int split, int n, int at) {
 
 // Wait until all CTAs of these rows have left their sums, and add up this one's part of them.
 DEV void merge_splits(const Params& p, const Range& r, int thread) {
-  __threadfence();
-  wait_for_consumers();
   int* arrived = p.arrived + blockIdx.y * gridDim.x + blockIdx.x;
+  wait_for_consumers();
   if (thread == 0) {
+    __threadfence();
     atomicAdd(arrived, 1);
     while (load_acquire(arrived) < SPLITS) {
     }
   }
   wait_for_consumers();
-  const int all = r.tiles * NT, begin = all * blockIdx.z / SPLITS, end = all * (blockIdx.z + 1) / SPLITS;
-  for (int at = begin * 32 + thread; at < end * 32; at += 32 * NW) {
-    const int n = at / 32 % NT, tile = r.tile_begin + at / 32 / NT, lane = thread & 31;
-    if (r.token0 + n * 8 + (lane & 3) * 2 >= p.tokens) continue;
-    float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+  const int all = r.tiles * NT, begin = all * blockIdx.z / SPLITS, end = all * (blockIdx.z + 1) / SPLITS, lane = thread & 31;
+  for (int at = begin + thread / 32; at < end; at += 2 * NW) {  // two at a time, for their loads to be under way together
+    float4 v[2][SPLITS];
 #pragma unroll
-    for (int z = 0; z < SPLITS; z++) {
-      const float4 u = __ldcg(partial_of(p, z, n, tile * 32 + lane));
-      v.x += u.x, v.y += u.y, v.z += u.z, v.w += u.w;
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+      for (int z = 0; z < SPLITS; z++)
+        if (at + i * NW < end)
+          v[i][z] = __ldcg(partial_of(p, z, (at + i * NW) % NT, (r.tile_begin + (at + i * NW) / NT) * 32 + lane));
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const int n = (at + i * NW) % NT, tile = r.tile_begin + (at + i * NW) / NT;
+      if (at + i * NW >= end || r.token0 + n * 8 + (lane & 3) * 2 >= p.tokens) continue;
+#pragma unroll
+      for (int z = 1; z < SPLITS; z++)
+        v[i][0].x += v[i][z].x, v[i][0].y += v[i][z].y, v[i][0].z += v[i][z].z, v[i][0].w += v[i][z].w;
+      store(p, v[i][0], tile, r.token0 + n * 8, lane);
     }
-    store(p, v, tile, r.token0 + n * 8, lane);
   }
   // None reads the count any more when all have arrived here too; the next launch finds zero.
   wait_for_consumers();
@@ -214,12 +244,13 @@ extern "C" __global__ void __launch_bounds__(32 * (NW + NP), MIN_CTAS) int4_line
   }
 
   // This warp's tiles are tile_begin + warp + i * NW.
-  const int slots = (r.tiles - warp + NW - 1) / NW;
   const u32 ring = x_ring + RINGS_AT + warp * (S * T * UNIT);
   const i64 first = (i64)(r.tile_begin + warp) * p.chunks + r.chunk_begin;
+  const int slots = (r.tiles - warp + NW - 1) / NW;
+  Place place = {p.codes + first * CODES + lane * 16, p.scales + first * SCALES + lane * 16, slots};
 #pragma unroll
   for (int c = 0; c < S - 1; c++) {
-    if (c < r.chunks) fetch(p, ring + c * T * UNIT, first + c, slots, lane);
+    if (c < r.chunks) fetch(place, ring + c * T * UNIT, p.chunks, lane);
     commit_copies();
   }
   wait_for_predecessor();
@@ -243,27 +274,28 @@ extern "C" __global__ void __launch_bounds__(32 * (NW + NP), MIN_CTAS) int4_line
     const u32 used = empty + (x_slot == 0 ? XS - 1 : x_slot - 1) * 8;  // the chunk before has been there
     wait_for_copies<S - 2>();
     __syncwarp();  // for the scales, which few lanes copy; and all lanes are done with the chunk before
-    if (c + S - 1 < r.chunks) fetch(p, ring + (slot == 0 ? S - 1 : slot - 1) * T * UNIT, first + c + S - 1, slots, lane);
+    if (c + S - 1 < r.chunks) fetch(place, ring + (slot == 0 ? S - 1 : slot - 1) * T * UNIT, p.chunks, lane);
     commit_copies();
     wait_for(full + x_slot * 8, parity);
 #if WGMMA
     if (team_slots <= 0 && lane == 0 && c > 0) arrive(used);
+    const u32 columns = columns_at(x);
 #pragma unroll
     for (int i = 0; i < T; i++)
       if (i < team_slots) {  // the same for the four warps; one without a tile multiplies what is there and stores nothing
+        const uint4 w[2] = {lds128(stage + i * UNIT + lane * 16), lds128(stage + i * UNIT + lane * 16 + 512)};
         Scale by;
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-          const uint4 w = lds128(stage + i * UNIT + h * 512 + lane * 16);
           u32 a[4][4];
 #pragma unroll
           for (int s = 0; s < 4; s++) {
             if ((4 * h + s) % STEPS == 0) by = scale_of(stage + i * UNIT, 4 * h + s, lane);
-            scaled(a[s], word(w, s), by);
+            scaled(a[s], word(w[h], s), by);
           }
           wgmma_fence();
 #pragma unroll
-          for (int s = 0; s < 4; s++) wgmma(acc[i], a[s], columns_at(x + h * X_HALF + s * 32));
+          for (int s = 0; s < 4; s++) wgmma(acc[i], a[s], columns + (h * X_HALF + s * 32) / 16);
           wgmma_commit();
           wgmma_wait<1>();  // so the fragments before these can be replaced
           if (i == 0 && h == 0 && lane == 0 && c > 0) arrive(used);

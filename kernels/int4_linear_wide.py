@@ -108,8 +108,8 @@ def plan_of(
     # Two CTAs per multiprocessor where registers allow it: the next launch's fills its ring while this one's adds up.
     half, whole = device.shared_memory_per_multiprocessor // 2 - 1024, device.shared_memory_per_block - 1024
     layouts = [(4, 4, 1, whole), (3, 4, 1, whole), (2, 4, 1, whole)]
-    if token_tiles <= 4:
-        layouts = [(12 // token_tiles, 4 if token_tiles == 2 else 2, 2, half), *layouts]
+    if warps <= 8 and per_warp * token_tiles <= 8:
+        layouts = [(max(3, 12 // token_tiles), 2, 2, half), *layouts]
     for x_stages, producers, min_ctas, room in layouts:
         plan = plan._replace(x_stages=x_stages, producers=producers, min_ctas=min_ctas, stages=0)
         stages = (room - plan.shared_bytes(group_size)) // (warps * per_warp * (1024 + 64 * (CHUNK // group_size)))

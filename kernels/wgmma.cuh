@@ -14,9 +14,10 @@ DEV void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
 }
 
-// B's columns as rows of 128 bytes, 16-byte pieces at (piece ^ row % 8), 8 rows after 1024 bytes; `at` is that of the first
-// channel, 32 bytes for each further product along the channels. Eight rows begin at a multiple of 1024 bytes.
-DEV u64 columns_at(u32 at) { return (u64)1 << 62 | (u64)(1024 >> 4) << 32 | (u64)1 << 16 | (at & 0x3ffff) >> 4; }
+// B's columns as rows of 128 bytes, 16-byte pieces at (piece ^ row % 8), 8 rows after 1024 bytes; they begin at a multiple of
+// 1024. The lower half of a descriptor; 2 more for each further product along the channels, of 32 bytes.
+DEV u32 columns_at(u32 at) { return 1 << 16 | (at & 0x3ffff) >> 4; }
+constexpr u32 COLUMNS_HIGH = 1u << 30 | 1024 >> 4;
 
 #if IS_BF16
 #define TYPES "bf16.bf16"
@@ -31,12 +32,12 @@ DEV u64 columns_at(u32 at) { return (u64)1 << 62 | (u64)(1024 >> 4) << 32 | (u64
 #define SUMS_48 SUMS_32 ",%16,%17,%18,%19,%20,%21,%22,%23"
 #define SUMS_64 SUMS_48 ",%24,%25,%26,%27,%28,%29,%30,%31"
 #define FOUR(i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
-#define INPUTS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
+#define INPUTS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"((u64)COLUMNS_HIGH << 32 | columns)
 
-// c += a b. Lane 4*g+t of warp w holds of A and of the sums what it would hold of mma.m16n8k16's, for rows 16*w..16*w+15;
+// c += a b, of the columns of a descriptor. Lane 4*g+t of warp w holds of A and of the sums what it would hold of mma.m16n8k16's, for rows 16*w..16*w+15;
 // c[n] are those of columns 8*n..8*n+7. Not there before `wgmma_wait`, and `a` must stay as it is until then.
 template <int NT>
-DEV void wgmma(float (&c)[NT][4], const u32 (&a)[4], u64 b) {
+DEV void wgmma(float (&c)[NT][4], const u32 (&a)[4], u32 columns) {
   static_assert(NT == 2 || NT == 4 || NT == 6 || NT == 8, "16, 32, 48 or 64 columns");
   if constexpr (NT == 2)
     asm volatile(PRODUCT("16", SUMS_16, "8", "9", "10", "11", "12") : FOUR(0), FOUR(1) : INPUTS : "memory");
