@@ -32,7 +32,7 @@ constexpr int CODES = 1024, SCALES = 64 * GROUPS, UNIT = CODES + SCALES;  // byt
 constexpr int X_HALF = NT * 1024, X_STAGE = 2 * X_HALF;                    // 64 and 128 channels of all tokens
 constexpr int RINGS_AT = XS * X_STAGE, BARRIERS_AT = RINGS_AT + NW * S * T * UNIT;
 static_assert(NT % 2 == 0, "x is brought two tiles of tokens at a time");
-static_assert(S >= 2, "a stage is filled while another is used");
+static_assert(S >= 2 && XS >= 2, "a stage is filled while another is used");
 #if WGMMA
 static_assert(NW % 4 == 0, "four warps are a warp group");
 #endif
