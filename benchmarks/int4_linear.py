@@ -277,7 +277,7 @@ def tune(names, tokens):
             print(f"{name} M={count} floor {floor:.2f} default {times.get(default, float('nan')):.2f} {default}")
             for plan in sorted(times, key=times.get)[:8]:
                 print(f"   {times[plan]:.2f}", plan)
-            for what in ("wgmma", "splits", "min_ctas", "tiles", "warps"):
+            for what in ("wgmma", "cluster", "splits", "min_ctas", "tiles", "warps"):
                 values = sorted({getattr(plan, what, None) for plan in times} - {None})
                 least = {v: min(t for p, t in times.items() if getattr(p, what, None) == v) for v in values}
                 print(f"   {what}:", ", ".join(f"{v} {t:.2f}" for v, t in least.items()), flush=True)
@@ -329,7 +329,8 @@ def wide_shares(tiles, chunks, count, default, device):
     for warps, per_warp in ((4, 2), (4, 4), (8, 1), (8, 2), (8, 3), (12, 1), (12, 2), (16, 1)):
         for splits in range(1, min(8, chunks) + 1):
             if per_warp * default.token_tiles <= 16:
-                options.append(plan_of(tiles, splits, warps, per_warp, default.token_tiles, token_blocks, GROUP, device))
+                shares = (tiles, splits, warps, per_warp, default.token_tiles, token_blocks, GROUP, device)
+                options += [plan_of(*shares), plan_of(*shares, cluster=False)]
     return [plan for plan in options if plan is not None]
 
 

@@ -276,6 +276,10 @@ class Plan(NamedTuple):
     features = ""
 
     @property
+    def uses_workspace(self) -> bool:
+        return self.splits > 1
+
+    @property
     def threads(self) -> int:
         return 32 * (self.warps + 1)
 
@@ -330,7 +334,7 @@ def launch(
         kernel = _kernel(plan, CHUNK // scales_zeros.shape[2], x.dtype == torch.bfloat16, device, rotated)
         token_blocks = -(-tokens // (8 * plan.token_tiles))
         partial, arrived = 0, 0
-        if plan.splits > 1:
+        if plan.uses_workspace:
             floats = plan.splits * token_blocks * plan.token_tiles * tiles * 128
             partial, arrived = (t.data_ptr() for t in _workspace.tensors(device, floats, plan.blocks * token_blocks))
         params = _Params(

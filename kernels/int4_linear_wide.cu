@@ -13,13 +13,15 @@
 // WGMMA (Hopper): four warps with a row tile each are a warp group; the tensor cores read x from shared memory once per 64 rows and
 // work while the next codes are unpacked. Otherwise mma.m16n8k16, everywhere.
 //
-// SPLITS: each CTA leaves its sums in the workspace, waits for the others of its rows, and adds up and stores its part. The launch
-// has to be on the GPU as a whole for that: no more CTAs than fit at once. The order of all sums is fixed.
+// SPLITS: the CTAs of the same rows leave their sums where the others can read them, wait for one another, and each adds up and
+// stores its part. With CLUSTER (Hopper) they are one thread block cluster and read each other's shared memory. Otherwise sums go
+// through the workspace, and the launch has to be on the GPU as a whole: no more CTAs than fit at once. The order of all sums is
+// fixed.
 //
 // The launch overlaps with its predecessor as in int4_linear.cu: only codes are read before the wait.
 //
 // Macros: GROUP_SIZE IS_BF16 WARPS (that multiply) STAGES (chunks of a warp's codes) TILES TOKEN_TILES X_STAGES (chunks of x)
-//         PRODUCERS SPLITS MIN_CTAS (CTAs that registers allow on a multiprocessor) WGMMA ROTATED
+//         PRODUCERS SPLITS MIN_CTAS (CTAs that registers allow on a multiprocessor) WGMMA CLUSTER ROTATED
 
 #include "int4_linear.cuh"
 #if WGMMA
@@ -30,7 +32,10 @@ constexpr int NW = WARPS, T = TILES, NT = TOKEN_TILES, S = STAGES, XS = X_STAGES
 constexpr int GROUPS = 128 / GROUP_SIZE, STEPS = GROUP_SIZE / 16;  // per chunk; products of k = 16 per group
 constexpr int CODES = 1024, SCALES = 64 * GROUPS, UNIT = CODES + SCALES;  // bytes of one tile's chunk
 constexpr int X_HALF = NT * 1024, X_STAGE = 2 * X_HALF;                    // 64 and 128 channels of all tokens
-constexpr int RINGS_AT = XS * X_STAGE, BARRIERS_AT = RINGS_AT + NW * S * T * UNIT;
+constexpr int RINGS_AT = XS * X_STAGE, RINGS = NW * S * T * UNIT;
+constexpr int SUMS = CLUSTER ? NW * T * NT * 512 : 0;  // in the place of the rings
+constexpr int BARRIERS_AT = RINGS_AT + RINGS > SUMS ? RINGS_AT + RINGS : SUMS;
+static_assert(!CLUSTER || SPLITS > 1, "a cluster is of several CTAs");
 static_assert(NT % 2 == 0, "x is brought two tiles of tokens at a time");
 static_assert(S >= 2 && XS >= 2, "a stage is filled while another is used");
 #if WGMMA
@@ -63,6 +68,24 @@ DEV uint4 ldg128_if(const u16* p, bool there) {  // or zeros
       : "l"(p), "r"((u32)there));
   return r;
 }
+#if CLUSTER
+DEV void sts128(u32 a, float4 v) {
+  asm volatile("st.shared.v4.f32 [%0],{%1,%2,%3,%4};" ::"r"(a), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+}
+// From the shared memory of a CTA of the cluster, at what is `a` in one's own.
+DEV float4 lds128_of(int cta, u32 a) {
+  float4 r;
+  asm volatile("{.reg .u32 at;\n mapa.shared::cluster.u32 at,%4,%5;\n ld.shared::cluster.v4.f32 {%0,%1,%2,%3},[at];}"
+               : "=f"(r.x), "=f"(r.y), "=f"(r.z), "=f"(r.w)
+               : "r"(a), "r"(cta)
+               : "memory");
+  return r;
+}
+// All threads of the cluster that have not returned.
+DEV void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release;\n barrier.cluster.wait.acquire;" ::: "memory");
+}
+#endif
 DEV int load_acquire(const int* p) {
   int r;
   asm volatile("ld.acquire.gpu.global.s32 %0,[%1];" : "=r"(r) : "l"(p) : "memory");
@@ -185,30 +208,64 @@ DEV void scaled(u32 (&a)[4], u32 w, const Scale& by) {
 }
 
 // ---- Sums of several CTAs --------------------------------------------------------------------------------------------
-DEV float4* partial_of(const Params& p, int split, int n, int at) {
-  return p.partial + ((split * gridDim.y + blockIdx.y) * NT + n) * (i64)p.tiles * 32 + at;
+// A lane's sums of row tile `tile` of the CTA and tokens 8*n..8*n+7, of CTA `split`. With CLUSTER all warps are done with the
+// rings before sums take their place.
+#if CLUSTER
+DEV u32 sums_at(int tile, int n, int lane) { return ((tile * NT + n) * 32 + lane) * 16; }
+DEV void leave(const Params&, const Range&, int tile, int n, int lane, float4 v) {
+  sts128(shared_address(smem) + sums_at(tile, n, lane), v);
 }
+DEV float4 left_by(const Params&, const Range&, int split, int tile, int n, int lane) {
+  return lds128_of(split, shared_address(smem) + sums_at(tile, n, lane));
+}
+#else
+DEV float4* sums_at(const Params& p, const Range& r, int split, int tile, int n, int lane) {
+  return p.partial + ((split * gridDim.y + blockIdx.y) * NT + n) * (i64)p.tiles * 32 + (r.tile_begin + tile) * 32 + lane;
+}
+DEV void leave(const Params& p, const Range& r, int tile, int n, int lane, float4 v) {
+  *sums_at(p, r, blockIdx.z, tile, n, lane) = v;
+}
+DEV float4 left_by(const Params& p, const Range& r, int split, int tile, int n, int lane) {
+  return __ldcg(sums_at(p, r, split, tile, n, lane));
+}
+DEV int* arrived_of(const Params& p) { return p.arrived + blockIdx.y * gridDim.x + blockIdx.x; }
+#endif
 
-// Wait until all CTAs of these rows have left their sums, and add up this one's part of them.
-DEV void merge_splits(const Params& p, const Range& r, int thread) {
-  int* arrived = p.arrived + blockIdx.y * gridDim.x + blockIdx.x;
+// Until all CTAs of these rows have left their sums.
+DEV void wait_for_splits(const Params& p, int thread) {
+#if CLUSTER
+  cluster_sync();
+#else
   wait_for_consumers();
   if (thread == 0) {
     __threadfence();
-    atomicAdd(arrived, 1);
-    while (load_acquire(arrived) < SPLITS) {
+    atomicAdd(arrived_of(p), 1);
+    while (load_acquire(arrived_of(p)) < SPLITS) {
     }
   }
   wait_for_consumers();
+#endif
+}
+// Until what this CTA has left may go: when all have read it. The workspace stays; its counter is zero for the next launch.
+DEV void leave_splits(const Params& p, int thread) {
+#if CLUSTER
+  cluster_sync();
+#else
+  wait_for_consumers();
+  if (thread == 0 && atomicAdd(arrived_of(p), 1) == 2 * SPLITS - 1) *arrived_of(p) = 0;
+#endif
+}
+
+// Add up this CTA's part of the sums, two at a time, for their loads to be under way together.
+DEV void merge_splits(const Params& p, const Range& r, int thread) {
   const int all = r.tiles * NT, begin = all * blockIdx.z / SPLITS, end = all * (blockIdx.z + 1) / SPLITS, lane = thread & 31;
-  for (int at = begin + thread / 32; at < end; at += 2 * NW) {  // two at a time, for their loads to be under way together
+  for (int at = begin + thread / 32; at < end; at += 2 * NW) {
     float4 v[2][SPLITS];
 #pragma unroll
     for (int i = 0; i < 2; i++)
 #pragma unroll
       for (int z = 0; z < SPLITS; z++)
-        if (at + i * NW < end)
-          v[i][z] = __ldcg(partial_of(p, z, (at + i * NW) % NT, (r.tile_begin + (at + i * NW) / NT) * 32 + lane));
+        if (at + i * NW < end) v[i][z] = left_by(p, r, z, (at + i * NW) / NT, (at + i * NW) % NT, lane);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const int n = (at + i * NW) % NT, tile = r.tile_begin + (at + i * NW) / NT;
@@ -219,12 +276,15 @@ DEV void merge_splits(const Params& p, const Range& r, int thread) {
       store(p, v[i][0], tile, r.token0 + n * 8, lane);
     }
   }
-  // None reads the count any more when all have arrived here too; the next launch finds zero.
-  wait_for_consumers();
-  if (thread == 0 && atomicAdd(arrived, 1) == 2 * SPLITS - 1) *arrived = 0;
 }
 
-extern "C" __global__ void __launch_bounds__(32 * (NW + NP), MIN_CTAS) int4_linear_wide(const __grid_constant__ Params p) {
+#if CLUSTER
+#define IN_CLUSTERS __cluster_dims__(1, 1, SPLITS)
+#else
+#define IN_CLUSTERS
+#endif
+extern "C" __global__ void __launch_bounds__(32 * (NW + NP), MIN_CTAS) IN_CLUSTERS
+int4_linear_wide(const __grid_constant__ Params p) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   Range r;
   r.tile_begin = (u32)(p.tiles * blockIdx.x) / gridDim.x;
@@ -337,6 +397,9 @@ extern "C" __global__ void __launch_bounds__(32 * (NW + NP), MIN_CTAS) int4_line
 #pragma unroll
   for (int i = 0; i < T; i++) hold(acc[i]);
 #endif
+#if CLUSTER
+  wait_for_consumers();
+#endif
 #pragma unroll
   for (int i = 0; i < T; i++)
     if (i < slots)
@@ -344,9 +407,13 @@ extern "C" __global__ void __launch_bounds__(32 * (NW + NP), MIN_CTAS) int4_line
       for (int n = 0; n < NT; n++) {
         if (r.token0 + n * 8 + (lane & 3) * 2 >= p.tokens) continue;
         const float4 v = make_float4(acc[i][n][0], acc[i][n][1], acc[i][n][2], acc[i][n][3]);
-        const int tile = r.tile_begin + warp + i * NW;
-        if (SPLITS == 1) store(p, v, tile, r.token0 + n * 8, lane);
-        else *partial_of(p, blockIdx.z, n, tile * 32 + lane) = v;
+        const int tile = warp + i * NW;
+        if (SPLITS == 1) store(p, v, r.tile_begin + tile, r.token0 + n * 8, lane);
+        else leave(p, r, tile, n, lane, v);
       }
-  if (SPLITS > 1) merge_splits(p, r, warp * 32 + lane);
+  if (SPLITS > 1) {
+    wait_for_splits(p, threadIdx.x);
+    merge_splits(p, r, threadIdx.x);
+    leave_splits(p, threadIdx.x);
+  }
 }

@@ -16,6 +16,8 @@ CHUNK = 128
 TOKEN_TILES = (2, 4, 6, 8)
 # The only compute capability with warp group products (`wgmma`); NVRTC's name for it ends in "a".
 WGMMA_CAPABILITY = (9, 0)
+# A cluster is on one of the parts of a Hopper GPU that have this many multiprocessors, or two more.
+CLUSTER_MULTIPROCESSORS = 16
 
 
 class WidePlan(NamedTuple):
@@ -25,13 +27,19 @@ class WidePlan(NamedTuple):
     stages: int  # chunks of 128 channels in a warp's ring of codes
     tiles: int  # row tiles that a warp multiplies at most
     token_tiles: int  # tiles of 8 tokens of a CTA
-    splits: int  # CTAs that share the input channels of their row tiles, all of them on the GPU at once
+    splits: int  # CTAs that share the input channels of their row tiles, all of them on the GPU at once; 1 to 8
     blocks: int  # CTAs along the rows
     x_stages: int = 4  # chunks in the ring of x
     producers: int = 4  # warps that fill it
     min_ctas: int = 1  # CTAs that registers allow on a multiprocessor
     wgmma: bool = False  # products of warp groups; needs a Hopper GPU and groups of four warps
     overlap: bool = True  # programmatic dependent launch
+    cluster: bool = False  # CTAs of the same rows add up in shared memory; needs a Hopper GPU and more than one split
+
+    @property
+    def uses_workspace(self) -> bool:
+        """Whether CTAs add up in memory."""
+        return self.splits > 1 and not self.cluster
 
     @property
     def source(self) -> Path:
@@ -48,8 +56,9 @@ class WidePlan(NamedTuple):
 
     def shared_bytes(self, group_size: int) -> int:
         unit = 1024 + 64 * (CHUNK // group_size)
-        x = self.x_stages * (self.token_tiles * 2048 + 16)
-        return x + self.warps * self.stages * self.tiles * unit
+        rings = self.x_stages * self.token_tiles * 2048 + self.warps * self.stages * self.tiles * unit
+        sums = self.warps * self.tiles * self.token_tiles * 512 if self.cluster else 0
+        return max(rings, sums) + 16 * self.x_stages
 
     def macros(self, group_size: int, bf16: bool, rotated: bool = False) -> dict[str, int]:
         """What the kernel's source is compiled with."""
@@ -65,6 +74,7 @@ class WidePlan(NamedTuple):
             "SPLITS": self.splits,
             "MIN_CTAS": self.min_ctas,
             "WGMMA": int(self.wgmma),
+            "CLUSTER": int(self.cluster),
             "ROTATED": int(rotated),
         }
 
@@ -92,9 +102,17 @@ def plan_of(
     token_blocks: int,
     group_size: int,
     device: Device,
+    cluster: bool = True,
 ) -> WidePlan | None:
-    """A launch with up to ``per_warp`` row tiles for each of ``warps`` warps, or None if there is none."""
+    """A launch with up to ``per_warp`` row tiles for each of ``warps`` warps, or None if there is none.
+
+    ``cluster``: whether CTAs that share channels are to be a cluster, where there are such.
+    """
+    wgmma = device.capability == WGMMA_CAPABILITY and not device.from_ptx
+    cluster = cluster and wgmma and splits > 1
     sms = device.num_multiprocessors
+    if cluster:  # how many multiprocessors clusters find room on
+        sms = max(1, sms // CLUSTER_MULTIPROCESSORS) * (CLUSTER_MULTIPROCESSORS // splits) * splits
     waves = -(-tiles * splits * token_blocks // (sms * warps * per_warp))
     if splits > 1 and waves > 1:
         return None  # they wait for one another, so all have to be there
@@ -103,8 +121,7 @@ def plan_of(
         blocks = -(-tiles // (warps * per_warp))
     if splits > 1 and blocks * splits * token_blocks > sms:
         return None
-    wgmma = device.capability == WGMMA_CAPABILITY and not device.from_ptx
-    plan = WidePlan(warps, 1, per_warp, token_tiles, splits, blocks, wgmma=wgmma)
+    plan = WidePlan(warps, 1, per_warp, token_tiles, splits, blocks, wgmma=wgmma, cluster=cluster)
     # Two CTAs per multiprocessor where registers allow it: the next launch's fills its ring while this one's adds up.
     half, whole = device.shared_memory_per_multiprocessor // 2 - 1024, device.shared_memory_per_block - 1024
     layouts = [(4, 4, 1, whole), (3, 4, 1, whole), (2, 4, 1, whole)]
@@ -124,5 +141,5 @@ def _cycles(plan: WidePlan, tiles: int, chunks: int, token_blocks: int, device: 
     slots = -(-per_cta // plan.warps)
     x = plan.token_tiles * 2048 / 40
     chunk = max(per_cta * 1088 / 18, slots * (200 + 25 * plan.token_tiles)) + x
-    merge = 2000 + 2 * per_cta * plan.token_tiles * 512 / 30 if plan.splits > 1 else 0
+    merge = (2000 if plan.uses_workspace else 600) + 2 * per_cta * plan.token_tiles * 512 / 30 if plan.splits > 1 else 0
     return waves * (-(-chunks // plan.splits) * chunk + merge + 1500)
