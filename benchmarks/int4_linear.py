@@ -326,9 +326,9 @@ def wide_shares(tiles, chunks, count, default, device):
     if count <= 16:
         options.append(narrow_plan(tiles, chunks, 1, count, device))
     token_blocks = -(-count // (8 * default.token_tiles))
-    for warps, per_warp in ((4, 2), (4, 4), (8, 1), (8, 2), (8, 3), (12, 1), (12, 2), (16, 1)):
+    for warps, per_warp in ((4, 2), (8, 1), (8, 2), (8, 3), (8, 4), (12, 1), (12, 2), (16, 1)):
         for splits in range(1, min(8, chunks) + 1):
-            if per_warp * default.token_tiles <= 16:
+            if warps * per_warp * default.token_tiles <= 256:  # what registers can hold
                 shares = (tiles, splits, warps, per_warp, default.token_tiles, token_blocks, GROUP, device)
                 options += [plan_of(*shares), plan_of(*shares, cluster=False)]
     return [plan for plan in options if plan is not None]
@@ -341,11 +341,11 @@ def wide_layouts(plan, device):
         room = min(device.shared_memory_per_block, device.shared_memory_per_multiprocessor // min_ctas) - 1024
         for x_stages in (2, 4, 8):
             for producers in (2, 4):
-                one = plan._replace(x_stages=x_stages, producers=producers, min_ctas=min_ctas, stages=0)
-                left = room - one.shared_bytes(GROUP)
-                most = min(10, left // (one.warps * one.tiles * (1024 + 64 * (128 // GROUP))))
+                one = plan._replace(x_stages=x_stages, producers=producers, min_ctas=min_ctas)
+                most = min(10, one.most_stages(room, GROUP))
                 if 65536 // (one.threads * min_ctas) >= 72:  # registers of a thread
                     options += [one._replace(stages=s) for s in sorted({most, (most + 3) // 2}) if s >= 2]
+    options = [o for o in options if o.shared_bytes(GROUP) * o.min_ctas <= device.shared_memory_per_multiprocessor]
     return options + ([plan._replace(wgmma=False)] if plan.wgmma else [])
 
 

@@ -60,6 +60,11 @@ class WidePlan(NamedTuple):
         sums = self.warps * self.tiles * self.token_tiles * 512 if self.cluster else 0
         return max(rings, sums) + 16 * self.x_stages
 
+    def most_stages(self, room: int, group_size: int) -> int:
+        """How many stages of codes fit into so many bytes."""
+        x = self.x_stages * (self.token_tiles * 2048 + 16)
+        return (room - x) // (self.warps * self.tiles * (1024 + 64 * (CHUNK // group_size)))
+
     def macros(self, group_size: int, bf16: bool, rotated: bool = False) -> dict[str, int]:
         """What the kernel's source is compiled with."""
         return {
@@ -128,11 +133,11 @@ def plan_of(
     if warps <= 8 and per_warp * token_tiles <= 8:
         layouts = [(max(3, 12 // token_tiles), 2, 2, half), *layouts]
     for x_stages, producers, min_ctas, room in layouts:
-        plan = plan._replace(x_stages=x_stages, producers=producers, min_ctas=min_ctas, stages=0)
-        stages = (room - plan.shared_bytes(group_size)) // (warps * per_warp * (1024 + 64 * (CHUNK // group_size)))
-        if stages >= 3:
-            return plan._replace(stages=min(stages, 8))
-    return plan._replace(stages=stages) if stages >= 2 else None
+        plan = plan._replace(x_stages=x_stages, producers=producers, min_ctas=min_ctas)
+        plan = plan._replace(stages=min(plan.most_stages(room, group_size), 8))
+        if plan.stages >= 3 and plan.shared_bytes(group_size) <= room:
+            return plan
+    return plan if plan.stages >= 2 and plan.shared_bytes(group_size) <= room else None
 
 
 def _cycles(plan: WidePlan, tiles: int, chunks: int, token_blocks: int, device: Device) -> float:
