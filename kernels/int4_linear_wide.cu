@@ -81,9 +81,13 @@ DEV float4 lds128_of(int cta, u32 a) {
                : "memory");
   return r;
 }
-// All threads of the cluster that have not returned.
+// All threads of the cluster that have not returned; what they wrote is there.
 DEV void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release;\n barrier.cluster.wait.acquire;" ::: "memory");
+}
+// The same, without a wait for what they wrote.
+DEV void cluster_meet() {
+  asm volatile("barrier.cluster.arrive.relaxed;\n barrier.cluster.wait.acquire;" ::: "memory");
 }
 #endif
 DEV int load_acquire(const int* p) {
@@ -161,13 +165,13 @@ DEV void produce_x(const Params& p, const Range& r, u32 ring, u32 full, u32 empt
       for (int e = 0; e < 8; e++) rotate(x[b][e / 4][e % 4], signs);
 #endif
       store_x(ring + slot * X_STAGE + step.n * 1024, x[b], lane);
-      load_x(x[b], p, r, ahead, lane);
       if (step.n == NT - 2) {
 #if WGMMA
         fence_shared();
 #endif
         arrive(full + slot * 8);
       }
+      load_x(x[b], p, r, ahead, lane);
     }
   }
 }
@@ -249,7 +253,7 @@ DEV void wait_for_splits(const Params& p, int thread) {
 // Until what this CTA has left may go: when all have read it. The workspace stays; its counter is zero for the next launch.
 DEV void leave_splits(const Params& p, int thread) {
 #if CLUSTER
-  cluster_sync();
+  cluster_meet();
 #else
   wait_for_consumers();
   if (thread == 0 && atomicAdd(arrived_of(p), 1) == 2 * SPLITS - 1) *arrived_of(p) = 0;
