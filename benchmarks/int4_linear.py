@@ -343,7 +343,7 @@ def wide_layouts(plan, device):
             for producers in (2, 4):
                 one = plan._replace(x_stages=x_stages, producers=producers, min_ctas=min_ctas)
                 most = min(10, one.most_stages(room, GROUP))
-                if 65536 // (one.threads * min_ctas) >= 72:  # registers of a thread
+                if producers <= x_stages and 65536 // (one.threads * min_ctas) >= 72:  # registers of a thread
                     options += [one._replace(stages=s) for s in sorted({most, (most + 3) // 2}) if s >= 2]
     options = [o for o in options if o.shared_bytes(GROUP) * o.min_ctas <= device.shared_memory_per_multiprocessor]
     return options + ([plan._replace(wgmma=False)] if plan.wgmma else [])

@@ -35,6 +35,7 @@ constexpr int X_HALF = NT * 1024, X_STAGE = 2 * X_HALF;                    // 64
 constexpr int RINGS_AT = XS * X_STAGE, RINGS = NW * S * T * UNIT;
 constexpr int SUMS = CLUSTER ? NW * T * NT * 512 : 0;  // in the place of the rings
 constexpr int BARRIERS_AT = RINGS_AT + RINGS > SUMS ? RINGS_AT + RINGS : SUMS;
+static_assert(NP <= XS, "a warp that is a whole ring ahead would take the parity of an earlier round for its own");
 static_assert(!CLUSTER || SPLITS > 1, "a cluster is of several CTAs");
 static_assert(NT % 2 == 0, "x is brought two tiles of tokens at a time");
 static_assert(S >= 2 && XS >= 2, "a stage is filled while another is used");

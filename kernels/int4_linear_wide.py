@@ -30,7 +30,7 @@ class WidePlan(NamedTuple):
     splits: int  # CTAs that share the input channels of their row tiles, all of them on the GPU at once; 1 to 8
     blocks: int  # CTAs along the rows
     x_stages: int = 4  # chunks in the ring of x
-    producers: int = 4  # warps that fill it
+    producers: int = 4  # warps that fill it, no more than its chunks
     min_ctas: int = 1  # CTAs that registers allow on a multiprocessor
     wgmma: bool = False  # products of warp groups; needs a Hopper GPU and groups of four warps
     overlap: bool = True  # programmatic dependent launch
@@ -129,7 +129,7 @@ def plan_of(
     plan = WidePlan(warps, 1, per_warp, token_tiles, splits, blocks, wgmma=wgmma, cluster=cluster)
     # Two CTAs per multiprocessor where registers allow it: the next launch's fills its ring while this one's adds up.
     half, whole = device.shared_memory_per_multiprocessor // 2 - 1024, device.shared_memory_per_block - 1024
-    layouts = [(4, 4, 1, whole), (3, 4, 1, whole), (2, 4, 1, whole)]
+    layouts = [(4, 4, 1, whole), (3, 3, 1, whole), (2, 2, 1, whole)]
     if warps <= 8 and per_warp * token_tiles <= 8:
         layouts = [(max(3, 12 // token_tiles), 2, 2, half), *layouts]
     for x_stages, producers, min_ctas, room in layouts:

@@ -188,7 +188,8 @@ def plans_at_random(seed: int, tiles: int, chunks: int, tokens: int, wgmma: bool
     warps, per_warp, splits = draw.choice((4, 8, 12)), draw.choice((1, 2)), draw.randint(1, min(4, chunks))
     blocks = min(tiles, -(-tiles // (warps * per_warp)) + draw.randint(0, 2))
     token_tiles = next(n for n in TOKEN_TILES if 8 * n >= min(tokens, 64))
-    stages, x_stages, producers = draw.randint(2, 5), draw.randint(2, 3), draw.randint(1, 4)
+    stages, x_stages = draw.randint(2, 5), draw.randint(2, 3)
+    producers = draw.randint(1, x_stages)
     cluster = wgmma and splits > 1 and draw.random() < 0.7
     return WidePlan(warps, stages, per_warp, token_tiles, splits, blocks, x_stages, producers, wgmma=wgmma, cluster=cluster)
 
