@@ -1,4 +1,4 @@
-"""INT4 linears at decode sizes against BF16 (cuBLAS), Machete and PyTorch's tinygemm. Needs a CUDA GPU.
+"""INT4 linears at decode sizes against BF16 (cuBLAS), Machete, Marlin and PyTorch's tinygemm. Needs a CUDA GPU.
 
     python benchmarks/int4_linear.py --json OUT.json --plot OUT.png
     python benchmarks/int4_linear.py --tune                  # launch configurations of every shape
@@ -8,6 +8,8 @@ Times are medians of CUDA graph replays; every launch reads another weight, more
 
 import argparse
 import json
+import subprocess
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -23,8 +25,8 @@ GROUP = 128
 LAYERS = 32
 SHAPES = {"qkv": (4096, 6144), "o": (4096, 4096), "gate_up": (4096, 28672), "down": (14336, 4096)}
 LM_HEAD = {"lm_head": (4096, 128256)}
-TOKENS = (1, 2, 4, 5, 8, 16, 32, 64)
-PRINTED = ("bf16", "machete", "tinygemm", "ours", "rotated", "rescored")
+TOKENS = (1, 2, 4, 5, 8, 12, 16, 24, 32, 48, 64)
+PRINTED = ("bf16", "machete", "marlin", "tinygemm", "ours", "rotated", "rescored")
 
 
 def median(run, rep=60):
@@ -104,13 +106,16 @@ class Machete:
     name = "machete"
     bytes_per_weight = 0.5 + 2.5 / GROUP
 
-    def make(self, shape):
-        from vllm_quantspec.integration.draft.linears import LibraryInt4LinearMethod
+    def make(self, shape, kernel=None):
+        """``kernel``: vLLM's class, instead of the one it chooses."""
+        from vllm_quantspec.integration.draft.linears import SCALES, WEIGHT, ZEROS, LibraryInt4LinearMethod
         from vllm_quantspec.weights import QuantizedWeight
 
         join_group_of_one()
         channels, rows = shape
         method = LibraryInt4LinearMethod(channels, rows, DTYPE, GROUP)
+        if kernel is not None:
+            method.kernel = kernel(method.kernel.config, WEIGHT, SCALES, ZEROS)
         self.kernel = type(method.kernel).__name__
         layer = torch.nn.Module()
         layer.bias = None
@@ -122,6 +127,70 @@ class Machete:
 
     def __call__(self, x, weight):
         return weight[0].apply(weight[1], x)
+
+
+class Marlin(Machete):
+    """vLLM's kernel for Ampere, on the same layer; with one workspace for all launches, as in an engine."""
+
+    name = "marlin"
+
+    def make(self, shape):
+        if (reason := marlin_problem()) is not None:
+            raise RuntimeError(reason)
+        return super().make(shape, marlin_kernel())
+
+    def __call__(self, x, weight):
+        from vllm.model_executor.layers.quantization.utils.marlin_utils import apply_gptq_marlin_linear
+
+        kernel, layer = weight[0].kernel, weight[1]
+        codes, scales, zeros = kernel._get_weight_params(layer)[:3]
+        channels, rows = kernel.config.partition_weight_shape
+        return apply_gptq_marlin_linear(
+            input=x,
+            weight=codes,
+            weight_scale=scales,
+            weight_zp=zeros,
+            workspace=marlin_workspace(),
+            wtype=kernel.config.weight_type,
+            input_size_per_partition=channels,
+            output_size_per_partition=rows,
+            input_dtype=x.dtype,
+        )
+
+
+def marlin_kernel():
+    from vllm.model_executor.kernels.linear.mixed_precision.marlin import MarlinLinearKernel
+
+    return MarlinLinearKernel
+
+
+@cache
+def marlin_workspace():
+    from vllm.model_executor.layers.quantization.utils.marlin_utils import marlin_make_workspace_new
+
+    return marlin_make_workspace_new(torch.device(DEVICE, 0), 4)
+
+
+def try_marlin():
+    """One small product on Marlin; raises an error where it does not run."""
+    method = Marlin()
+    weight = Machete.make(method, (1024, 1024), marlin_kernel())
+    method(torch.randn(16, 1024, dtype=DTYPE, device=DEVICE), weight)
+    torch.cuda.synchronize()
+
+
+@cache
+def marlin_problem():
+    """Why Marlin does not run here, or None: a build of vLLM may lack its machine code for a GPU.
+
+    It is tried in a process of its own, as an error of CUDA may leave the process that met it without a GPU.
+    """
+    script = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import int4_linear; int4_linear.try_marlin()"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    if done.returncode == 0:
+        return None
+    said = [line.strip() for line in done.stderr.splitlines() if "rror" in line]
+    return f"vLLM's Marlin kernel does not run on this GPU: {said[-1] if said else f'exit code {done.returncode}'}"
 
 
 @cache
@@ -186,50 +255,98 @@ def time_shape(method, weights, shape, tokens, rep=20):
 
 
 def tune(names, tokens):
-    from vllm_quantspec.kernels.int4_linear import SOURCE, Plan, choose_plan, macros_of
-    from vllm_quantspec.kernels.nvrtc import compile_source
+    """Times of launch configurations, the best first; those of many tokens one choice after the other."""
+    from vllm_quantspec.kernels.device import device_properties
+    from vllm_quantspec.kernels.int4_linear import MAX_NARROW, choose_plan
 
-    architecture = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    device = device_properties(0)
     for name, shape in (SHAPES | LM_HEAD).items():
         if names and name not in names:
             continue
         weights = weights_of(Ours(), {name: shape})[name]
         tiles, chunks = weights[0][0].shape[:2]
         for count in tokens:
-            default, times = choose_plan(tiles, chunks, 1, count, 0), {}
-            options = [default, default._replace(overlap=False)]
-            if count > 8:
-                for per_warp in (1, 2, 4):
-                    blocks = -(-tiles // (8 * per_warp))
-                    for splits in range(1, 17):
-                        ctas = blocks * splits * -(-count // (8 * default.token_tiles))
-                        if per_warp * default.token_tiles <= 16 and 80 <= ctas <= 400 and splits <= chunks:
-                            plan = default._replace(stages=1, tiles=per_warp, splits=splits, blocks=blocks)
-                            stages = min(6, 230000 // plan.shared_bytes(GROUP))
-                            options += [plan._replace(stages=stages), plan._replace(stages=max(2, stages // 2))]
-            # Two or three CTAs per multiprocessor, of one launch or of consecutive ones.
-            for warps, resident, blocks in ((8, 2, 132), (8, 2, 264), (8, 3, 132), (12, 2, 132)) if count <= 8 else ():
-                per_block = -(-tiles // blocks)
-                for passes in range(-(-per_block // 8), -(-per_block // 3) + 1):
-                    per_pass = -(-per_block // passes)
-                    plan = Plan(warps, 0, per_pass, 1, default.token_tiles, 1, blocks, resident)
-                    stages = min(16, (233472 // resident - 2048 - plan.shared_bytes(GROUP)) // (warps * 1088))
-                    options += [plan._replace(stages=stages)] if stages >= 2 else []
-            options = list(dict.fromkeys(options))
-            with ThreadPoolExecutor(16) as pool:
-                macros = [tuple(macros_of(plan, GROUP, True).items()) for plan in options]
-                list(pool.map(lambda m: compile_source(SOURCE, m, architecture), macros))
-            for plan in options:
-                try:
-                    times[plan] = time_shape(Ours(plan), weights, shape, count, 4)
-                except RuntimeError as error:
-                    print("failed", plan, str(error)[:300])
-            best = sorted(times, key=times.get)
+            times, default = {}, choose_plan(tiles, chunks, 1, count, 0)
+            if count <= MAX_NARROW:
+                time_plans(narrow_options(tiles, default), weights, shape, count, times)
+            else:
+                time_plans(wide_shares(tiles, chunks, count, default, device), weights, shape, count, times)
+                best = sorted((p for p in times if hasattr(p, "x_stages")), key=times.get)[:2]
+                time_plans([o for plan in best for o in wide_layouts(plan, device)], weights, shape, count, times)
             floor = shape[0] * shape[1] * Ours.bytes_per_weight / 4.3e6
-            print(f"{name} M={count} floor {floor:.2f} default {times[default]:.2f} {tuple(default)}")
-            print("   no overlap", f"{times[default._replace(overlap=False)]:.2f}")
-            for plan in best[:6]:
-                print(f"   {times[plan]:.2f}", tuple(plan), flush=True)
+            print(f"{name} M={count} floor {floor:.2f} default {times.get(default, float('nan')):.2f} {default}")
+            for plan in sorted(times, key=times.get)[:8]:
+                print(f"   {times[plan]:.2f}", plan)
+            for what in ("wgmma", "cluster", "splits", "min_ctas", "tiles", "warps"):
+                values = sorted({getattr(plan, what, None) for plan in times} - {None})
+                least = {v: min(t for p, t in times.items() if getattr(p, what, None) == v) for v in values}
+                print(f"   {what}:", ", ".join(f"{v} {t:.2f}" for v, t in least.items()), flush=True)
+
+
+def time_plans(options, weights, shape, count, times):
+    """Put the time of each plan that is not in ``times`` there."""
+    from vllm_quantspec.kernels.nvrtc import compile_source
+
+    options = [plan for plan in dict.fromkeys(options) if plan not in times]
+    architecture = "sm_{}{}".format(*torch.cuda.get_device_capability())
+
+    def compiled(plan):
+        return compile_source(plan.source, tuple(plan.macros(GROUP, True).items()), architecture + plan.features)
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(compiled, options))
+    for plan in options:
+        try:
+            times[plan] = time_shape(Ours(plan), weights, shape, count, 4)
+        except RuntimeError as error:
+            print("failed", plan, str(error)[:300])
+
+
+def narrow_options(tiles, default):
+    """Two or three CTAs per multiprocessor, of one launch or of consecutive ones."""
+    from vllm_quantspec.kernels.int4_linear import Plan
+
+    options = [default, default._replace(overlap=False)]
+    for warps, resident, blocks in ((8, 2, 132), (8, 2, 264), (8, 3, 132), (12, 2, 132)):
+        per_block = -(-tiles // blocks)
+        for passes in range(-(-per_block // 8), -(-per_block // 3) + 1):
+            per_pass = -(-per_block // passes)
+            plan = Plan(warps, 0, per_pass, 1, default.token_tiles, 1, blocks, resident)
+            stages = min(16, (233472 // resident - 2048 - plan.shared_bytes(GROUP)) // (warps * 1088))
+            options += [plan._replace(stages=stages)] if stages >= 2 else []
+    return options
+
+
+def wide_shares(tiles, chunks, count, default, device):
+    """How CTAs and warps share rows and channels; up to 16 tokens the kernel for few tokens too."""
+    from vllm_quantspec.kernels.int4_linear import narrow_plan
+    from vllm_quantspec.kernels.int4_linear_wide import plan_of
+
+    options = [default, default._replace(overlap=False), default._replace(wgmma=False)]
+    if count <= 16:
+        options.append(narrow_plan(tiles, chunks, 1, count, device))
+    token_blocks = -(-count // (8 * default.token_tiles))
+    for warps, per_warp in ((4, 2), (8, 1), (8, 2), (8, 3), (8, 4), (12, 1), (12, 2), (16, 1)):
+        for splits in range(1, min(8, chunks) + 1):
+            if warps * per_warp * default.token_tiles <= 256:  # what registers can hold
+                shares = (tiles, splits, warps, per_warp, default.token_tiles, token_blocks, GROUP, device)
+                options += [plan_of(*shares), plan_of(*shares, cluster=False)]
+    return [plan for plan in options if plan is not None]
+
+
+def wide_layouts(plan, device):
+    """The same shares with other rings, other numbers of warps that bring x, and the other kind of products."""
+    options = []
+    for min_ctas in (1, 2):
+        room = min(device.shared_memory_per_block, device.shared_memory_per_multiprocessor // min_ctas) - 1024
+        for x_stages in (2, 4, 8):
+            for producers in (2, 4):
+                one = plan._replace(x_stages=x_stages, producers=producers, min_ctas=min_ctas)
+                most = min(10, one.most_stages(room, GROUP))
+                if producers <= x_stages and 65536 // (one.threads * min_ctas) >= 72:  # registers of a thread
+                    options += [one._replace(stages=s) for s in sorted({most, (most + 3) // 2}) if s >= 2]
+    options = [o for o in options if o.shared_bytes(GROUP) * o.min_ctas <= device.shared_memory_per_multiprocessor]
+    return options + ([plan._replace(wgmma=False)] if plan.wgmma else [])
 
 
 def plot(rows, gpu, path):
@@ -240,7 +357,7 @@ def plot(rows, gpu, path):
 
     rows = [r for r in rows if r["weights"] == "8B, 32 layers"]
     figure, axis = plt.subplots(figsize=(7, 4))
-    for name in ("ours", "machete", "tinygemm"):
+    for name in ("ours", "machete", "marlin", "tinygemm"):
         points = [(r["tokens"], r["bf16_us"] / r[f"{name}_us"]) for r in rows if r.get(f"{name}_us")]
         if points:
             axis.plot(*zip(*points, strict=True), marker="o", label=name)
@@ -280,7 +397,7 @@ def main():
     bandwidth = copy_bandwidth()
     print(f"copy: {bandwidth / 1e12:.2f} TB/s")
     rows, kernels = {}, {}
-    for method in (Bf16(), Ours(), Rotated(), Rescored(), Machete(), TinyGemm()):
+    for method in (Bf16(), Ours(), Rotated(), Rescored(), Machete(), Marlin(), TinyGemm()):
         if args.methods and method.name not in args.methods:
             continue
         try:

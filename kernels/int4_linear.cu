@@ -15,10 +15,10 @@
 // that a kernel that runs ahead finds all but its direct predecessor complete (torch.compile's kernels count on that).
 //
 // Macros: GROUP_SIZE IS_BF16 WARPS STAGES TILES (row tiles per pass) BATCH (tiles of a stage) TOKEN_TILES (of 8 tokens)
-//         SPLITS MIN_CTAS (CTAs that registers allow on a multiprocessor) WIDE (the kernel for more tokens)
+//         SPLITS MIN_CTAS (CTAs that registers allow on a multiprocessor)
 //         ROTATED (the weight is that of rotated inputs: x is rotated in registers)
 
-#include "int4_codes.cuh"
+#include "int4_linear.cuh"
 
 constexpr int NW = WARPS, S = STAGES, T = TILES, B = BATCH, NT = TOKEN_TILES, CHAINS = B * NT > 2 ? 1 : 2;
 constexpr int GROUPS = 128 / GROUP_SIZE, STEPS = GROUP_SIZE / 16;  // per chunk; products of k = 16 per group
@@ -28,58 +28,8 @@ static_assert(T % B == 0, "a pass is made of whole batches");
 
 extern __shared__ __align__(128) u8 smem[];
 
-struct Params {
-  const u16* x;
-  const u8* codes;
-  const u8* scales;
-  const u16* bias;
-  u16* out;
-  float4* partial;
-  int* arrived;
-  i64 x_stride;
-  int tokens, channels, tiles, chunks;
-};
-
-DEV uint2 lds64(u32 a) {
-  uint2 r;
-  asm volatile("ld.shared.v2.u32 {%0,%1},[%2];" : "=r"(r.x), "=r"(r.y) : "r"(a));
-  return r;
-}
-DEV uint4 ldg128(const u16* p) {
-  uint4 r;
-  asm volatile("ld.global.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(p));
-  return r;
-}
-// ---- Barriers in shared memory: a stage is full or empty -------------------------------------------------------------
-DEV void barrier_init(u32 a, int count) { asm volatile("mbarrier.init.shared.b64 [%0],%1;" ::"r"(a), "r"(count)); }
-DEV void arrive(u32 a) {
-  asm volatile("{.reg .b64 t;\n mbarrier.arrive.shared.b64 t,[%0];}" ::"r"(a) : "memory");
-}
-DEV void wait_for(u32 a, u32 parity) {
-  u32 done;
-  do {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("{.reg .pred p;\n mbarrier.try_wait.parity.shared.b64 p,[%1],%2;\n selp.u32 %0,1,0,p;}"
-#else
-    asm volatile("{.reg .pred p;\n mbarrier.test_wait.parity.shared.b64 p,[%1],%2;\n selp.u32 %0,1,0,p;}"
-#endif
-                 : "=r"(done)
-                 : "r"(a), "r"(parity)
-                 : "memory");
-  } while (!done);
-}
 DEV void wait_for_consumers() { asm volatile("bar.sync 1,%0;" ::"n"(32 * NW) : "memory"); }
 
-DEV void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma(c, a[0], a[1], a[2], a[3], b0, b1); }
-DEV u16 to_16bit(float x) {
-  u16 r;
-#if IS_BF16
-  asm("cvt.rn.bf16.f32 %0,%1;" : "=h"(r) : "f"(x));
-#else
-  asm("cvt.rn.f16.f32 %0,%1;" : "=h"(r) : "f"(x));
-#endif
-  return r;
-}
 // One run of memory to shared memory; MOST is what it mostly is.
 template <int MOST>
 DEV void copy(u32 to, const u8* from, int bytes, int lane) {
@@ -134,36 +84,6 @@ DEV void load_x(uint4 (&x)[NT][4], const Params& p, const u16* const (&rows)[NT]
     for (int j = 0; j < 4; j++) x[n][j] = ldg128(rows[n] + chunk * 128 + (j * 32 < left ? j * 32 : 0));
 }
 
-#if ROTATED
-// Rotation of 32 channels, x H / 8 (rotation.py). A quadruple of a lane has the channels 8*t + 0..7 of token g. As an A operand
-// (rows 0..7: channels 0..3 of each lane, rows 8..15: channels 4..7 of the same tokens) two products mix 16 channels and leave
-// them where they were, since columns of the result lie in lanes as channels do; the sums of both halves are the rest.
-// A lane's part of H / 8 as a B operand: channels 2*t and 2*t + 1 of column g.
-DEV u32 signs_of_lane(int lane) {
-  const int g = lane >> 2, k = (lane & 3) * 2;
-  const u32 eighths = IS_BF16 ? 0x3e003e00 : 0x30003000;
-  return eighths | (u32)(__popc(g & k) & 1) << 15 | (u32)(__popc(g & (k + 1)) & 1) << 31;
-}
-DEV void rotate(uint4& x, u32 signs) {
-  const u32 a[4] = {x.x, x.z, x.y, x.w};
-  float c[4] = {0.f, 0.f, 0.f, 0.f}, d[4] = {0.f, 0.f, 0.f, 0.f};
-  mma(c, a, signs, signs);
-  mma(d, a, signs, signs ^ 0x80008000);
-  x.x = pack_16bit(c[0] + c[2], c[1] + c[3]), x.y = pack_16bit(d[0] + d[2], d[1] + d[3]);
-  x.z = pack_16bit(c[0] - c[2], c[1] - c[3]), x.w = pack_16bit(d[0] - d[2], d[1] - d[3]);
-}
-#endif
-
-DEV void store(const Params& p, float4 v, int tile, int token0, int lane) {
-  const int row = tile * 16 + (lane >> 2), token = token0 + (lane & 3) * 2;
-  const i64 stride = (i64)p.tiles * 16;
-  float b0 = 0.f, b1 = 0.f;
-  if (p.bias) b0 = low_float(p.bias[row]), b1 = low_float(p.bias[row + 8]);
-  u16* to = p.out + token * stride + row;
-  if (token < p.tokens) to[0] = to_16bit(v.x + b0), to[8] = to_16bit(v.z + b1);
-  if (token + 1 < p.tokens) to[stride] = to_16bit(v.y + b0), to[stride + 8] = to_16bit(v.w + b1);
-}
-
 DEV float4* partial_of(const Params& p, int split, int n, int at) {
   return p.partial + ((split * gridDim.y + blockIdx.y) * NT + n) * (i64)p.tiles * 32 + at;
 }
@@ -194,7 +114,6 @@ DEV void merge_splits(const Params& p, int tile_begin, int tile_end, int token0,
     }
 }
 
-#if !WIDE
 extern "C" __global__ void __launch_bounds__(32 * NW + 32, MIN_CTAS) int4_linear(const __grid_constant__ Params p) {
   __shared__ __align__(8) unsigned long long barriers[2 * S];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -346,153 +265,3 @@ extern "C" __global__ void __launch_bounds__(32 * NW + 32, MIN_CTAS) int4_linear
 
   if (SPLITS > 1) merge_splits(p, tile_begin, tile_end, token0, warp * 32 + lane);
 }
-#endif
-
-#if WIDE
-// ---- More tokens ----------------------------------------------------------------------------------------------------
-// Here the warps of a CTA share the tokens and have T row tiles each: a stage is a chunk of all their tiles and of x.
-// Codes are scaled before they are multiplied, as a fragment serves many tokens.
-constexpr int PRODUCERS = 4;     // warps
-constexpr int X_ROW = 256 + 64;  // the padding avoids bank conflicts
-constexpr int CTA_TILES = NW * T, X_AT = CTA_TILES * (CODES + SCALES), WIDE_STAGE = X_AT + 8 * NT * X_ROW;
-
-DEV u32 fma2(u32 a, u32 b, u32 c) {
-  u32 r;
-#if IS_BF16
-  asm("fma.rn.bf16x2 %0,%1,%2,%3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
-#else
-  asm("fma.rn.f16x2 %0,%1,%2,%3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
-#endif
-  return r;
-}
-
-DEV void fill_codes(const Params& p, u32 to, int tile0, int tiles, int chunk, int producer, int lane) {
-#pragma unroll 4
-  for (int i = producer; i < tiles; i += PRODUCERS) {
-    const u8* from = p.codes + ((i64)(tile0 + i) * p.chunks + chunk) * CODES + lane * 16;
-    copy16(to + i * CODES + lane * 16, from);
-    copy16(to + i * CODES + lane * 16 + 512, from + 512);
-  }
-  for (int i = producer * 32 + lane; i < tiles * (SCALES / 16); i += 32 * PRODUCERS) {
-    const int tile = i / (SCALES / 16), piece = i % (SCALES / 16);
-    copy16(to + CTA_TILES * CODES + i * 16, p.scales + ((i64)(tile0 + tile) * p.chunks + chunk) * SCALES + piece * 16);
-  }
-}
-
-DEV void fill_x(const Params& p, u32 to, u32 full, int token0, int chunk, int producer, int lane) {
-#pragma unroll
-  for (int i = producer; i < 4 * NT; i += PRODUCERS) {
-    const int row = i * 2 + lane / 16, token = token0 + row, channel = chunk * 128 + lane % 16 * 8;
-    const bool there = token < p.tokens && channel < p.channels;
-    const u16* from = there ? p.x + token * p.x_stride + channel : p.x;
-    asm volatile("cp.async.cg.shared.global [%0],[%1],16,%2;" ::"r"(to + X_AT + row * X_ROW + lane % 16 * 16), "l"(from),
-                 "r"(there ? 16 : 0)
-                 : "memory");
-  }
-  arrive_copied(full);
-}
-
-extern "C" __global__ void __launch_bounds__(32 * (NW + PRODUCERS), MIN_CTAS) int4_linear(const __grid_constant__ Params p) {
-  __shared__ __align__(8) unsigned long long barriers[2 * S];
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const int tile0 = blockIdx.x * CTA_TILES, tile_end = min(p.tiles, tile0 + CTA_TILES), token0 = blockIdx.y * 8 * NT;
-  const int chunk_begin = p.chunks * blockIdx.z / SPLITS, chunk_end = p.chunks * (blockIdx.z + 1) / SPLITS;
-  const u32 ring = shared_address(smem), full = shared_address(barriers), empty = full + 8 * S;
-  if (threadIdx.x < S) {
-    barrier_init(full + threadIdx.x * 8, 32 * PRODUCERS);
-    barrier_init(empty + threadIdx.x * 8, NW);
-  }
-  __syncthreads();
-
-  if (warp >= NW) {
-    const int count = chunk_end - chunk_begin;
-    for (int i = 0; i < min(S, count); i++)
-      fill_codes(p, ring + i * WIDE_STAGE, tile0, tile_end - tile0, chunk_begin + i, warp - NW, lane);
-    wait_for_predecessor();
-    int slot = 0;
-    u32 parity = 1;
-    for (int i = 0; i < count; i++) {
-      if (i >= S) {
-        wait_for(empty + slot * 8, parity);
-        fill_codes(p, ring + slot * WIDE_STAGE, tile0, tile_end - tile0, chunk_begin + i, warp - NW, lane);
-      }
-      fill_x(p, ring + slot * WIDE_STAGE, full + slot * 8, token0, chunk_begin + i, warp - NW, lane);
-      if (++slot == S) slot = 0, parity ^= 1;
-    }
-    asm volatile("cp.async.wait_all;" ::: "memory");
-    return;
-  }
-  wait_for_predecessor();
-  release_successor();
-
-  float acc[T][NT][4];
-#pragma unroll
-  for (int i = 0; i < T; i++)
-#pragma unroll
-    for (int n = 0; n < NT; n++)
-#pragma unroll
-      for (int e = 0; e < 4; e++) acc[i][n][e] = 0.f;
-  const int mine = tile0 + warp * T;
-#if ROTATED
-  const u32 signs = signs_of_lane(lane);
-#endif
-  int slot = 0;
-  u32 parity = 0;
-#pragma unroll 1
-  for (int chunk = chunk_begin; chunk < chunk_end; chunk++) {
-    const u32 stage = ring + slot * WIDE_STAGE;
-    wait_for(full + slot * 8, parity);
-    if (mine < tile_end) {
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-        uint4 w[T];
-#pragma unroll
-        for (int i = 0; i < T; i++) w[i] = lds128(stage + (warp * T + i) * CODES + h * 512 + lane * 16);
-#pragma unroll
-        for (int j = 2 * h; j < 2 * h + 2; j++) {
-          uint4 x[NT];
-#pragma unroll
-          for (int n = 0; n < NT; n++)
-            x[n] = lds128(stage + X_AT + (n * 8 + (lane >> 2)) * X_ROW + j * 64 + (lane & 3) * 16);
-#if ROTATED
-#pragma unroll
-          for (int n = 0; n < NT; n++) rotate(x[n], signs);
-#endif
-#pragma unroll
-          for (int i = 0; i < T; i++) {
-            const uint2 sz = lds64(stage + CTA_TILES * CODES + (warp * T + i) * SCALES + j * 32 / GROUP_SIZE * 64 +
-                                   (lane >> 2) * 8);
-            const u32 s0 = __byte_perm(sz.x, 0, 0x1010), z0 = __byte_perm(sz.x, 0, 0x3232) ^ 0x80008000;
-            const u32 s1 = __byte_perm(sz.y, 0, 0x1010), z1 = __byte_perm(sz.y, 0, 0x3232) ^ 0x80008000;
-            const u32 one = IS_BF16 ? 0x3f803f80 : 0x3c003c00;
-#pragma unroll
-            for (int k = 0; k < 2; k++) {
-              u32 a[4];
-              expand(a, word(w[i], (j & 1) * 2 + k));
-#pragma unroll
-              for (int e = 0; e < 4; e++)
-                a[e] = fma2(fma2(a[e], one, e & 1 ? z1 : z0), e & 1 ? s1 : s0, 0x80008000);
-#pragma unroll
-              for (int n = 0; n < NT; n++) mma(acc[i][n], a, word(x[n], 2 * k), word(x[n], 2 * k + 1));
-            }
-          }
-        }
-      }
-    }
-    __syncwarp();
-    if (lane == 0) arrive(empty + slot * 8);
-    if (++slot == S) slot = 0, parity ^= 1;
-  }
-#pragma unroll
-  for (int i = 0; i < T; i++)
-    if (mine + i < tile_end)
-#pragma unroll
-      for (int n = 0; n < NT; n++) {
-        if (token0 + n * 8 + (lane & 3) * 2 >= p.tokens) continue;
-        const float4 v = make_float4(acc[i][n][0], acc[i][n][1], acc[i][n][2], acc[i][n][3]);
-        if (SPLITS == 1) store(p, v, mine + i, token0 + n * 8, lane);
-        else *partial_of(p, blockIdx.z, n, (mine + i) * 32 + lane) = v;
-      }
-  if (SPLITS > 1) merge_splits(p, tile0, tile_end, token0, warp * 32 + lane);
-}
-#endif

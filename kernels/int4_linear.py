@@ -1,7 +1,8 @@
 """Linear layers with 4-bit weights for a few tokens: ``torch.ops.vllm_quantspec.int4_linear``.
 
 On a GPU a CUDA kernel, compiled by NVRTC when a shape is first used, reads the packed weight once at nearly the
-memory's bandwidth; on the CPU the same operator is plain PyTorch (`reference`). Its idea is in ``int4_linear.cu``.
+memory's bandwidth; on the CPU the same operator is plain PyTorch (`reference`). There are two kernels, on one layout: the
+ideas are in ``int4_linear.cu`` (up to 16 tokens) and ``int4_linear_wide.cu`` (more).
 
 Packed layout. Rows are cut in tiles of 16, input channels in chunks of 128 (the last one padded). A chunk of a tile is
 what eight mma.m16n8k16 take as their A operand, in fragment order: lane ``4*g + t`` holds the words ``[half][lane][word]``;
@@ -20,7 +21,8 @@ import torch
 import torch.nn.functional as F
 
 from vllm_quantspec.kernels import nvrtc
-from vllm_quantspec.kernels.device import MIN_CAPABILITY, device_properties
+from vllm_quantspec.kernels.device import MIN_CAPABILITY, Device, device_properties
+from vllm_quantspec.kernels.int4_linear_wide import WidePlan, choose_wide_plan
 from vllm_quantspec.kernels.workspace import Workspace
 from vllm_quantspec.rotation import rotate_inputs
 from vllm_quantspec.weights import WEIGHT_GROUP_SIZES
@@ -29,7 +31,7 @@ SOURCE = Path(__file__).with_suffix(".cu")
 ROWS, CHUNK = 16, 128
 # Codes become floats by being ORed into this number's mantissa, so zero points are stored with it added.
 MAGIC = {torch.bfloat16: 128, torch.float16: 64}
-# Up to this many tokens the warps of a CTA share row tiles, beyond it tokens.
+# Up to this many tokens the warps of a CTA share row tiles; beyond it they share tokens, in the other kernel.
 MAX_NARROW = 16
 # Up to about this many tokens an H200 is faster with 4 bits than with a BF16 weight.
 MAX_FASTER_TOKENS = 32
@@ -169,7 +171,8 @@ def int4_linear(
 
     Can be captured in a CUDA graph, after one run with the same shapes. Launches on a device share a workspace,
     so they have to follow one another, on one stream or ordered by events. A launch starts to read the weight
-    before the kernel in front of it ends, so that one must not be writing the weight.
+    before the kernel in front of it ends, so that one must not be writing the weight. With more than 16 tokens CTAs of a
+    launch may wait for one another; other kernels on the GPU must not wait for this one.
 
     Args:
         x: [M, in] in the dtype of scales_zeros; rows may be strided.
@@ -258,7 +261,7 @@ torch.library.register_fake("vllm_quantspec::int4_linear", _fake, lib=_library)
 
 
 class Plan(NamedTuple):
-    """How a launch divides its work; the names are the macros' of the kernel."""
+    """How a launch of ``int4_linear.cu`` divides its work; the names are the macros' of the kernel."""
 
     warps: int  # that multiply; one more fills the ring
     stages: int
@@ -268,14 +271,37 @@ class Plan(NamedTuple):
     splits: int  # CTAs that share the input channels of a row tile
     blocks: int  # CTAs along the rows
     min_ctas: int = 2  # CTAs that registers allow on a multiprocessor
-    wide: bool = False  # warps share the tokens instead of the row tiles
     overlap: bool = True  # programmatic dependent launch
+
+    source = SOURCE
+    features = ""
+
+    @property
+    def uses_workspace(self) -> bool:
+        return self.splits > 1
+
+    @property
+    def threads(self) -> int:
+        return 32 * (self.warps + 1)
 
     def shared_bytes(self, group_size: int) -> int:
         unit = 1024 + 64 * (CHUNK // group_size)
-        if self.wide:
-            return self.stages * (self.warps * self.tiles * unit + 8 * self.token_tiles * 320)
         return self.warps * (self.stages * self.batch * unit + 512 * self.tiles * self.token_tiles)
+
+    def macros(self, group_size: int, bf16: bool, rotated: bool = False) -> dict[str, int]:
+        """What the kernel's source is compiled with."""
+        return {
+            "GROUP_SIZE": group_size,
+            "IS_BF16": int(bf16),
+            "WARPS": self.warps,
+            "STAGES": self.stages,
+            "TILES": self.tiles,
+            "TOKEN_TILES": self.token_tiles,
+            "SPLITS": self.splits,
+            "BATCH": self.batch,
+            "MIN_CTAS": self.min_ctas,
+            "ROTATED": int(rotated),
+        }
 
 
 class _Params(ctypes.Structure):
@@ -292,7 +318,7 @@ def launch(
     scales_zeros: torch.Tensor,
     bias: torch.Tensor | None,
     out: torch.Tensor,
-    plan: Plan | None = None,
+    plan: Plan | WidePlan | None = None,
     rotated: bool = False,
 ) -> torch.Tensor:
     """The kernel on checked arguments, into a contiguous ``out``; ``plan`` overrides the launch, for tuning."""
@@ -309,7 +335,7 @@ def launch(
         kernel = _kernel(plan, CHUNK // scales_zeros.shape[2], x.dtype == torch.bfloat16, device, rotated)
         token_blocks = -(-tokens // (8 * plan.token_tiles))
         partial, arrived = 0, 0
-        if plan.splits > 1:
+        if plan.uses_workspace:
             floats = plan.splits * token_blocks * plan.token_tiles * tiles * 128
             partial, arrived = (t.data_ptr() for t in _workspace.tensors(device, floats, plan.blocks * token_blocks))
         params = _Params(
@@ -323,12 +349,17 @@ def launch(
 
 
 @cache
-def choose_plan(tiles: int, chunks: int, groups: int, tokens: int, device: int) -> Plan:
+def choose_plan(tiles: int, chunks: int, groups: int, tokens: int, device: int) -> Plan | WidePlan:
     """The launch for a weight of ``tiles`` x ``chunks``; sums are in one order up to 16 tokens."""
     properties = device_properties(device)
-    sms, shared = properties.num_multiprocessors, properties.shared_memory_per_multiprocessor
     if tokens > MAX_NARROW:
-        return _wide_plan(tiles, chunks, groups, tokens, sms, properties.shared_memory_per_block - 1024)
+        return choose_wide_plan(tiles, chunks, groups, tokens, properties)
+    return narrow_plan(tiles, chunks, groups, tokens, properties)
+
+
+def narrow_plan(tiles: int, chunks: int, groups: int, tokens: int, properties: Device) -> Plan:
+    """The launch of ``int4_linear.cu`` for up to 16 tokens."""
+    sms, shared = properties.num_multiprocessors, properties.shared_memory_per_multiprocessor
     warps = 8
 
     def cost(splits: int) -> float:
@@ -349,59 +380,20 @@ def choose_plan(tiles: int, chunks: int, groups: int, tokens: int, device: int) 
     return plan._replace(stages=max(2, min(budget // (warps * (1024 + 64 * groups)), 16)))
 
 
-def _wide_plan(tiles: int, chunks: int, groups: int, tokens: int, sms: int, shared: int) -> Plan:
-    token_tiles = 4 if tokens <= 32 else 8
-    tokens = 1 << (tokens - 1).bit_length()  # few different kernels to compile
-    token_blocks = -(-tokens // (8 * token_tiles))
-    warps = 8
-
-    def cost(option: tuple[int, int]) -> float:
-        """Bytes through the busiest multiprocessor."""
-        per_warp, splits = option
-        ctas = -(-tiles // (warps * per_warp)) * splits * token_blocks
-        stage = warps * per_warp * 1088 + 8 * token_tiles * 256
-        merge = 2 * splits * warps * per_warp * token_tiles * 512 if splits > 1 else 0
-        return -(-ctas // sms) * (-(-chunks // splits) * stage + merge + 30000)
-
-    def plan(option: tuple[int, int]) -> Plan:
-        per_warp, splits = option
-        one = Plan(warps, 1, per_warp, 1, token_tiles, splits, -(-tiles // (warps * per_warp)), 1, wide=True)
-        return one._replace(stages=min(shared // one.shared_bytes(CHUNK // groups), 6))
-
-    options = [(t, s) for t in (1, 2, 4) if t * token_tiles <= 16 for s in range(1, min(16, chunks) + 1)]
-    return plan(min((o for o in options if plan(o).stages >= 2), key=cost))
-
-
-def macros_of(plan: Plan, group_size: int, bf16: bool, rotated: bool = False) -> dict[str, int]:
-    """What the kernel's source is compiled with."""
-    return {
-        "GROUP_SIZE": group_size,
-        "IS_BF16": int(bf16),
-        "WARPS": plan.warps,
-        "STAGES": plan.stages,
-        "TILES": plan.tiles,
-        "TOKEN_TILES": plan.token_tiles,
-        "SPLITS": plan.splits,
-        "BATCH": plan.batch,
-        "WIDE": int(plan.wide),
-        "MIN_CTAS": plan.min_ctas,
-        "ROTATED": int(rotated),
-    }
-
-
 @cache
-def _kernel(plan: Plan, group_size: int, bf16: bool, device: int, rotated: bool = False) -> nvrtc.Kernel:
+def _kernel(plan: Plan | WidePlan, group_size: int, bf16: bool, device: int, rotated: bool = False) -> nvrtc.Kernel:
     capability = device_properties(device).capability
     if capability < MIN_CAPABILITY:
         raise RuntimeError(supported(128, 16, 128, torch.bfloat16, capability))
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError("Run int4_linear once with these shapes before capturing it in a CUDA graph.")
     return nvrtc.load(
-        SOURCE,
-        macros_of(plan, group_size, bf16, rotated),
+        plan.source,
+        plan.macros(group_size, bf16, rotated),
         device,
+        features=plan.features,
         grid=(plan.blocks, plan.splits),
-        threads=32 * (plan.warps + (4 if plan.wide else 1)),
+        threads=plan.threads,
         shared_bytes=plan.shared_bytes(group_size),
         overlap=plan.overlap,
     )

@@ -40,12 +40,13 @@ def load(
     threads: int,
     shared_bytes: int,
     overlap: bool,
+    features: str = "",
 ) -> Kernel:
     """The kernel named like ``source``, on ``device``, with ``shared_bytes`` of dynamic shared memory.
 
     ``grid`` is along x and z; along y a launch chooses, and along x it may. With ``overlap`` a launch may begin under the
     end of the one before (programmatic dependent launch, where the GPU has it): the kernel itself waits before it uses what
-    that one writes.
+    that one writes. ``features`` goes after the architecture: "a" for instructions that only this one has.
 
     Raises:
         RuntimeError: it does not compile, or a multiprocessor's shared memory cannot hold a block of it.
@@ -53,7 +54,7 @@ def load(
     from cuda.bindings import driver
 
     properties = device_properties(device)
-    code = compile_source(source, tuple(macros.items()), properties.architecture)
+    code = compile_source(source, tuple(macros.items()), properties.architecture + features)
     torch.cuda.current_stream()  # makes sure that the primary context is current
     function = call("cuModuleGetFunction", call("cuModuleLoadData", code), source.stem.encode())
     attributes = driver.CUfunction_attribute

@@ -5,6 +5,7 @@ typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef long long i64;
+typedef unsigned long long u64;
 
 #define DEV __device__ __forceinline__
 DEV u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }

@@ -1,15 +1,20 @@
 """INT4 linears: packing and the operator on the CPU, the CUDA kernel against the reference on a GPU."""
 
+import random
+
 import pytest
 import torch
 
 from vllm_quantspec.kernels import int4_linear as module
+from vllm_quantspec.kernels.device import device_properties
 from vllm_quantspec.kernels.int4_linear import PackedLinear, int4_linear, pack, reference, supported, unpack
+from vllm_quantspec.kernels.int4_linear_wide import TOKEN_TILES, WGMMA_CAPABILITY, WidePlan
 from vllm_quantspec.rotation import rotate_inputs
 from vllm_quantspec.weights import QuantizedWeight, quantize_weight
 
 BF16, FP16 = torch.bfloat16, torch.float16
 TOLERANCE = {BF16: 6e-3, FP16: 1.5e-3}  # a row may be 16 numbers, rounded to 8 bits
+SCALED_TOLERANCE = {BF16: 9e-3, FP16: 2e-3}  # so is each weight, with more than 8 tokens
 
 
 def random_weight(out_features, in_features, group_size, dtype=BF16, device="cpu", seed=0) -> QuantizedWeight:
@@ -132,23 +137,29 @@ def test_bad_arguments_are_refused():
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
-def check(out_features, in_features, group, tokens, dtype=BF16, bias=False, x=None, rotated=False):
+def check(out_features, in_features, group, tokens, dtype=BF16, bias=False, x=None, rotated=False, plan=None):
+    """``plan`` instead of the one that the launcher would choose."""
     weight = random_weight(out_features, in_features, group, dtype, "cuda")
     packed = packed_of(weight)
     x = random_inputs(tokens, in_features, dtype, "cuda") if x is None else x
     bias = torch.randn(out_features, device="cuda").to(dtype) if bias else None
     on_cpu = (None if t is None else t.cpu() for t in (x, packed.codes, packed.scales_zeros, bias))
     expected = reference(*on_cpu, rotated)
-    torch.empty(tokens, out_features, dtype=dtype, device="cuda").fill_(float("nan"))  # what a reused block may hold
-    out = int4_linear(x, packed.codes, packed.scales_zeros, bias, rotated)
+    out = torch.empty(tokens, out_features, dtype=dtype, device="cuda").fill_(float("nan"))  # what a reused block may hold
+    if plan is None:
+        del out
+        out = int4_linear(x, packed.codes, packed.scales_zeros, bias, rotated)
+    else:
+        module.launch(x, packed.codes, packed.scales_zeros, bias, out, plan, rotated)
     torch.cuda.synchronize()
     assert out.shape == expected.shape and out.isfinite().all()
+    tolerance = TOLERANCE if tokens <= module.MAX_NARROW else SCALED_TOLERANCE
     for row, right in zip(out.cpu(), expected, strict=True):
-        assert relative_error(row, right) < TOLERANCE[dtype]
+        assert relative_error(row, right) < tolerance[dtype]
 
 
 @gpu
-@pytest.mark.parametrize("tokens", [*range(1, 10), 16, 33, 64, 100, 256])
+@pytest.mark.parametrize("tokens", [*range(1, 10), 16, 17, 24, 33, 40, 48, 64, 65, 100, 256])
 def test_kernel_any_number_of_tokens(tokens):
     check(544, 1408, 128, tokens)
 
@@ -159,6 +170,44 @@ def test_kernel_any_number_of_tokens(tokens):
 @pytest.mark.parametrize("tokens", [1, 5, 16, 65])
 def test_kernel_groups_and_dtypes(group, dtype, tokens):
     check(272, 640, group, tokens, dtype, bias=True)
+
+
+@gpu
+@pytest.mark.parametrize("seed", range(24))
+def test_more_than_8_tokens_in_random_shapes(seed):
+    """Shapes, tokens, groups and dtypes at random, with the plan that the launcher chooses."""
+    draw = random.Random(seed)
+    group = draw.choice((32, 64, 128))
+    rows, channels = 16 * draw.randint(1, 200), group * draw.randint(1, 4096 // group)
+    check(rows, channels, group, draw.randint(9, 64), draw.choice((BF16, FP16)), draw.random() < 0.5, rotated=seed % 3 == 0)
+
+
+def plans_at_random(seed: int, tiles: int, chunks: int, tokens: int, wgmma: bool) -> WidePlan:
+    """A plan that the launcher might not choose: few stages, CTAs of which some have a tile more, idle warps."""
+    draw = random.Random(seed)
+    warps, per_warp, splits = draw.choice((4, 8, 12)), draw.choice((1, 2)), draw.randint(1, min(4, chunks))
+    blocks = min(tiles, -(-tiles // (warps * per_warp)) + draw.randint(0, 2))
+    token_tiles = next(n for n in TOKEN_TILES if 8 * n >= min(tokens, 64))
+    stages, x_stages = draw.randint(2, 5), draw.randint(2, 3)
+    producers = draw.randint(1, x_stages)
+    cluster = wgmma and splits > 1 and draw.random() < 0.7
+    return WidePlan(warps, stages, per_warp, token_tiles, splits, blocks, x_stages, producers, wgmma=wgmma, cluster=cluster)
+
+
+@gpu
+@pytest.mark.parametrize("wgmma", [False, True])
+@pytest.mark.parametrize("seed", range(12))
+def test_more_than_8_tokens_with_random_plans(seed, wgmma):
+    device = device_properties(torch.cuda.current_device())
+    if wgmma and (device.capability != WGMMA_CAPABILITY or device.from_ptx):
+        pytest.skip("needs a Hopper GPU")
+    draw = random.Random(100 + seed)
+    group, tokens = draw.choice((32, 64, 128)), draw.randint(9, 70)
+    rows, channels = 16 * draw.randint(1, 40), group * draw.randint(1, 2048 // group)
+    plan = plans_at_random(seed, rows // 16, -(-channels // 128), tokens, wgmma)
+    if plan.shared_bytes(group) > device.shared_memory_per_block:
+        pytest.skip("needs more shared memory per block")
+    check(rows, channels, group, tokens, draw.choice((BF16, FP16)), True, rotated=seed % 2 == 0, plan=plan)
 
 
 @gpu
@@ -193,25 +242,27 @@ def test_rotated_inputs_are_those_of_the_reference(tokens):
     [(4096, 6144, 128), (4096, 3072, 128), (14336, 4096, 128), (7168, 4096, 128), (512, 256, 128), (256, 512, 64),
      (96, 16, 32), (32, 48, 32), (160, 4112, 32), (4096, 16, 128), (128, 16, 128), (1024, 40016, 128), (256, 40016, 64)],
 )  # fmt: skip
-@pytest.mark.parametrize("tokens", [1, 8, 17])
+@pytest.mark.parametrize("tokens", [1, 8, 17, 64])
 def test_kernel_shapes(channels, rows, group, tokens):
     check(rows, channels, group, tokens)
 
 
 @gpu
+@pytest.mark.parametrize("tokens", [6, 30])
 @pytest.mark.parametrize("offset", [0, 3])
-def test_kernel_strided_rows(offset):
-    wide = random_inputs(6, 1024 + 8 + 5, BF16, "cuda")
-    check(64, 1024, 128, 6, x=wide[:, offset : offset + 1024])
-    aligned = random_inputs(6, 1024 + 64, BF16, "cuda")
-    check(64, 1024, 128, 6, x=aligned[:, 32 : 32 + 1024])
+def test_kernel_strided_rows(offset, tokens):
+    wide = random_inputs(tokens, 1024 + 8 + 5, BF16, "cuda")
+    check(64, 1024, 128, tokens, x=wide[:, offset : offset + 1024])
+    aligned = random_inputs(tokens, 1024 + 64, BF16, "cuda")
+    check(64, 1024, 128, tokens, x=aligned[:, 32 : 32 + 1024])
 
 
 @gpu
-def test_kernel_survives_large_sums_and_outliers():
-    x = random_inputs(4, 4096, BF16, "cuda") * 4 + 3
+@pytest.mark.parametrize("tokens", [4, 20])
+def test_kernel_survives_large_sums_and_outliers(tokens):
+    x = random_inputs(tokens, 4096, BF16, "cuda") * 4 + 3
     x[:, 100] = 3000
-    check(256, 4096, 128, 4, x=x)
+    check(256, 4096, 128, tokens, x=x)
 
 
 @gpu
@@ -219,15 +270,19 @@ def test_kernel_survives_large_sums_and_outliers():
 def test_kernel_is_deterministic_and_a_token_does_not_depend_on_its_batch(rotated):
     packed = packed_of(random_weight(3072, 4096, 128, device="cuda"))
     x = random_inputs(64, 4096, device="cuda")
-    whole = int4_linear(x[:16], packed.codes, packed.scales_zeros, None, rotated)
+    whole = int4_linear(x[:8], packed.codes, packed.scales_zeros, None, rotated)
     for tokens in (1, 3, 8, 16, 33, 64):
         out = int4_linear(x[:tokens], packed.codes, packed.scales_zeros, None, rotated)
         assert torch.equal(out, int4_linear(x[:tokens], packed.codes, packed.scales_zeros, None, rotated))
-        assert tokens > 16 or torch.equal(out, whole[:tokens])
+        assert tokens > 8 or torch.equal(out, whole[:tokens])
+        other = x[:tokens].clone()
+        other[1:] *= 2
+        assert torch.equal(out[0], int4_linear(other, packed.codes, packed.scales_zeros, None, rotated)[0])
 
 
 @gpu
-def test_launches_of_different_shapes_follow_one_another():
+@pytest.mark.parametrize("tokens", [4, 12, 60])
+def test_launches_of_different_shapes_follow_one_another(tokens):
     """A chain in which every launch overlaps with the one that makes its input, through the same workspace."""
     shapes = [(1024, 512), (512, 4096), (4096, 256), (256, 1024)]
     weights = [packed_of(random_weight(n, k, 128, device="cuda", seed=i)) for i, (k, n) in enumerate(shapes)]
@@ -244,7 +299,7 @@ def test_launches_of_different_shapes_follow_one_another():
     def slow(x, p):
         return reference(x, p.codes.cpu(), p.scales_zeros.cpu())
 
-    x = random_inputs(4, 1024, device="cuda")
+    x = random_inputs(tokens, 1024, device="cuda")
     expected = chain(x.cpu(), slow)
     outs = [chain(x, kernel) for _ in range(50)]
     torch.cuda.synchronize()

@@ -6,7 +6,7 @@ from emulated_gpus import GPUS, KIB
 
 from vllm_quantspec.config import HEAD_SIZES, MAX_SPECULATIVE_TOKENS
 from vllm_quantspec.format import GROUP_SIZES, PageFormat
-from vllm_quantspec.kernels import decode_attention, int4_experts, int4_linear
+from vllm_quantspec.kernels import decode_attention, int4_experts, int4_linear, int4_linear_wide
 from vllm_quantspec.kernels.device import Device
 from vllm_quantspec.weights import WEIGHT_GROUP_SIZES
 
@@ -40,6 +40,23 @@ def test_int4_linears_fit(name, group, on):
             static = 1024
             assert plan.stages >= 2
             assert plan.shared_bytes(group) + static <= GPUS[name].shared_memory_per_block, (out_features, tokens)
+
+
+@pytest.mark.parametrize("gpu", [*GPUS.values(), H200], ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("group", WEIGHT_GROUP_SIZES)
+def test_int4_linears_of_many_tokens_cover_the_weight(gpu, group, on):
+    """Every row tile has a warp, and CTAs that wait for one another are on the GPU together."""
+    on(gpu)
+    for tiles, chunks in ((256, 32), (384, 32), (1792, 32), (256, 112), (8016, 32), (3, 4), (1, 1), (64, 1), (2501, 2)):
+        for tokens in (17, 32, 33, 48, 64, 65, 300, 8192):
+            plan = int4_linear.choose_plan(tiles, chunks, int4_linear.CHUNK // group, tokens, 0)
+            token_blocks = -(-tokens // (8 * plan.token_tiles))
+            assert plan.blocks * plan.warps * plan.tiles >= tiles >= plan.blocks
+            assert -(-tiles // plan.blocks) <= plan.warps * plan.tiles  # of the CTA with the most
+            assert 1 <= plan.splits <= chunks and plan.producers <= plan.x_stages
+            assert plan.splits == 1 or plan.blocks * plan.splits * token_blocks <= gpu.num_multiprocessors
+            assert plan.cluster == (gpu is H200 and plan.splits > 1) and plan.splits <= 8  # of a portable cluster
+            assert plan.wgmma == (gpu is H200) and plan.token_tiles in int4_linear_wide.TOKEN_TILES
 
 
 # Experts, hidden size, width, experts per token.
@@ -88,10 +105,8 @@ def test_what_does_not_fit_is_named(on):
 
 def test_plans_on_a_hopper_gpu_are_those_that_were_measured(on):
     on(H200)
-    plan = int4_linear.choose_plan(28672 // 16, 32, 1, 64, 0)
-    assert (plan.tiles, plan.token_tiles, plan.wide, plan.stages) == (2, 8, True, 6)
     plan = int4_linear.choose_plan(4096 // 16, 112, 1, 1, 0)
-    assert (plan.tiles, plan.splits, plan.blocks, plan.wide) == (2, 1, 132, False)
+    assert isinstance(plan, int4_linear.Plan) and (plan.tiles, plan.splits, plan.blocks) == (2, 1, 132)
     assert decode_attention._configuration(PageFormat(8, 128), 4, 8, H200) == ((1, 1, 1), (8, 3))
     assert decode_attention._configuration(PageFormat(8, 128), 8, 20, H200) == ((1, 3, 1), (8, 2))
     assert decode_attention._configuration(PageFormat(8, 128), 8, 40, H200) == ((1, 5, 4), (8, 8))
@@ -114,6 +129,16 @@ def test_row_plans(head_size, group_size):
 
 def test_a_gpu_with_less_shared_memory_takes_more_passes(on):
     assert decode_attention._configuration(PageFormat(8, 128), 8, 40, GPUS["rtx4090"])[0] == (2, 3, 1)
+
+
+def test_int4_linears_of_many_tokens_use_all_of_a_hopper_gpu(on):
+    """Llama-3.1-8B: rows are spread evenly, and CTAs share the channels where rows are few."""
+    on(H200)
+    for tiles, chunks in ((384, 32), (256, 32), (1792, 32), (256, 112)):
+        for tokens in (17, 32, 64):
+            plan = int4_linear.choose_plan(tiles, chunks, 1, tokens, 0)
+            busiest = -(-tiles // plan.blocks) * -(-chunks // plan.splits)
+            assert busiest * 132 < 1.06 * tiles * chunks and plan.stages >= 4
 
 
 def test_experts_of_one_token_are_spread_over_a_hopper_gpu(on):

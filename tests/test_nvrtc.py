@@ -6,7 +6,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from vllm_quantspec.kernels import decode_attention, int4_experts, int4_linear, nvrtc
+from vllm_quantspec.kernels import decode_attention, int4_experts, int4_linear, int4_linear_wide, nvrtc
 from vllm_quantspec.kernels.device import Device
 
 SIZES = {"grid": (132, 2), "threads": 288, "shared_bytes": 0, "overlap": True}
@@ -63,7 +63,7 @@ def calls(monkeypatch, capability):
     nvrtc.compile_source.cache_clear()
 
 
-@pytest.mark.parametrize("module", [decode_attention, int4_experts, int4_linear])
+@pytest.mark.parametrize("module", [decode_attention, int4_experts, int4_linear, int4_linear_wide])
 def test_a_kernel_is_compiled_once_and_loaded_by_its_name(module, calls):
     for shared_bytes in (1000, 2000):
         kernel = nvrtc.load(module.SOURCE, {"A": 1, "B": 2}, 0, **(SIZES | {"shared_bytes": shared_bytes}))
@@ -77,6 +77,11 @@ def test_a_kernel_is_compiled_once_and_loaded_by_its_name(module, calls):
         ("nvrtcCompileProgram", [b"--gpu-architecture=sm_90", b"--std=c++17", b"-DA=1", b"-DB=2"])
     ]
     assert b'extern "C"' in module.SOURCE.read_bytes() and module.SOURCE.stem.encode() + b"(" in module.SOURCE.read_bytes()
+
+
+def test_instructions_of_one_architecture_are_asked_for(calls):
+    nvrtc.load(int4_linear_wide.SOURCE, {}, 0, **SIZES, features="a")
+    assert ("nvrtcCompileProgram", [b"--gpu-architecture=sm_90a", b"--std=c++17"]) in calls
 
 
 def test_what_fails_says_so(calls):
