@@ -180,6 +180,11 @@ def _bits(codes: torch.Tensor) -> int:
     return codes.shape[2] // 256
 
 
+def max_faster_tokens(codes: torch.Tensor) -> int:
+    """Up to so many tokens a packed weight is faster than one in 16 bits."""
+    return MAX_FASTER_TOKENS if _bits(codes) == 4 else MAX_FASTER_TOKENS_8_BITS
+
+
 # --- The operator -----------------------------------------------------------------------------------------------------
 
 
