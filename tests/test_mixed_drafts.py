@@ -24,6 +24,13 @@ def average(draft) -> float:
     return sum((bits + 0.25) * sizes[n] for n, bits in widths(draft).items() if n != "lm_head") / sum(sizes.values())
 
 
+@pytest.fixture(autouse=True)
+def short_texts(monkeypatch):
+    """Losses of few tokens: enough to tell linears apart."""
+    monkeypatch.setattr(losses, "TEXTS", 4)
+    monkeypatch.setattr(losses, "LENGTH", 24)
+
+
 @pytest.fixture
 def again(runner, build):  # noqa: F811
     """`build`, as often as one likes."""

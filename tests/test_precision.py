@@ -14,8 +14,8 @@ LINEARS = [
 
 
 def test_those_that_lose_most_per_byte_come_first():
-    wide = [within(LINEARS, bits).wide for bits in (4.3125, 4.9, 5.9, 7.8, 8.5)]
-    assert wide == [frozenset(), {"a"}, {"a", "c"}, {"a", "b", "c"}, {"a", "b", "c", "d"}]
+    wide = [within(LINEARS, bits).wide for bits in (4.3125, 4.9, 5.4, 5.9, 7.9, 8.5)]
+    assert wide == [frozenset(), {"a"}, {"c"}, {"a", "c"}, {"a", "b", "c"}, {"a", "b", "c", "d"}]
 
 
 @pytest.mark.parametrize("bits", [4.3, 5, 5.55, 6, 6.2, 7, 8, 8.25])
@@ -41,6 +41,6 @@ def test_equal_losses_are_told_apart_by_name():
 
 def test_the_fastest_choice():
     assert fastest(LINEARS, lambda choice: choice.bits).wide == frozenset()
-    assert fastest(LINEARS, lambda choice: choice.bits, some=True).wide == {"a"}
+    assert fastest(LINEARS, lambda choice: choice.bits, some=True).wide == {"c"}
     assert fastest(LINEARS, lambda choice: -choice.bits).share == 1
-    assert fastest(LINEARS, lambda choice: abs(choice.bits - 5.4)).wide == {"a", "c"}
+    assert fastest(LINEARS, lambda choice: abs(choice.bits - 5.8)).wide == {"a", "c"}
