@@ -11,12 +11,12 @@ vllm = pytest.importorskip("vllm")
 from vllm.forward_context import set_forward_context  # noqa: E402
 from vllm.model_executor.layers.linear import LinearBase  # noqa: E402
 
-from vllm_quantspec.integration.draft import calibration, own_linear, stored  # noqa: E402
+from vllm_quantspec.integration.draft import calibration, linears, own_linear, stored  # noqa: E402
 from vllm_quantspec.integration.draft import model as draft_model  # noqa: E402
 from vllm_quantspec.integration.draft.linears import choose_int4_method, int4_bytes  # noqa: E402
 from vllm_quantspec.integration.draft.loaded import effective_weight  # noqa: E402
 from vllm_quantspec.integration.draft.model import DRAFT_PREFIX, build_draft_model  # noqa: E402
-from vllm_quantspec.kernels import rescore_logits  # noqa: E402
+from vllm_quantspec.kernels import int4_linear, rescore_logits  # noqa: E402
 from vllm_quantspec.weights import quantize_weight  # noqa: E402
 
 
@@ -95,6 +95,26 @@ def test_int4_linear(runner, monkeypatch, in_features, out_features, group_size,
     error = (method.apply(layer, x, layer.bias).float() - expected).norm() / expected.norm()
     assert error < (0.02 if int8_activations else 0.005)
     assert int4_bytes(layer) < 0.4 * weight.nbytes
+
+
+@pytest.mark.parametrize("bits, most", [(4, int4_linear.MAX_FASTER_TOKENS), (8, int4_linear.MAX_NARROW)])
+def test_the_gpus_linear_takes_the_targets_weight_for_many_rows_unless_told_otherwise(runner, monkeypatch, bits, most):
+    """The GPU's method, on the operator's CPU twin."""
+    platform = SimpleNamespace(get_device_capability=lambda: SimpleNamespace(major=9, minor=0))
+    monkeypatch.setattr(linears, "current_platform", platform)
+    weight = (torch.randn(64, 256, generator=torch.Generator().manual_seed(3)) * 0.05).bfloat16()
+    quantized = quantize_weight(weight, 128, bits=bits, method="nearest")
+    method = (linears.FastInt4LinearMethod if bits == 4 else linears.FastInt8LinearMethod)(256, 64, torch.bfloat16, 128)
+    layer = torch.nn.Module()
+    method.install(layer, quantized, weight)
+    assert int4_bytes(layer) == 64 * 256 * bits // 8 + 64 * 2 * 4
+    for rows in (1, most, most + 1):
+        x = torch.randn(rows, 256, generator=torch.Generator().manual_seed(rows)).bfloat16()
+        exact, own = F.linear(x, weight), F.linear(x.float(), quantized.dequantize()).bfloat16()
+        torch.testing.assert_close(method.apply(layer, x), own if rows <= most else exact, rtol=0.01, atol=2e-3)
+        torch.testing.assert_close(method.apply_own(layer, x), own, rtol=0.01, atol=2e-3)
+    with pytest.raises(ValueError, match="bits"):
+        method.install(layer, quantize_weight(weight, 128, bits=12 - bits))
 
 
 def test_shapes_without_a_kernel_say_why(runner):

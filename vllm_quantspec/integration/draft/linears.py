@@ -79,6 +79,10 @@ class Int4LinearMethod(LinearMethodBase):
     def _install(self, layer: torch.nn.Module, weight: QuantizedWeight, original: torch.Tensor | None) -> None:
         raise NotImplementedError
 
+    def apply_own(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """`apply` with the quantized weight, however many rows x has."""
+        return self.apply(layer, x, bias)
+
 
 def draft_linear(
     x: torch.Tensor,
@@ -140,8 +144,14 @@ class FastInt4LinearMethod(Int4LinearMethod):
             layer.register_parameter(name, None if tensor is None else torch.nn.Parameter(tensor, requires_grad=False))
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return self._run(layer, x, bias, getattr(layer, ORIGINAL))
+
+    def apply_own(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return self._run(layer, x, bias, None)
+
+    def _run(self, layer, x: torch.Tensor, bias: torch.Tensor | None, original: torch.Tensor | None) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features)
-        codes, scales, original = (getattr(layer, name) for name in (WEIGHT, SCALES, ORIGINAL))
+        codes, scales = getattr(layer, WEIGHT), getattr(layer, SCALES)
         out = torch.ops.vllm_quantspec.draft_linear(rows, codes, scales, bias, original, self.rotated)
         return out.view(*x.shape[:-1], self.out_features)
 

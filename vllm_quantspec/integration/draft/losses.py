@@ -50,13 +50,13 @@ def _computed_by_draft(linear: OwnLinear) -> Iterator[None]:
 
 
 class _Draft:
-    """A linear method that is another layer's."""
+    """A linear method that is another layer's, with its quantized weight: as many rows would take the target's own."""
 
     def __init__(self, clone: nn.Module) -> None:
         self.clone = clone
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return self.clone.quant_method.apply(self.clone, x, None if bias is None else self.clone.bias)
+        return self.clone.quant_method.apply_own(self.clone, x, None if bias is None else self.clone.bias)
 
 
 def _logits(model: nn.Module, texts: Texts) -> list[torch.Tensor]:
