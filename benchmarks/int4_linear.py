@@ -1,7 +1,8 @@
-"""INT4 linears at decode sizes against BF16 (cuBLAS), Machete, Marlin and PyTorch's tinygemm. Needs a CUDA GPU.
+"""INT4 and INT8 linears at decode sizes against BF16 (cuBLAS), Machete, Marlin and tinygemm. Needs a CUDA GPU.
 
     python benchmarks/int4_linear.py --json OUT.json --plot OUT.png
-    python benchmarks/int4_linear.py --tune                  # launch configurations of every shape
+    python benchmarks/int4_linear.py --methods bf16 ours int8 int8_rotated fp8 --json OUT.json      # 8-bit weights
+    python benchmarks/int4_linear.py --tune [--bits 8]       # launch configurations of every shape
 
 Times are medians of CUDA graph replays; every launch reads another weight, more than the L2 cache holds in turn.
 """
@@ -26,7 +27,7 @@ LAYERS = 32
 SHAPES = {"qkv": (4096, 6144), "o": (4096, 4096), "gate_up": (4096, 28672), "down": (14336, 4096)}
 LM_HEAD = {"lm_head": (4096, 128256)}
 TOKENS = (1, 2, 4, 5, 8, 12, 16, 24, 32, 48, 64)
-PRINTED = ("bf16", "machete", "marlin", "tinygemm", "ours", "rotated", "rescored")
+PRINTED = ("bf16", "machete", "marlin", "tinygemm", "ours", "rotated", "rescored", "fp8", "int8", "int8_rotated")
 
 
 def median(run, rep=60):
@@ -40,24 +41,26 @@ def copies(shape, bytes_per_weight):
     return min(LAYERS, max(2, -(-(256 << 20) // int(shape[0] * shape[1] * bytes_per_weight)) + 1))
 
 
-def random_packed(shape):
+def random_packed(shape, bits=4):
     channels, rows = shape
     groups = channels // GROUP
-    codes = torch.randint(0, 256, (rows // 16, groups, 1024), dtype=torch.uint8, device=DEVICE)
-    scales = torch.empty(rows // 16, groups, 1, 8, 2, 1, device=DEVICE).uniform_(0.001, 0.002)
-    zeros = torch.randint(128 + 6, 128 + 10, scales.shape, device=DEVICE)
+    codes = torch.randint(0, 256, (rows // 16, groups, 256 * bits), dtype=torch.uint8, device=DEVICE)
+    scales = torch.empty(rows // 16, groups, 1, 8, 2, 1, device=DEVICE).uniform_(0.001, 0.002) * (1 if bits == 4 else 1 / 24)
+    zeros = torch.randint(6, 10, scales.shape, device=DEVICE)
+    zeros = 128 + zeros if bits == 4 else 304 + 2 * zeros  # levels
     return codes, torch.cat((scales, zeros), dim=-1).to(DTYPE)
 
 
 class Ours:
     name = "ours"
+    bits = 4
     bytes_per_weight = 0.5 + 4 / GROUP
 
     def __init__(self, plan=None, rotated=False):
         self.plan, self.rotated = plan, rotated
 
     def make(self, shape):
-        return random_packed(shape)
+        return random_packed(shape, self.bits)
 
     def __call__(self, x, weight):
         if self.plan is None:
@@ -74,6 +77,47 @@ class Rotated(Ours):
 
     def __init__(self):
         super().__init__(rotated=True)
+
+
+class Int8(Ours):
+    """Weights in 8 bits (``draft_weights: int8`` and ``mixed``)."""
+
+    name = "int8"
+    bits = 8
+    bytes_per_weight = 1 + 4 / GROUP
+
+
+class Int8Rotated(Int8):
+    name = "int8_rotated"
+
+    def __init__(self):
+        super().__init__(rotated=True)
+
+
+class Fp8:
+    """The best peer in 8 bits: vLLM's FP8 Marlin, e4m3 with a scale per output channel."""
+
+    name = "fp8"
+    bytes_per_weight = 1
+
+    def make(self, shape):
+        from types import SimpleNamespace
+
+        from vllm.model_executor.layers.quantization.utils import marlin_utils_fp8
+
+        channels, rows = shape
+        weight = torch.randn(channels, rows, device=DEVICE).mul_(0.05).to(torch.float8_e4m3fn)
+        layer = torch.nn.Module()
+        layer.input_size_per_partition, layer.output_size_per_partition = channels, rows
+        layer.orig_dtype = layer.params_dtype = DTYPE
+        layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+        layer.weight_scale = torch.nn.Parameter(torch.full((1, rows), 0.01, device=DEVICE), requires_grad=False)
+        marlin_utils_fp8.prepare_fp8_layer_for_marlin(layer)
+        return SimpleNamespace(layer=layer, apply=marlin_utils_fp8.apply_fp8_marlin_linear, shape=shape)
+
+    def __call__(self, x, weight):
+        layer, (channels, rows) = weight.layer, weight.shape
+        return weight.apply(x, layer.weight, layer.weight_scale, layer.workspace, rows, channels, None)
 
 
 class Rescored(Ours):
@@ -254,26 +298,27 @@ def time_shape(method, weights, shape, tokens, rep=20):
     return median(run, rep) / len(weights)
 
 
-def tune(names, tokens):
+def tune(names, tokens, bits):
     """Times of launch configurations, the best first; those of many tokens one choice after the other."""
     from vllm_quantspec.kernels.device import device_properties
     from vllm_quantspec.kernels.int4_linear import MAX_NARROW, choose_plan
 
     device = device_properties(0)
+    ours = Ours if bits == 4 else Int8
     for name, shape in (SHAPES | LM_HEAD).items():
         if names and name not in names:
             continue
-        weights = weights_of(Ours(), {name: shape})[name]
+        weights = weights_of(ours(), {name: shape})[name]
         tiles, chunks = weights[0][0].shape[:2]
         for count in tokens:
-            times, default = {}, choose_plan(tiles, chunks, 1, count, 0)
-            if count <= MAX_NARROW:
-                time_plans(narrow_options(tiles, default), weights, shape, count, times)
+            times, default = {}, choose_plan(tiles, chunks, 1, count, 0, bits)
+            if count <= MAX_NARROW or bits == 8:
+                time_plans(ours, narrow_options(tiles, default), weights, shape, count, times)
             else:
-                time_plans(wide_shares(tiles, chunks, count, default, device), weights, shape, count, times)
+                time_plans(ours, wide_shares(tiles, chunks, count, default, device), weights, shape, count, times)
                 best = sorted((p for p in times if hasattr(p, "x_stages")), key=times.get)[:2]
-                time_plans([o for plan in best for o in wide_layouts(plan, device)], weights, shape, count, times)
-            floor = shape[0] * shape[1] * Ours.bytes_per_weight / 4.3e6
+                time_plans(ours, [o for plan in best for o in wide_layouts(plan, device)], weights, shape, count, times)
+            floor = shape[0] * shape[1] * ours.bytes_per_weight / 4.3e6
             print(f"{name} M={count} floor {floor:.2f} default {times.get(default, float('nan')):.2f} {default}")
             for plan in sorted(times, key=times.get)[:8]:
                 print(f"   {times[plan]:.2f}", plan)
@@ -283,7 +328,7 @@ def tune(names, tokens):
                 print(f"   {what}:", ", ".join(f"{v} {t:.2f}" for v, t in least.items()), flush=True)
 
 
-def time_plans(options, weights, shape, count, times):
+def time_plans(ours, options, weights, shape, count, times):
     """Put the time of each plan that is not in ``times`` there."""
     from vllm_quantspec.kernels.nvrtc import compile_source
 
@@ -297,7 +342,7 @@ def time_plans(options, weights, shape, count, times):
         list(pool.map(compiled, options))
     for plan in options:
         try:
-            times[plan] = time_shape(Ours(plan), weights, shape, count, 4)
+            times[plan] = time_shape(ours(plan), weights, shape, count, 4)
         except RuntimeError as error:
             print("failed", plan, str(error)[:300])
 
@@ -311,8 +356,8 @@ def narrow_options(tiles, default):
         per_block = -(-tiles // blocks)
         for passes in range(-(-per_block // 8), -(-per_block // 3) + 1):
             per_pass = -(-per_block // passes)
-            plan = Plan(warps, 0, per_pass, 1, default.token_tiles, 1, blocks, resident)
-            stages = min(16, (233472 // resident - 2048 - plan.shared_bytes(GROUP)) // (warps * 1088))
+            plan = Plan(warps, 0, per_pass, 1, default.token_tiles, 1, blocks, resident, bits=default.bits)
+            stages = min(16, (233472 // resident - 2048 - plan.shared_bytes(GROUP)) // (warps * (256 * default.bits + 64)))
             options += [plan._replace(stages=stages)] if stages >= 2 else []
     return options
 
@@ -381,6 +426,7 @@ def main():
     parser.add_argument("--json", type=Path, help="write the numbers here")
     parser.add_argument("--plot", type=Path, help="draw the plot here")
     parser.add_argument("--tune", action="store_true", help="time launch configurations")
+    parser.add_argument("--bits", type=int, choices=(4, 8), default=4, help="of a weight, with --tune")
     parser.add_argument("--shapes", nargs="*", help="only these shapes, with --tune")
     parser.add_argument("--tokens", type=int, nargs="*", help="only these numbers of tokens")
     parser.add_argument("--methods", nargs="*", help="only these methods")
@@ -393,11 +439,12 @@ def main():
     torch.manual_seed(0)
     tokens = args.tokens or TOKENS
     if args.tune:
-        return tune(args.shapes, tokens)
+        return tune(args.shapes, tokens, args.bits)
     bandwidth = copy_bandwidth()
     print(f"copy: {bandwidth / 1e12:.2f} TB/s")
     rows, kernels = {}, {}
-    for method in (Bf16(), Ours(), Rotated(), Rescored(), Machete(), Marlin(), TinyGemm()):
+    methods = Bf16(), Ours(), Rotated(), Int8(), Int8Rotated(), Fp8(), Rescored(), Machete(), Marlin(), TinyGemm()
+    for method in methods:
         if args.methods and method.name not in args.methods:
             continue
         try:
@@ -416,6 +463,7 @@ def main():
                 size = sum(k * n for k, n in sizes) * Ours.bytes_per_weight * (LAYERS if len(sizes) > 1 else 1)
                 row = rows.setdefault((name, count), {"weights": name, "tokens": count, "int4_bytes": int(size)})
                 row["floor_us"] = size / bandwidth * 1e6
+                row["int8_floor_us"] = size / Ours.bytes_per_weight * Int8.bytes_per_weight / bandwidth * 1e6
                 try:
                     row[f"{method.name}_us"] = job()
                 except Exception as error:

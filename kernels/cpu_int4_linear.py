@@ -12,6 +12,7 @@ Numbers, and what else was tried: benchmarks/cpu_int4_linear.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -55,11 +56,11 @@ def pack(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, group_s
 def supported(in_features: int, out_features: int, group_size: int, dtype: torch.dtype) -> str | None:
     """Why the kernel does not take this shape, or None if it does."""
     if group_size not in GROUP_SIZES or in_features % group_size:
-        return f"the CPU's INT4 kernel takes groups of 32, 64 or 128 that divide {in_features} channels, not {group_size}"
+        return f"the CPU's kernel takes groups of 32, 64 or 128 that divide {in_features} channels, not {group_size}"
     if out_features % MULTIPLE:
-        return f"the CPU's INT4 kernel takes multiples of {MULTIPLE} output channels, not {out_features}"
+        return f"the CPU's kernel takes multiples of {MULTIPLE} output channels, not {out_features}"
     if dtype not in DTYPES:
-        return f"the CPU's INT4 kernel takes bfloat16, float16 or float32 activations, not {dtype}"
+        return f"the CPU's kernel takes bfloat16, float16 or float32 activations, not {dtype}"
     return None
 
 
@@ -177,24 +178,34 @@ def cpu_int4_linear(
     out_features, groups = scales.shape
     if in_features != 2 * codes.shape[1] or x.dtype not in DTYPES:
         raise ValueError(f"cpu_int4_linear: x is {x.dtype} {tuple(x.shape)}, the codes are {tuple(codes.shape)}.")
+    return multiply(x, CpuLinear(codes, scales, zeros), bias, rotated, _few_rows(in_features // groups), _dequantize)
+
+
+def multiply(
+    x: torch.Tensor, weight: CpuLinear, bias: torch.Tensor | None, rotated: bool, few_rows: Callable, dequantize: Callable
+) -> torch.Tensor:
+    """A linear by the loops of a number of bits: ``few_rows`` for the weight's group size, ``dequantize`` for many rows."""
+    (rows, in_features), (out_features, groups) = x.shape, weight.scales.shape
     group = in_features // groups
     inputs = rotate_inputs(x) if rotated else x.float().contiguous()
     out = torch.empty(rows, out_features, dtype=torch.float32)
-    weight = codes.numpy(), scales.numpy(), zeros.numpy()
+    arrays = tuple(tensor.numpy() for tensor in weight)
     if rows >= MANY_ROWS:
-        _many_rows(weight, group, inputs, out)
+        _many_rows(arrays, dequantize, inputs, out)
     elif rows:
         sums = np.empty((rows, groups), np.float32)
         _group_sums(inputs.numpy(), group, sums)
-        arguments = (*weight, inputs.numpy(), sums, out.numpy())
+        arguments = (*arrays, inputs.numpy(), sums, out.numpy())
         tasks = max(1, rows * in_features * out_features // _PRODUCTS_PER_TASK)
-        split(_few_rows(group), out_features // 4, arguments, tasks)
+        split(few_rows, out_features // 4, arguments, tasks)
     if bias is not None:
         out += bias
     return out.to(x.dtype)
 
 
-def _many_rows(weight: tuple[np.ndarray, ...], group: int, x: torch.Tensor, out: torch.Tensor) -> None:
+def _many_rows(weight: tuple[np.ndarray, ...], dequantize: Callable, x: torch.Tensor, out: torch.Tensor) -> None:
+    codes, scales, _ = weight
+    bytes_per_group = codes.shape[1] // scales.shape[1]
     (out_features, in_features), threads = out.shape[1:] + x.shape[1:], torch.get_num_threads()
     part = min(out_features, max(MULTIPLE, threads * _WRITTEN // in_features))
     written = torch.empty(part, in_features, dtype=torch.float32)
@@ -202,7 +213,7 @@ def _many_rows(weight: tuple[np.ndarray, ...], group: int, x: torch.Tensor, out:
         here = slice(start, min(start + part, out_features))
         number = here.stop - here.start
         tasks = max(1, number * in_features // _WRITTEN)
-        split(_dequantize, number, (*(w[here] for w in weight), group // 2, written.numpy()), tasks)
+        split(dequantize, number, (*(w[here] for w in weight), bytes_per_group, written.numpy()), tasks)
         out[:, here] = x @ written[:number].t()
 
 

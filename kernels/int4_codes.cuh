@@ -1,4 +1,4 @@
-// What kernels on INT4 weights share: floats of 16 bits, their products, and codes that become such. Macro: IS_BF16 (or fp16).
+// What kernels on quantized weights share: floats of 16 bits, their products, and codes that become such. Macro: IS_BF16 (or fp16).
 #pragma once
 
 #include "ptx.cuh"
@@ -51,5 +51,16 @@ DEV void expand(u32 (&a)[4], u32 w) {
   a[1] = and_or<0x00f000f0, 0x54005400>(w);
   a[2] = and_or<0x00f000f0, 0x54005400>(w >> 4);
   a[3] = and_or<0x00f000f0, 0x54005400>(w >> 8);
+#endif
+}
+// Levels of 8-bit codes (levels.py): bytes 0 and 2 of w0, 1 and 3 of w0, then those of w1.
+DEV void expand_bytes(u32 (&a)[4], u32 w0, u32 w1) {
+#if IS_BF16
+  a[0] = __byte_perm(w0, 0x43434343, 0x4240), a[1] = __byte_perm(w0, 0x43434343, 0x4341);
+  a[2] = __byte_perm(w1, 0x43434343, 0x4240), a[3] = __byte_perm(w1, 0x43434343, 0x4341);
+#else
+  // The same numbers: a bit of the exponent and seven of the mantissa, three bits further up.
+  a[0] = and_or<0x07f807f8, 0x58005800>(w0 << 3), a[1] = and_or<0x07f807f8, 0x58005800>(w0 >> 5);
+  a[2] = and_or<0x07f807f8, 0x58005800>(w1 << 3), a[3] = and_or<0x07f807f8, 0x58005800>(w1 >> 5);
 #endif
 }

@@ -1,8 +1,9 @@
-// y = x W^T for a few tokens x and a weight W of 4-bit codes in groups. Compiled by NVRTC.
+// y = x W^T for a few tokens x and a weight W of 4-bit or 8-bit codes in groups. Compiled by NVRTC.
 //
 // Output rows are the M = 16 of mma.m16n8k16 and tokens its N = 8, so that the bytes of the weight are read once and in
 // the order of the A fragments (see int4_linear.py): a lane's 16 bytes are what it multiplies. Codes become floats by
-// being ORed into the mantissa of MAGIC; a group's scale, its zero point and MAGIC are applied to its sum, in fp32.
+// being ORed into the mantissa of MAGIC; a group's scale, its zero point and MAGIC are applied to its sum, in fp32. 8-bit codes
+// are the last bytes of bfloat16 numbers (levels.py), so that one permutation of bytes makes two of them.
 //
 // The warps of a CTA split the input channels in chunks of 128: what they need of one row tile at a time is one run of
 // memory. One more warp brings those runs to a ring in shared memory, so that the bytes in flight cost no registers and
@@ -16,13 +17,14 @@
 //
 // Macros: GROUP_SIZE IS_BF16 WARPS STAGES TILES (row tiles per pass) BATCH (tiles of a stage) TOKEN_TILES (of 8 tokens)
 //         SPLITS MIN_CTAS (CTAs that registers allow on a multiprocessor)
-//         ROTATED (the weight is that of rotated inputs: x is rotated in registers)
+//         ROTATED (the weight is that of rotated inputs: x is rotated in registers) CODE_BITS (4 or 8)
 
 #include "int4_linear.cuh"
 
 constexpr int NW = WARPS, S = STAGES, T = TILES, B = BATCH, NT = TOKEN_TILES, CHAINS = B * NT > 2 ? 1 : 2;
 constexpr int GROUPS = 128 / GROUP_SIZE, STEPS = GROUP_SIZE / 16;  // per chunk; products of k = 16 per group
-constexpr int CODES = 1024, SCALES = 64 * GROUPS;  // bytes of one tile's chunk
+constexpr int CODES = 256 * CODE_BITS, SCALES = 64 * GROUPS;  // bytes of one tile's chunk
+constexpr int QUADS = CODES / 512;                             // words of a lane, in quadruples
 constexpr int STAGE = B * NW * (CODES + SCALES), RING = S * STAGE;
 static_assert(T % B == 0, "a pass is made of whole batches");
 
@@ -180,12 +182,13 @@ extern "C" __global__ void __launch_bounds__(32 * NW + 32, MIN_CTAS) int4_linear
       for (int first_tile = 0; first_tile < T; first_tile += B) {
         if (first_tile >= tiles) break;
         wait_for(full + slot * 8, parity);
-        uint4 w[B][2];
+        uint4 w[B][QUADS];
         uint2 scale[B][GROUPS];
 #pragma unroll
         for (int i = 0; i < B; i++) {
           const u32 at = slot * STAGE + i * NW * CODES;
-          w[i][0] = lds128(codes_at + at), w[i][1] = lds128(codes_at + at + 512);
+#pragma unroll
+          for (int h = 0; h < QUADS; h++) w[i][h] = lds128(codes_at + at + h * 512);
 #pragma unroll
           for (int q = 0; q < GROUPS; q++) scale[i][q] = lds64(scale_at + slot * STAGE + i * NW * SCALES + q * 64);
         }
@@ -217,7 +220,11 @@ extern "C" __global__ void __launch_bounds__(32 * NW + 32, MIN_CTAS) int4_linear
 #pragma unroll
             for (int i = 0; i < B; i++) {
               u32 a[4];
+#if CODE_BITS == 4
               expand(a, word(w[i][s / 4], s % 4));
+#else
+              expand_bytes(a, word(w[i][s / 2], s % 2 * 2), word(w[i][s / 2], s % 2 * 2 + 1));
+#endif
 #pragma unroll
               for (int n = 0; n < NT; n++)
                 mma(part[i][n][s % CHAINS], a, word(x[n][s / 2], (s & 1) * 2), word(x[n][s / 2], (s & 1) * 2 + 1));

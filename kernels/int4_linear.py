@@ -1,4 +1,4 @@
-"""Linear layers with 4-bit weights for a few tokens: ``torch.ops.vllm_quantspec.int4_linear``.
+"""Linear layers with 4-bit or 8-bit weights for a few tokens: ``torch.ops.vllm_quantspec.int4_linear``.
 
 On a GPU a CUDA kernel, compiled by NVRTC when a shape is first used, reads the packed weight once at nearly the
 memory's bandwidth; on the CPU the same operator is plain PyTorch (`reference`). There are two kernels, on one layout: the
@@ -8,7 +8,10 @@ Packed layout. Rows are cut in tiles of 16, input channels in chunks of 128 (the
 what eight mma.m16n8k16 take as their A operand, in fragment order: lane ``4*g + t`` holds the words ``[half][lane][word]``;
 word ``w`` of half ``h`` is product ``s = 4*h + w``, its bits ``4*p..4*p+3`` and ``16+4*p..`` are the two channels of
 register ``p`` of the fragment: row ``g + 8*(p % 2)``, channels ``32*(s//2) + 8*t + 4*(s%2) + 2*(p//2)`` and one more.
-Scales lie beside them as [tile][chunk][group][g][row g or g + 8][scale, MAGIC + zero], in the activations' dtype.
+In 8 bits a lane has ``[quarter][lane][16 bytes]``; quarter ``s//2`` holds products ``2*(s//2)`` and one more, 8 bytes each:
+byte ``4*(p//2) + 2*i + p%2`` is channel ``i`` of the two of register ``p``.
+Scales lie beside them as [tile][chunk][group][g][row g or g + 8][scale, MAGIC + zero], in the activations' dtype; in 8 bits
+the zero point's level stands in for MAGIC + zero.
 """
 
 import ctypes
@@ -20,6 +23,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from vllm_quantspec import levels
 from vllm_quantspec.kernels import nvrtc
 from vllm_quantspec.kernels.device import MIN_CAPABILITY, Device, device_properties
 from vllm_quantspec.kernels.int4_linear_wide import WidePlan, choose_wide_plan
@@ -35,15 +39,17 @@ MAGIC = {torch.bfloat16: 128, torch.float16: 64}
 MAX_NARROW = 16
 # Up to about this many tokens an H200 is faster with 4 bits than with a BF16 weight.
 MAX_FASTER_TOKENS = 32
+# The same for 8 bits: with more, each 16 tokens read the weight anew.
+MAX_FASTER_TOKENS_8_BITS = MAX_NARROW
 # Weights that `pack` works on at a time.
 MAX_PACKED_AT_ONCE = 1 << 27
 
 
 @dataclass(frozen=True)
 class PackedLinear:
-    """A 4-bit weight as the kernel reads it; the layout is in the module's docstring.
+    """A 4-bit or 8-bit weight as the kernel reads it; the layout is in the module's docstring.
 
-    codes: uint8 [out / 16, ceil(in / 128), 1024].
+    codes: uint8 [out / 16, ceil(in / 128), 256 * bits].
     scales_zeros: bfloat16 or float16, the activations' dtype, [out / 16, ceil(in / 128), 128 / group_size, 8, 2, 2].
     """
 
@@ -52,6 +58,7 @@ class PackedLinear:
     out_features: int
     in_features: int
     group_size: int
+    bits: int = 4
 
     @property
     def num_bytes(self) -> int:
@@ -89,14 +96,17 @@ def supported(
 _TO_FRAGMENTS = (0, 1, 4, 2, 5, 6, 3, 8, 7, 9)
 
 
-def pack(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, group_size: int) -> PackedLinear:
+def pack(
+    codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, group_size: int, bits: int = 4
+) -> PackedLinear:
     """Bring a quantized weight into the kernel's order, on the tensors' device and with tensor operations only.
 
     Args:
-        codes: uint8 [out, in], 0..15; out divisible by 16.
+        codes: uint8 [out, in], below 2^bits; out divisible by 16.
         scales: bfloat16 or float16 [out, in / group_size], in the dtype of the activations.
-        zeros: uint8 [out, in / group_size], 0..15.
+        zeros: uint8 [out, in / group_size], codes as well.
         group_size: 128, 64 or 32.
+        bits: 4, or 8 with the levels of `vllm_quantspec.levels`.
 
     Raises:
         ValueError: the shapes or dtypes do not fit the above.
@@ -112,27 +122,35 @@ def pack(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, group_s
             raise ValueError(f"{name} must be [out, in / group_size] = {[rows, groups]}, got {list(x.shape)}.")
     if zeros.dtype != torch.uint8:
         raise ValueError(f"zeros must be uint8, got {zeros.dtype}.")
+    if bits not in levels.BITS:
+        raise ValueError(f"bits must be 4 or 8, got {bits}.")
     # A large vocabulary's weight is packed piece by piece: each step of it makes a copy.
     step = ROWS * max(1, MAX_PACKED_AT_ONCE // (ROWS * channels))
-    parts = [_pack_rows(*(x[i : i + step] for x in (codes, scales, zeros)), group_size) for i in range(0, rows, step)]
-    return PackedLinear(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)), rows, channels, group_size)
+    parts = [_pack_rows(*(x[i : i + step] for x in (codes, scales, zeros)), group_size, bits) for i in range(0, rows, step)]
+    return PackedLinear(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)), rows, channels, group_size, bits)
 
 
 def _pack_rows(
-    codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, group_size: int
+    codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, group_size: int, bits: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     (rows, channels), groups = codes.shape, scales.shape[1]
     tiles, chunks = rows // ROWS, -(-channels // CHUNK)
     codes = F.pad(codes, (0, chunks * CHUNK - channels))
     #                 tile, half, g, chunk, j, t, s % 2, register // 2, channel % 2
     codes = codes.view(tiles, 2, 8, chunks, 4, 4, 2, 2, 2).movedim(3, 1)
-    # [tile, chunk, s // 4, g, t, s // 2 % 2, s % 2, channel % 2, register // 2, half]
-    codes = codes.unflatten(4, (2, 2)).permute(0, 1, 4, 3, 6, 5, 7, 9, 8, 2)
-    codes = codes.reshape(tiles, chunks, 2, 32, 4, 8)
-    codes = (codes[..., 0::2] | codes[..., 1::2] << 4).reshape(tiles, chunks, 1024)
+    if bits == 8:
+        # [tile, chunk, j, g, t, s % 2, register // 2, channel % 2, half]
+        codes = codes.permute(0, 1, 4, 3, 5, 6, 7, 8, 2).reshape(tiles, chunks, 2048)
+        zeros = levels.levels(zeros, 8)
+    else:
+        # [tile, chunk, s // 4, g, t, s // 2 % 2, s % 2, channel % 2, register // 2, half]
+        codes = codes.unflatten(4, (2, 2)).permute(0, 1, 4, 3, 6, 5, 7, 9, 8, 2)
+        codes = codes.reshape(tiles, chunks, 2, 32, 4, 8)
+        codes = (codes[..., 0::2] | codes[..., 1::2] << 4).reshape(tiles, chunks, 1024)
+        zeros = zeros + MAGIC[scales.dtype]
 
     per_chunk = CHUNK // group_size
-    pairs = torch.stack((scales, (zeros + MAGIC[scales.dtype]).to(scales.dtype)), dim=-1)
+    pairs = torch.stack((scales, zeros.to(scales.dtype)), dim=-1)
     pairs = F.pad(pairs, (0, 0, 0, chunks * per_chunk - groups))
     return codes, pairs.view(tiles, 2, 8, chunks, per_chunk, 2).permute(0, 3, 4, 2, 1, 5).contiguous()
 
@@ -147,12 +165,26 @@ def unpack(packed: PackedLinear) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
 def _unpack(codes: torch.Tensor, scales_zeros: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes, scales and zeros with the padding of the last chunk."""
     tiles, chunks = codes.shape[:2]
+    pairs = scales_zeros.permute(0, 4, 3, 1, 2, 5).reshape(tiles * ROWS, -1, 2)
+    if _bits(codes) == 8:
+        # [tile, chunk, j, g, t, s % 2, register // 2, channel % 2, half]
+        codes = codes.view(tiles, chunks, 4, 8, 4, 2, 2, 2, 2).permute(0, 8, 3, 1, 2, 4, 5, 6, 7)
+        zeros = levels.codes(pairs[..., 1].float().clamp_min_(levels.lowest(8)), 8)
+        return codes.reshape(tiles * ROWS, chunks * CHUNK), pairs[..., 0].contiguous(), zeros
     codes = torch.stack((codes & 15, codes >> 4), dim=-1).view(tiles, chunks, 2, 8, 4, 2, 2, 2, 2, 2)
     # [tile, chunk, s // 4, g, t, s // 2 % 2, s % 2, channel % 2, register // 2, half]
     codes = codes.permute(0, 9, 3, 1, 2, 5, 4, 6, 8, 7).reshape(tiles * ROWS, chunks * CHUNK)
-    pairs = scales_zeros.permute(0, 4, 3, 1, 2, 5).reshape(tiles * ROWS, -1, 2)
     zeros = (pairs[..., 1].float() - MAGIC[scales_zeros.dtype]).clamp_min_(0).to(torch.uint8)
     return codes, pairs[..., 0].contiguous(), zeros
+
+
+def _bits(codes: torch.Tensor) -> int:
+    return codes.shape[2] // 256
+
+
+def max_faster_tokens(codes: torch.Tensor) -> int:
+    """Up to so many tokens a packed weight is faster than one in 16 bits."""
+    return MAX_FASTER_TOKENS if _bits(codes) == 4 else MAX_FASTER_TOKENS_8_BITS
 
 
 # --- The operator -----------------------------------------------------------------------------------------------------
@@ -167,7 +199,7 @@ def int4_linear(
 ) -> torch.Tensor:
     """``x W^T + bias`` with the weight of a `PackedLinear`, in fp32 sums.
 
-    A token's result is the same whatever the others, and for any number of them up to 16.
+    A token's result is the same whatever the others, and for any number of them up to 16 (in 8 bits for any number).
 
     Can be captured in a CUDA graph, after one run with the same shapes. Launches on a device share a workspace,
     so they have to follow one another, on one stream or ordered by events. A launch starts to read the weight
@@ -200,9 +232,10 @@ def reference(
 ) -> torch.Tensor:
     """`int4_linear` in plain PyTorch, accumulated in fp32."""
     _check(x, codes, scales_zeros, bias)
-    levels, scales, zeros = _unpack(codes, scales_zeros)
-    levels = levels.view(*scales.shape, -1).float() - zeros.unsqueeze(-1).float()
-    weight = (levels * scales.unsqueeze(-1).float()).view(len(scales), -1)[:, : x.shape[1]]
+    codes_of, scales, zeros = _unpack(codes, scales_zeros)
+    steps = levels.levels(codes_of.view(*scales.shape, -1), _bits(codes))
+    steps = steps - levels.levels(zeros.unsqueeze(-1), _bits(codes))
+    weight = (steps * scales.unsqueeze(-1).float()).view(len(scales), -1)[:, : x.shape[1]]
     inputs = rotate_inputs(x).to(x.dtype) if rotated else x
     out = inputs.float() @ weight.t()
     return (out if bias is None else out + bias.float()).to(x.dtype)
@@ -213,7 +246,8 @@ def _check(x: torch.Tensor, codes: torch.Tensor, scales_zeros: torch.Tensor, bia
         raise ValueError(f"x must be bfloat16 or float16 [M, in], got {x.dtype} {list(x.shape)}.")
     if x.dtype != scales_zeros.dtype:
         raise ValueError(f"x is {x.dtype} but the weight was packed for {scales_zeros.dtype}.")
-    if codes.dim() != 3 or scales_zeros.dim() != 6 or codes.shape[:2] != scales_zeros.shape[:2]:
+    shapes_fit = codes.dim() == 3 and scales_zeros.dim() == 6 and codes.shape[:2] == scales_zeros.shape[:2]
+    if not shapes_fit or codes.shape[2] not in (1024, 2048):
         raise ValueError(
             f"codes {list(codes.shape)} and scales_zeros {list(scales_zeros.shape)} are not those of a PackedLinear."
         )
@@ -272,6 +306,7 @@ class Plan(NamedTuple):
     blocks: int  # CTAs along the rows
     min_ctas: int = 2  # CTAs that registers allow on a multiprocessor
     overlap: bool = True  # programmatic dependent launch
+    bits: int = 4
 
     source = SOURCE
     features = ""
@@ -285,7 +320,7 @@ class Plan(NamedTuple):
         return 32 * (self.warps + 1)
 
     def shared_bytes(self, group_size: int) -> int:
-        unit = 1024 + 64 * (CHUNK // group_size)
+        unit = 256 * self.bits + 64 * (CHUNK // group_size)
         return self.warps * (self.stages * self.batch * unit + 512 * self.tiles * self.token_tiles)
 
     def macros(self, group_size: int, bf16: bool, rotated: bool = False) -> dict[str, int]:
@@ -301,6 +336,7 @@ class Plan(NamedTuple):
             "BATCH": self.batch,
             "MIN_CTAS": self.min_ctas,
             "ROTATED": int(rotated),
+            "CODE_BITS": self.bits,
         }
 
 
@@ -331,7 +367,7 @@ def launch(
     device = x.device.index
     with torch.cuda.device(device):
         if plan is None:
-            plan = choose_plan(tiles, chunks, scales_zeros.shape[2], tokens, device)
+            plan = choose_plan(tiles, chunks, scales_zeros.shape[2], tokens, device, _bits(codes))
         kernel = _kernel(plan, CHUNK // scales_zeros.shape[2], x.dtype == torch.bfloat16, device, rotated)
         token_blocks = -(-tokens // (8 * plan.token_tiles))
         partial, arrived = 0, 0
@@ -349,16 +385,16 @@ def launch(
 
 
 @cache
-def choose_plan(tiles: int, chunks: int, groups: int, tokens: int, device: int) -> Plan | WidePlan:
-    """The launch for a weight of ``tiles`` x ``chunks``; sums are in one order up to 16 tokens."""
+def choose_plan(tiles: int, chunks: int, groups: int, tokens: int, device: int, bits: int = 4) -> Plan | WidePlan:
+    """The launch for a weight of ``tiles`` x ``chunks``; sums are in one order up to 16 tokens, in 8 bits for any number."""
     properties = device_properties(device)
-    if tokens > MAX_NARROW:
+    if tokens > MAX_NARROW and bits == 4:
         return choose_wide_plan(tiles, chunks, groups, tokens, properties)
-    return narrow_plan(tiles, chunks, groups, tokens, properties)
+    return narrow_plan(tiles, chunks, groups, tokens, properties, bits)
 
 
-def narrow_plan(tiles: int, chunks: int, groups: int, tokens: int, properties: Device) -> Plan:
-    """The launch of ``int4_linear.cu`` for up to 16 tokens."""
+def narrow_plan(tiles: int, chunks: int, groups: int, tokens: int, properties: Device, bits: int = 4) -> Plan:
+    """The launch of ``int4_linear.cu``, in passes of up to 16 tokens."""
     sms, shared = properties.num_multiprocessors, properties.shared_memory_per_multiprocessor
     warps = 8
 
@@ -374,10 +410,10 @@ def narrow_plan(tiles: int, chunks: int, groups: int, tokens: int, properties: D
         blocks *= 2  # a long launch hides its CTAs' latencies behind each other, not behind the next launch
     per_block = -(-tiles // blocks)
     per_pass = -(-per_block // -(-per_block // (8 // token_tiles)))
-    plan = Plan(warps, 0, per_pass, 1, token_tiles, splits, blocks, 2 if token_tiles == 1 else 1)
+    plan = Plan(warps, 0, per_pass, 1, token_tiles, splits, blocks, 2 if token_tiles == 1 else 1, bits=bits)
     # Two CTAs per multiprocessor: the next launch's fills its ring while this one's adds up.
     budget = shared // 2 - 2048 - plan.shared_bytes(CHUNK // groups)
-    return plan._replace(stages=max(2, min(budget // (warps * (1024 + 64 * groups)), 16)))
+    return plan._replace(stages=max(2, min(budget // (warps * (256 * bits + 64 * groups)), 16)))
 
 
 @cache

@@ -11,11 +11,12 @@ vllm = pytest.importorskip("vllm")
 from vllm.forward_context import set_forward_context  # noqa: E402
 from vllm.model_executor.layers.linear import LinearBase  # noqa: E402
 
-from vllm_quantspec.integration.draft import calibration, stored  # noqa: E402
+from vllm_quantspec.integration.draft import calibration, linears, own_linear, stored  # noqa: E402
 from vllm_quantspec.integration.draft import model as draft_model  # noqa: E402
 from vllm_quantspec.integration.draft.linears import choose_int4_method, int4_bytes  # noqa: E402
-from vllm_quantspec.integration.draft.model import DRAFT_PREFIX, _effective_weight, build_draft_model  # noqa: E402
-from vllm_quantspec.kernels import rescore_logits  # noqa: E402
+from vllm_quantspec.integration.draft.loaded import effective_weight  # noqa: E402
+from vllm_quantspec.integration.draft.model import DRAFT_PREFIX, build_draft_model  # noqa: E402
+from vllm_quantspec.kernels import int4_linear, rescore_logits  # noqa: E402
 from vllm_quantspec.weights import quantize_weight  # noqa: E402
 
 
@@ -96,6 +97,26 @@ def test_int4_linear(runner, monkeypatch, in_features, out_features, group_size,
     assert int4_bytes(layer) < 0.4 * weight.nbytes
 
 
+@pytest.mark.parametrize("bits, most", [(4, int4_linear.MAX_FASTER_TOKENS), (8, int4_linear.MAX_NARROW)])
+def test_the_gpus_linear_takes_the_targets_weight_for_many_rows_unless_told_otherwise(runner, monkeypatch, bits, most):
+    """The GPU's method, on the operator's CPU twin."""
+    platform = SimpleNamespace(get_device_capability=lambda: SimpleNamespace(major=9, minor=0))
+    monkeypatch.setattr(linears, "current_platform", platform)
+    weight = (torch.randn(64, 256, generator=torch.Generator().manual_seed(3)) * 0.05).bfloat16()
+    quantized = quantize_weight(weight, 128, bits=bits, method="nearest")
+    method = (linears.FastInt4LinearMethod if bits == 4 else linears.FastInt8LinearMethod)(256, 64, torch.bfloat16, 128)
+    layer = torch.nn.Module()
+    method.install(layer, quantized, weight)
+    assert int4_bytes(layer) == 64 * 256 * bits // 8 + 64 * 2 * 4
+    for rows in (1, most, most + 1):
+        x = torch.randn(rows, 256, generator=torch.Generator().manual_seed(rows)).bfloat16()
+        exact, own = F.linear(x, weight), F.linear(x.float(), quantized.dequantize()).bfloat16()
+        torch.testing.assert_close(method.apply(layer, x), own if rows <= most else exact, rtol=0.01, atol=2e-3)
+        torch.testing.assert_close(method.apply_own(layer, x), own, rtol=0.01, atol=2e-3)
+    with pytest.raises(ValueError, match="bits"):
+        method.install(layer, quantize_weight(weight, 128, bits=12 - bits))
+
+
 def test_shapes_without_a_kernel_say_why(runner):
     for in_features, out_features, why in ((100, 64, "divisible"), (128, 40, "40")):
         method, reason = choose_int4_method(in_features, out_features, torch.bfloat16, 128)
@@ -168,9 +189,9 @@ def test_linears_apply_the_dequantized_weight(runner, build):
     for name in draft.quantized:
         if name == "lm_head":
             continue
-        weight, _ = _effective_weight(runner.get_model().get_submodule(name), torch.bfloat16)
+        weight, _ = effective_weight(runner.get_model().get_submodule(name), torch.bfloat16)
         linear = draft.model.get_submodule(name)
-        applied, _ = _effective_weight(linear, torch.bfloat16)
+        applied, _ = effective_weight(linear, torch.bfloat16)
         expected = quantize_weight(weight, linear.quant_method.group_size, rotated=True).dequantize()
         assert (applied.float() - expected).norm() < 0.005 * expected.norm()
         assert (applied.float() - weight.float()).norm() < 0.15 * weight.float().norm()
@@ -210,8 +231,8 @@ def test_moments_choose_gptq(runner, build, monkeypatch):
     monkeypatch.setattr(draft_model, "calibrate", lambda config, model, linears: linears[reached](moments))
     draft = build(weight_rounding="gptq")
     for linear in (name, other):
-        weight, _ = _effective_weight(runner.get_model().get_submodule(linear), torch.bfloat16)
-        applied, _ = _effective_weight(draft.model.get_submodule(linear), torch.bfloat16)
+        weight, _ = effective_weight(runner.get_model().get_submodule(linear), torch.bfloat16)
+        applied, _ = effective_weight(draft.model.get_submodule(linear), torch.bfloat16)
         gptq = quantize_weight(weight, method="gptq", second_moments=moments, rotated=True).dequantize()
         search = quantize_weight(weight, rotated=True).dequantize()
         expected, unexpected = (gptq, search) if linear == name else (search, gptq)
@@ -338,14 +359,14 @@ def test_an_interrupted_start_leaves_nothing(runner, build, cache_root, monkeypa
 
 def test_moments_that_gptq_cannot_use(runner, build, monkeypatch):
     warnings = []
-    monkeypatch.setattr(draft_model.logger, "warning", lambda message, *values: warnings.append(message % values))
+    monkeypatch.setattr(own_linear.logger, "warning", lambda message, *values: warnings.append(message % values))
     name = "model.layers.3.mlp.down_proj"
     reached = runner.get_model().get_submodule(name)
     monkeypatch.setattr(draft_model, "calibrate", lambda config, model, all: all[reached](torch.zeros(640, 640)))
     draft = build(weight_rounding="gptq")
     assert len(warnings) == 1 and name in warnings[0] and "search" in warnings[0]
-    weight, _ = _effective_weight(reached, torch.bfloat16)
-    applied, _ = _effective_weight(draft.model.get_submodule(name), torch.bfloat16)
+    weight, _ = effective_weight(reached, torch.bfloat16)
+    applied, _ = effective_weight(draft.model.get_submodule(name), torch.bfloat16)
     expected = quantize_weight(weight, rotated=True).dequantize()
     assert (applied.float() - expected).norm() < 0.005 * expected.norm()
 
@@ -402,7 +423,7 @@ def test_int4_experts_without_a_mixture_are_said_to_have_no_effect(build, draft_
 
 def test_options_are_checked(build):
     with pytest.raises(ValueError, match="draft_weights"):
-        build(draft_weights="int8")
+        build(draft_weights="int2")
     with pytest.raises(ValueError, match="weight_rotation"):
         build(weight_rotation="random")
     with pytest.raises(ValueError, match="weight_group_size"):

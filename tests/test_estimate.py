@@ -227,6 +227,8 @@ def test_report(tmp_path, capsys):
         ({"hidden_size": 64}, [], "no intermediate_size"),
         (LLAMA_8B, ["--tensor-parallel-size", "3"], "do not divide among 3 GPUs"),
         (LLAMA_8B, ["--draft-context", "1.5"], "draft_context '1.5' is a fraction of the old tokens, but not one"),
+        (LLAMA_8B, ["--weight-bits", "4"], "--weight-bits 4 is not between 4.25, all of the draft's linears in 4"),
+        (LLAMA_8B, ["--weight-bits", "nan"], "--weight-bits nan is not between"),
         (LLAMA_8B, ["--draft-context", "64"], "whole pages of 128, but it is less than one"),
     ],
 )
@@ -243,6 +245,22 @@ def test_a_model_that_the_engine_refuses_is_refused_first(name, tmp_path, capsys
     text = capsys.readouterr()
     assert text.out == "" and what in text.err and text.err.count("\n") == 1
     assert text.err.strip().endswith(supported.unsupported(config, str(tmp_path)))
+
+
+def test_weights_in_8_bits_are_counted(tmp_path, capsys):
+    model = estimate.model_from(LLAMA_8B, "8B")
+    shares = [estimate.share_in_8_bits(bits) for bits in (None, 4.25, 6.25, 8.25)]
+    assert shares == [0, 0, 0.5, 1]
+    gib = [estimate.memory(model, 140e9, 0.9, 1, 128, 2e9, wide_share=share).int4_weights for share in shares]
+    assert gib[0] == gib[1] and gib[3] - gib[0] == pytest.approx(model.linear_weights / 2)  # the output layer stays
+    assert gib[2] == pytest.approx((gib[0] + gib[3]) / 2)
+    for batch, slower in ((1, True), (16, True), (32, True), (64, False)):
+        steps = [estimate.speed(model, 4.26e12, 8192, batch, 1, 128, 0.94, 4, wide_share=s).draft_step for s in shares]
+        assert steps[0] == steps[1]
+        assert (steps[1] < steps[2] < steps[3]) if slower else steps[3] == pytest.approx(steps[0])
+    assert run(tmp_path, LLAMA_8B, "--weight-bits", "6.2") == 0
+    out = capsys.readouterr().out
+    assert "INT4 and INT8 copy for drafting" in out and "assumed, not measured" in out
 
 
 def test_draft_experts_are_chosen_as_in_the_engine():

@@ -5,7 +5,7 @@ import pytest
 import torch
 from linear_tools import KINDS, build, one_rank
 
-from vllm_quantspec.integration.draft.model import _effective_weight
+from vllm_quantspec.integration.draft.loaded import effective_weight
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -27,7 +27,7 @@ def test_the_weight_that_a_linear_applies(kind, scale, dtype):
         layer, expected = build(kind, weight, scale, dtype, zero_point)
     except (ValueError, NotImplementedError) as error:
         pytest.skip(f"vLLM has no kernel for it here: {error}")
-    applied, _ = _effective_weight(layer, dtype)
+    applied, _ = effective_weight(layer, dtype)
     error = ((applied.float() - expected).norm() / expected.norm()).item()
     print(f"{kind}, {type(layer.quant_method).__name__}, scale {scale:.2g}, {dtype}: {error:.2g}")
     assert error < 5e-3

@@ -206,6 +206,23 @@ def test_weights_rounded_by_gptq(model, prompts, expected):
     assert accepted[0] > 0.6 * drafts
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"draft_weights": "int8"},
+        {"draft_weights": "mixed", "weight_bits": 6.0, "weight_rotation": "hadamard"},
+        {"draft_weights": "mixed", "weight_bits": 6.0, "weight_rounding": "gptq", "weight_rotation": "hadamard"},
+        {"draft_weights": "auto"},
+    ],
+    ids=lambda options: " ".join(map(str, options.values())),
+)
+def test_weights_in_8_bits(model, prompts, expected, options):
+    with engine(model, **SIZE, **quantspec(4, **options)) as llm:
+        assert_same_or_tied(expected, generate(llm, prompts, MAX_TOKENS), TIE, str(options))
+        drafts, accepted = speculation_counts(llm)
+    assert accepted[0] > 0.65 * drafts
+
+
 def test_fewer_drafts_for_larger_batches(model, prompts, expected):
     with engine(model, **SIZE, **quantspec(4, num_speculative_tokens_per_batch_size=SCHEDULE)) as llm:
         assert_drafts_by_schedule(llm, prompts, expected, MAX_TOKENS, TIE)

@@ -1,10 +1,11 @@
-"""INT4 linears: packing and the operator on the CPU, the CUDA kernel against the reference on a GPU."""
+"""Linears in 4 and 8 bits: packing and the operator on the CPU, the CUDA kernel against the reference on a GPU."""
 
 import random
 
 import pytest
 import torch
 
+from vllm_quantspec import levels
 from vllm_quantspec.kernels import int4_linear as module
 from vllm_quantspec.kernels.device import device_properties
 from vllm_quantspec.kernels.int4_linear import PackedLinear, int4_linear, pack, reference, supported, unpack
@@ -14,17 +15,17 @@ from vllm_quantspec.weights import QuantizedWeight, quantize_weight
 
 BF16, FP16 = torch.bfloat16, torch.float16
 TOLERANCE = {BF16: 6e-3, FP16: 1.5e-3}  # a row may be 16 numbers, rounded to 8 bits
-SCALED_TOLERANCE = {BF16: 9e-3, FP16: 2e-3}  # so is each weight, with more than 8 tokens
+SCALED_TOLERANCE = {BF16: 9e-3, FP16: 2e-3}  # so is each weight, with more than 16 tokens
 
 
-def random_weight(out_features, in_features, group_size, dtype=BF16, device="cpu", seed=0) -> QuantizedWeight:
+def random_weight(out_features, in_features, group_size, dtype=BF16, device="cpu", seed=0, bits=4) -> QuantizedWeight:
     """Every code and zero point appears; scales differ by row and group."""
     generator = torch.Generator(device).manual_seed(seed)
-    codes = torch.randint(0, 16, (out_features, in_features), generator=generator, device=device, dtype=torch.uint8)
+    codes = torch.randint(0, 2**bits, (out_features, in_features), generator=generator, device=device, dtype=torch.uint8)
     groups = (out_features, in_features // group_size)
-    zeros = torch.randint(0, 16, groups, generator=generator, device=device, dtype=torch.uint8)
+    zeros = torch.randint(0, 2**bits, groups, generator=generator, device=device, dtype=torch.uint8)
     scales = (0.002 + 0.02 * torch.rand(groups, generator=generator, device=device)).to(dtype)
-    return QuantizedWeight(codes, scales, zeros, group_size)
+    return QuantizedWeight(codes, scales, zeros, group_size, bits=bits)
 
 
 def random_inputs(tokens, channels, dtype=BF16, device="cpu", seed=1) -> torch.Tensor:
@@ -36,7 +37,7 @@ def random_inputs(tokens, channels, dtype=BF16, device="cpu", seed=1) -> torch.T
 
 
 def packed_of(weight: QuantizedWeight) -> PackedLinear:
-    return pack(weight.codes, weight.scales, weight.zeros, weight.group_size)
+    return pack(weight.codes, weight.scales, weight.zeros, weight.group_size, weight.bits)
 
 
 def relative_error(out, expected) -> float:
@@ -48,16 +49,36 @@ def relative_error(out, expected) -> float:
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize(("shape", "group"), [((48, 384), 128), ((16, 192), 64), ((32, 96), 32), ((16, 32), 32)])
-def test_unpack_inverts_pack(shape, group, dtype):
-    weight = random_weight(*shape, group, dtype)
+@pytest.mark.parametrize("bits", levels.BITS)
+def test_unpack_inverts_pack(shape, group, dtype, bits):
+    weight = random_weight(*shape, group, dtype, bits=bits)
     packed = packed_of(weight)
     codes, scales, zeros = unpack(packed)
     assert torch.equal(codes, weight.codes) and torch.equal(scales, weight.scales) and torch.equal(zeros, weight.zeros)
-    assert (packed.out_features, packed.in_features, packed.group_size) == (*shape, group)
+    assert (packed.out_features, packed.in_features, packed.group_size, packed.bits) == (*shape, group, bits)
 
 
-def test_large_weights_are_packed_in_pieces(monkeypatch):
-    weight = random_weight(16 * 7, 384, 64)
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_bytes_of_a_lane_are_fragments_in_8_bits(dtype):
+    """What the CUDA kernel makes of a lane's words, done here: registers of the A operand of m16n8k16."""
+    weight = random_weight(32, 256, 128, dtype, bits=8)
+    level = levels.levels(weight.codes, 8)
+    packed = packed_of(weight).codes.view(2, 2, 4, 32, 2, 2, 4)  # tile, chunk, quarter, lane, product, word, byte
+    as_bits = packed.int()
+    if dtype == BF16:  # __byte_perm with 0x43
+        floats = (0x4300 | as_bits).to(torch.int16).view(BF16).float()
+    else:  # three bits further up
+        floats = (0x5800 | as_bits << 3).to(torch.int16).view(FP16).float()
+    for tile, chunk, s, lane, p, i in torch.randint(0, 1 << 30, (400, 6)).tolist():
+        tile, chunk, s, lane, p, i = tile % 2, chunk % 2, s % 8, lane % 32, p % 4, i % 2
+        g, t = lane // 4, lane % 4
+        row, channel = tile * 16 + g + 8 * (p % 2), chunk * 128 + 32 * (s // 2) + 8 * t + 4 * (s % 2) + 2 * (p // 2) + i
+        assert floats[tile, chunk, s // 2, lane, s % 2, p // 2, 2 * i + p % 2] == level[row, channel]
+
+
+@pytest.mark.parametrize("bits", levels.BITS)
+def test_large_weights_are_packed_in_pieces(monkeypatch, bits):
+    weight = random_weight(16 * 7, 384, 64, bits=bits)
     whole = packed_of(weight)
     monkeypatch.setattr(module, "MAX_PACKED_AT_ONCE", 2 * 16 * 384)
     pieces = packed_of(weight)
@@ -66,14 +87,16 @@ def test_large_weights_are_packed_in_pieces(monkeypatch):
 
 def test_packed_weights_take_at_most_30_percent_of_bf16():
     assert packed_of(random_weight(256, 1024, 128)).num_bytes <= 0.3 * 256 * 1024 * 2
+    assert packed_of(random_weight(256, 1024, 128, bits=8)).num_bytes <= 0.52 * 256 * 1024 * 2
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize("rotated", [False, True])
-def test_cpu_operator_multiplies_by_the_dequantized_weight(group, dtype, rotated):
+@pytest.mark.parametrize("bits", levels.BITS)
+def test_cpu_operator_multiplies_by_the_dequantized_weight(group, dtype, rotated, bits):
     original = torch.randn(64, 384, generator=torch.Generator().manual_seed(2)) * 0.05
-    weight = quantize_weight(original, group, scale_dtype=dtype, rotated=rotated)
+    weight = quantize_weight(original, group, scale_dtype=dtype, rotated=rotated, bits=bits)
     packed, x = packed_of(weight), random_inputs(7, 384, dtype)
     bias = torch.linspace(-1, 1, 64).to(dtype)
     expected = x.float() @ weight.dequantize().t() + bias.float()
@@ -84,9 +107,9 @@ def test_cpu_operator_multiplies_by_the_dequantized_weight(group, dtype, rotated
 
 
 def test_operator_can_be_traced():
-    packed = packed_of(random_weight(32, 256, 128))
     x = random_inputs(3, 256)
-    for bias, rotated in ((None, False), (torch.ones(32, dtype=BF16), True)):
+    for bias, rotated, bits in ((None, False, 4), (torch.ones(32, dtype=BF16), True, 4), (None, True, 8)):
+        packed = packed_of(random_weight(32, 256, 128, bits=bits))
         arguments = (x, packed.codes, packed.scales_zeros, bias, rotated)
         torch.library.opcheck(torch.ops.vllm_quantspec.int4_linear.default, arguments)
 
@@ -124,6 +147,10 @@ def test_bad_arguments_are_refused():
         int4_linear(x, codes, scales_zeros, torch.ones(31, dtype=BF16))
     with pytest.raises(ValueError, match="PackedLinear"):
         int4_linear(x, codes[:1], scales_zeros)
+    with pytest.raises(ValueError, match="PackedLinear"):
+        int4_linear(x, codes[..., :512].contiguous(), scales_zeros)
+    with pytest.raises(ValueError, match="4 or 8"):
+        pack(weight.codes, weight.scales, weight.zeros, 128, 6)
     with pytest.raises(ValueError, match="uint8"):
         pack(weight.codes.int(), weight.scales, weight.zeros, 128)
     with pytest.raises(ValueError, match="zeros"):
@@ -137,9 +164,9 @@ def test_bad_arguments_are_refused():
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
-def check(out_features, in_features, group, tokens, dtype=BF16, bias=False, x=None, rotated=False, plan=None):
+def check(out_features, in_features, group, tokens, dtype=BF16, bias=False, x=None, rotated=False, plan=None, bits=4):
     """``plan`` instead of the one that the launcher would choose."""
-    weight = random_weight(out_features, in_features, group, dtype, "cuda")
+    weight = random_weight(out_features, in_features, group, dtype, "cuda", bits=bits)
     packed = packed_of(weight)
     x = random_inputs(tokens, in_features, dtype, "cuda") if x is None else x
     bias = torch.randn(out_features, device="cuda").to(dtype) if bias else None
@@ -160,16 +187,18 @@ def check(out_features, in_features, group, tokens, dtype=BF16, bias=False, x=No
 
 @gpu
 @pytest.mark.parametrize("tokens", [*range(1, 10), 16, 17, 24, 33, 40, 48, 64, 65, 100, 256])
-def test_kernel_any_number_of_tokens(tokens):
-    check(544, 1408, 128, tokens)
+@pytest.mark.parametrize("bits", levels.BITS)
+def test_kernel_any_number_of_tokens(tokens, bits):
+    check(544, 1408, 128, tokens, bits=bits)
 
 
 @gpu
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize("tokens", [1, 5, 16, 65])
-def test_kernel_groups_and_dtypes(group, dtype, tokens):
-    check(272, 640, group, tokens, dtype, bias=True)
+@pytest.mark.parametrize("bits", levels.BITS)
+def test_kernel_groups_and_dtypes(group, dtype, tokens, bits):
+    check(272, 640, group, tokens, dtype, bias=True, bits=bits)
 
 
 @gpu
@@ -214,11 +243,12 @@ def test_more_than_8_tokens_with_random_plans(seed, wgmma):
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize("tokens", [1, 5, 8, 16, 17, 32, 65])
-def test_kernel_rotates_its_inputs(group, dtype, tokens):
+@pytest.mark.parametrize("bits", levels.BITS)
+def test_kernel_rotates_its_inputs(group, dtype, tokens, bits):
     """Also where the last chunk of channels is not a whole one, and where CTAs split the channels."""
-    check(272, 640, group, tokens, dtype, bias=True, rotated=True)
-    check(48, 576 if group < 128 else 384, group, tokens, dtype, rotated=True)
-    check(16, 4096, group, tokens, dtype, rotated=True)
+    check(272, 640, group, tokens, dtype, bias=True, rotated=True, bits=bits)
+    check(48, 576 if group < 128 else 384, group, tokens, dtype, rotated=True, bits=bits)
+    check(16, 4096, group, tokens, dtype, rotated=True, bits=bits)
 
 
 @gpu
@@ -243,8 +273,9 @@ def test_rotated_inputs_are_those_of_the_reference(tokens):
      (96, 16, 32), (32, 48, 32), (160, 4112, 32), (4096, 16, 128), (128, 16, 128), (1024, 40016, 128), (256, 40016, 64)],
 )  # fmt: skip
 @pytest.mark.parametrize("tokens", [1, 8, 17, 64])
-def test_kernel_shapes(channels, rows, group, tokens):
-    check(rows, channels, group, tokens)
+@pytest.mark.parametrize("bits", levels.BITS)
+def test_kernel_shapes(channels, rows, group, tokens, bits):
+    check(rows, channels, group, tokens, bits=bits)
 
 
 @gpu
@@ -259,16 +290,18 @@ def test_kernel_strided_rows(offset, tokens):
 
 @gpu
 @pytest.mark.parametrize("tokens", [4, 20])
-def test_kernel_survives_large_sums_and_outliers(tokens):
+@pytest.mark.parametrize("bits", levels.BITS)
+def test_kernel_survives_large_sums_and_outliers(tokens, bits):
     x = random_inputs(tokens, 4096, BF16, "cuda") * 4 + 3
     x[:, 100] = 3000
-    check(256, 4096, 128, tokens, x=x)
+    check(256, 4096, 128, tokens, x=x, bits=bits)
 
 
 @gpu
 @pytest.mark.parametrize("rotated", [False, True])
-def test_kernel_is_deterministic_and_a_token_does_not_depend_on_its_batch(rotated):
-    packed = packed_of(random_weight(3072, 4096, 128, device="cuda"))
+@pytest.mark.parametrize("bits", levels.BITS)
+def test_kernel_is_deterministic_and_a_token_does_not_depend_on_its_batch(rotated, bits):
+    packed = packed_of(random_weight(3072, 4096, 128, device="cuda", bits=bits))
     x = random_inputs(64, 4096, device="cuda")
     whole = int4_linear(x[:8], packed.codes, packed.scales_zeros, None, rotated)
     for tokens in (1, 3, 8, 16, 33, 64):
@@ -285,7 +318,10 @@ def test_kernel_is_deterministic_and_a_token_does_not_depend_on_its_batch(rotate
 def test_launches_of_different_shapes_follow_one_another(tokens):
     """A chain in which every launch overlaps with the one that makes its input, through the same workspace."""
     shapes = [(1024, 512), (512, 4096), (4096, 256), (256, 1024)]
-    weights = [packed_of(random_weight(n, k, 128, device="cuda", seed=i)) for i, (k, n) in enumerate(shapes)]
+    bits = (4, 8, 4, 8)
+    weights = [
+        packed_of(random_weight(n, k, 128, device="cuda", seed=i, bits=bits[i])) for i, (k, n) in enumerate(shapes)
+    ]
 
     def chain(x, function):
         for p in weights:
@@ -311,7 +347,8 @@ def test_launches_of_different_shapes_follow_one_another(tokens):
 @pytest.mark.parametrize("tokens", [1, 16, 100])
 def test_cuda_graph(tokens):
     """Replays read what x holds then; the launch before the operator is of every kind, a join of streams included."""
-    packed = [packed_of(random_weight(n, 1024, 128, device="cuda", seed=n)) for n in (1024, 256)]
+    sizes = ((1024, 4), (256, 8))
+    packed = [packed_of(random_weight(n, 1024, 128, device="cuda", seed=n, bits=bits)) for n, bits in sizes]
     x = random_inputs(tokens, 1024, device="cuda")
     static, other = x.clone(), torch.zeros(4096, device="cuda")
 

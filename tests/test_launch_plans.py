@@ -8,6 +8,7 @@ from vllm_quantspec.config import HEAD_SIZES, MAX_SPECULATIVE_TOKENS
 from vllm_quantspec.format import GROUP_SIZES, PageFormat
 from vllm_quantspec.kernels import decode_attention, int4_experts, int4_linear, int4_linear_wide
 from vllm_quantspec.kernels.device import Device
+from vllm_quantspec.levels import BITS
 from vllm_quantspec.weights import WEIGHT_GROUP_SIZES
 
 H200 = Device("NVIDIA H200", (9, 0), 132, 227 * KIB, 228 * KIB)
@@ -31,14 +32,16 @@ def on(monkeypatch):
 
 @pytest.mark.parametrize("name", GPUS)
 @pytest.mark.parametrize("group", WEIGHT_GROUP_SIZES)
-def test_int4_linears_fit(name, group, on):
+@pytest.mark.parametrize("bits", BITS)
+def test_linears_fit(name, group, bits, on):
     on(GPUS[name])
     for out_features, in_features in ((4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096), (48, 512), (1024, 128)):
         for tokens in (1, 5, 8, 9, 16, 17, 32, 33, 64, 300):
             tiles, chunks = out_features // int4_linear.ROWS, -(-in_features // int4_linear.CHUNK)
-            plan = int4_linear.choose_plan(tiles, chunks, int4_linear.CHUNK // group, tokens, 0)
+            plan = int4_linear.choose_plan(tiles, chunks, int4_linear.CHUNK // group, tokens, 0, bits)
             static = 1024
-            assert plan.stages >= 2
+            assert plan.stages >= 2 and plan.bits == bits
+            assert bits == 4 or not plan.wide  # it reads codes of 4 bits alone
             assert plan.shared_bytes(group) + static <= GPUS[name].shared_memory_per_block, (out_features, tokens)
 
 

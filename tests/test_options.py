@@ -33,7 +33,9 @@ def registered():
 
 def test_defaults():
     options, vllm_options = parse_options("quantspec")
-    assert options == QuantSpecOptions(4, 128, "int4", "target", "int4", 128, "search", "none", True, "all", "attention")
+    assert options == QuantSpecOptions(
+        4, 128, "int4", "target", "int4", 128, "search", "none", None, True, "all", "attention"
+    )
     assert vllm_options == {}
 
 
@@ -83,10 +85,18 @@ def test_dashes_and_vllm_options_are_taken():
             "'auto' chooses .* while running, .* drop one of them",
         ),
         ({"group_size": 100}, "must be 64 or 128"),
-        ({"draft_weights": "int3"}, "must be 'int4' or 'target'"),
+        ({"draft_weights": "int3"}, "must be 'int4' or 'int8' or 'mixed' or 'auto' or 'target', not 'int3'"),
+        ({"weight_bits": 6}, "weight_bits 6 is for draft_weights 'mixed', but draft_weights is 'int4'; set it to 'mixed'"),
+        ({"draft_weights": "auto", "weight_bits": 6.2}, "but draft_weights is 'auto'"),
+        ({"draft_weights": "mixed", "weight_bits": 4}, "must be a number from 4.25 to 8.25, .* not 4"),
+        ({"draft_weights": "mixed", "weight_bits": 8.3}, "with scales and zero points of groups of 128"),
+        ({"draft_weights": "mixed", "weight_bits": 4.4, "weight_group_size": 64}, "from 4.5 to 8.5, .* groups of 64"),
+        ({"draft_weights": "mixed", "weight_bits": "6"}, "must be a number .* not '6'"),
+        ({"draft_weights": "mixed", "weight_bits": True}, "must be a number .* not True"),
+        ({"draft_weights": "mixed", "weight_bits": float("nan")}, "must be a number .* not nan"),
         ({"draft_experts": "int8"}, "must be 'target' or 'int4', not 'int8'"),
         ({"draft_expert": "int4"}, "did you mean 'draft_experts'"),
-        ({"draft_experts": "int4", "draft_weights": "target"}, "is for a draft in INT4, .* drop one of them"),
+        ({"draft_experts": "int4", "draft_weights": "target"}, "is for a draft in INT4 or INT8, .* drop one of them"),
         ({"draft_kv": "fp8"}, "must be 'int4' or 'int8'"),
         ({"weight_group_size": 48}, "must be 32 or 64 or 128"),
         ({"weight_rotation": "random"}, "must be 'none' or 'hadamard'"),

@@ -106,6 +106,26 @@ def test_workers_agree_on_rounded_weights(books_4m, expected, tmp_path, monkeypa
     assert sorted(again) == sorted(first) and again["rank_0.safetensors"] > first["rank_0.safetensors"]
 
 
+def test_workers_choose_the_same_linears_for_8_bits(books_4m, expected, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    prompts, answers = expected
+    for _ in range(2):  # as measured, and as kept on disk
+        with engine(books_4m, tensor_parallel_size=2, **quantspec(draft_weights="mixed", weight_bits=6.0)) as llm:
+            actual = generate(llm, prompts[:1], MAX_TOKENS)
+            drafts, accepted = speculation_counts(llm)
+            choices = llm.collective_rpc(widths_of_draft)
+        assert_same_or_tied(answers[:1], actual, TIE)
+        assert accepted[0] > drafts / 2
+        assert choices[0] == choices[1] and set(choices[0].values()) == {4, 8}
+    assert len(list(tmp_path.rglob("losses.json"))) == 1
+
+
+def widths_of_draft(worker) -> dict[str, int]:
+    """Bits of each linear of the draft."""
+    linears = {name: getattr(m, "quant_method", None) for name, m in worker.model_runner.drafter.model.named_modules()}
+    return {name: method.bits for name, method in linears.items() if hasattr(method, "bits")}
+
+
 def place_workers_by_cpu(setattr=setattr):
     """vLLM's Ray executor asks for an accelerator per worker and its CPU platform names none: let it ask for a CPU."""
     import ray

@@ -6,7 +6,7 @@ import pytest
 import torch
 from linear_tools import E4M3, build, one_rank
 
-from vllm_quantspec.integration.draft.model import _effective_weight
+from vllm_quantspec.integration.draft.loaded import effective_weight
 
 # Of a static scale s, 1 / s is not an e4m3 number, nor an integer: 1 is 8 % off at the first, clipped at the last.
 SCALES = (1 / 9.4, 1 / 117.3, 0.37, 3.1e-4)
@@ -96,7 +96,7 @@ def test_inputs_that_are_rounded(rounded, names, scale, dtype, weight):
     scales = {name: scale**value if "scale" in name else value for name, value in names.items()}
     bias = torch.randn(OUT, generator=torch.Generator().manual_seed(2)).to(dtype)
     layer = emulated(rounded, weight, dtype, bias, **scales)
-    applied, read_bias = _effective_weight(layer, dtype)
+    applied, read_bias = effective_weight(layer, dtype)
     assert applied.dtype == dtype
     assert error(applied, weight) < 4e-3
     assert torch.equal(read_bias, bias)
@@ -105,7 +105,7 @@ def test_inputs_that_are_rounded(rounded, names, scale, dtype, weight):
 def test_a_scale_that_no_kernel_reads(weight):
     """Weight-only kernels may leave the scale of the inputs where the checkpoint had it."""
     layer = emulated(lambda x, layer: x, weight, input_scale=0.37)
-    assert error(_effective_weight(layer, torch.bfloat16)[0], weight) < 4e-3
+    assert error(effective_weight(layer, torch.bfloat16)[0], weight) < 4e-3
 
 
 @pytest.mark.parametrize("scale", SCALES[:3])
@@ -122,7 +122,7 @@ def test_vllms_own_linears(kind, zero_point, scale, weight):
     """Those that its CPU engine has; `test_gpu_draft_weights.py` has the others."""
     with one_rank():
         layer, expected = build(kind, weight, scale, zero_point=zero_point)
-        applied, _ = _effective_weight(layer, torch.bfloat16)
+        applied, _ = effective_weight(layer, torch.bfloat16)
     assert error(applied, expected) < 4e-3
 
 
@@ -136,5 +136,5 @@ def test_a_plain_weight_is_the_targets_own(weight):
         bias=None,
         quant_method=object.__new__(UnquantizedLinearMethod),
     )
-    applied, _ = _effective_weight(layer, torch.bfloat16)
+    applied, _ = effective_weight(layer, torch.bfloat16)
     assert applied.data_ptr() == layer.weight.data_ptr()

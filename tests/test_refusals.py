@@ -233,6 +233,11 @@ def test_audio_that_arrives_while_the_model_answers(architecture):
             "set weight_rounding to 'search'",
         ),
         (
+            {"enable_lora": True, "speculative_config": {"method": "quantspec", "draft_weights": "mixed"}},
+            "LoRA with draft_weights 'mixed'",
+            "set draft_weights to 'int4' or 'int8'",
+        ),
+        (
             {"scheduler_cls": "some.Scheduler", "speculative_config": AUTO},
             "'auto' is chosen by a scheduler of its own",
             "drop one of them",

@@ -1,4 +1,4 @@
-"""4-bit rounding of weights: layout, error bounds, and that searching pays."""
+"""Rounding of weights to 4 and 8 bits: layout, error bounds, and that searching pays."""
 
 import pytest
 import torch
@@ -42,10 +42,29 @@ def test_search_is_never_worse_than_nearest(group_size):
     assert search.sum() < 0.95 * nearest.sum()
 
 
-def test_chunks_of_rows_do_not_matter():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("rotated", [False, True])
+def test_8_bits_lose_a_hundredth_of_what_4_bits_do(dtype, rotated):
+    weight = random_weight(96, 512, dtype, seed=7)
+    four, eight = (
+        (quantize_weight(weight, 128, rotated=rotated, bits=bits).dequantize() - weight.float()).square().mean()
+        for bits in (4, 8)
+    )
+    assert eight < 0.012 * four
+    quantized = quantize_weight(weight, 128, bits=8)
+    # A step above level 256, and what a 16-bit scale may be short of the range.
+    steps = quantized.scales.float().repeat_interleave(128, 1)
+    assert ((quantized.dequantize() - weight.float()).abs() <= 3 * steps).all()
+    assert (quantized.codes > 200).any() and (quantized.codes < 50).any()
+    with pytest.raises(ValueError, match="4 or 8 bits"):
+        quantize_weight(weight, bits=6)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_chunks_of_rows_do_not_matter(bits):
     weight = random_weight(300, 512, seed=2)
-    whole = quantize_weight(weight)
-    part = quantize_weight(weight[137:211])
+    whole = quantize_weight(weight, bits=bits)
+    part = quantize_weight(weight[137:211], bits=bits)
     assert torch.equal(whole.codes[137:211], part.codes)
     assert torch.equal(whole.scales[137:211], part.scales)
 
@@ -65,7 +84,8 @@ def test_groups_of_one_sign_and_of_one_value():
         assert (error <= 0.55 * quantized.scales.float().repeat_interleave(128, 1)).all() or method == "search"
 
 
-def test_gptq_lowers_the_error_of_the_outputs():
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gptq_lowers_the_error_of_the_outputs(bits):
     weight = random_weight(64, 256, torch.float32, seed=4)
     inputs = torch.randn(1024, 40, generator=torch.Generator().manual_seed(5)) @ torch.randn(
         40, 256, generator=torch.Generator().manual_seed(6)
@@ -74,7 +94,7 @@ def test_gptq_lowers_the_error_of_the_outputs():
     output = inputs @ weight.float().T
 
     def output_error(**options) -> torch.Tensor:
-        return (inputs @ quantize_weight(weight, **options).dequantize().T - output).square().mean()
+        return (inputs @ quantize_weight(weight, bits=bits, **options).dequantize().T - output).square().mean()
 
     before = weight.clone()
     assert output_error(method="gptq", second_moments=moments) < 0.5 * output_error()

@@ -55,6 +55,7 @@ def add_estimate(commands) -> None:
     add(
         "--draft-experts", choices=("target", "int4"), default="target", help="as in the speculative config; default: target"
     )
+    add("--weight-bits", type=float, metavar="B", help="of the draft's linears on average; default: 4.25, all in 4 bits")
     add("--num-speculative-tokens", type=positive, nargs="+", metavar="N", help="default: the best of 1 to 8")
 
 

@@ -25,6 +25,10 @@ LONGEST_NGRAM = 32
 CACHE_DTYPES = {"quantspec_int8": 8, "quantspec_int4": 4}
 DEFAULT_CACHE_DTYPE = "quantspec_int8"
 
+DRAFT_WEIGHTS = ("int4", "int8", "mixed", "auto", "target")
+# ``weight_bits`` where no cost model can say what is fastest.
+MIXED_BITS = 6.2
+
 # By what a sparse draft chooses its pages; see `QuantSpecOptions.draft_selection`.
 DRAFT_SELECTIONS = ("attention", "window", "snapkv")
 # ``draft_context: auto``: a sixteenth of the old tokens, but at least this many, of requests that have at least that many.
@@ -52,7 +56,9 @@ class QuantSpecOptions:
     group_size: int = 128
     """Tokens of a key group, and of a page of the quantized KV cache."""
     draft_weights: str = "int4"
-    """``int4``: the draft's linears are quantized when the engine starts. ``target``: the draft uses the target's."""
+    """``int4``: the draft's linears are quantized when the engine starts. ``int8``: to 8 bits. ``mixed``: to 8 bits where
+    they lose most in 4, which is measured then. ``auto``: as ``mixed``, or ``int4`` where the cost model finds that faster.
+    ``target``: the draft uses the target's. (8 bits are not the default: their speed on a GPU is not measured.)"""
     draft_experts: str = "target"
     """``target``: a mixture's draft reads the target's experts. ``int4``: it has quantized ones, shared ones among them,
     where it can. (Not the default: whole engines on a GPU are not measured with it.)"""
@@ -64,8 +70,11 @@ class QuantSpecOptions:
     """``search``: each group's range is the one of least error. ``gptq``: channels also make up for one another's errors, by
     the inputs of texts that the model writes when the engine starts."""
     weight_rotation: str = "none"
-    """``hadamard``: INT4 weights are those of inputs rotated in blocks of 32 channels, which spreads what is far larger than
-    its neighbours. ``none``: as they are. (The default: on a GPU rotating takes 6 to 14 % of a linear's time.)"""
+    """``hadamard``: weights in 4 and 8 bits are those of inputs rotated in blocks of 32 channels, which spreads what is far
+    larger than its neighbours. ``none``: as they are. (The default: on a GPU rotating takes 6 to 14 % of the time.)"""
+    weight_bits: float | None = None
+    """With ``draft_weights: mixed``: the most bits per weight, on average over all linears but the output layer, scales
+    and zero points counted. None: what the cost model finds fastest."""
     quantize_lm_head: bool = True
     """Whether the draft's output layer is INT4 as well; its largest logits are computed again exactly."""
     draft_context: str | int | float = "all"
@@ -94,7 +103,7 @@ class QuantSpecOptions:
             )
         for name, allowed in (
             ("group_size", GROUP_SIZES),
-            ("draft_weights", ("int4", "target")),
+            ("draft_weights", DRAFT_WEIGHTS),
             ("draft_experts", ("target", "int4")),
             ("draft_kv", ("int4", "int8")),
             ("weight_group_size", (32, 64, 128)),
@@ -108,13 +117,16 @@ class QuantSpecOptions:
             if value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
                 choices = " or ".join(repr(a) for a in allowed)
                 raise ValueError(f"quantspec: {name} must be {choices}, not {value!r}.")
-        if self.weight_rounding == "gptq" and self.draft_weights != "int4":
+        if self.weight_rounding == "gptq" and self.draft_weights == "target":
             raise ValueError(
-                "quantspec: weight_rounding 'gptq' is for INT4 weights, but draft_weights is 'target'; drop one of them."
+                "quantspec: weight_rounding 'gptq' is for INT4 and INT8 weights, but draft_weights is 'target'; drop one of "
+                "them."
             )
-        if self.draft_experts == "int4" and self.draft_weights != "int4":
+        self._check_weight_bits()
+        if self.draft_experts == "int4" and self.draft_weights == "target":
             raise ValueError(
-                "quantspec: draft_experts 'int4' is for a draft in INT4, but draft_weights is 'target'; drop one of them."
+                "quantspec: draft_experts 'int4' is for a draft in INT4 or INT8, but draft_weights is 'target'; drop one of "
+                "them."
             )
         if self.draft_context == "all" and self.draft_selection != "attention":
             raise ValueError(
@@ -122,7 +134,6 @@ class QuantSpecOptions:
                 "drafts read every page; set draft_context to 'auto', a number of tokens or a fraction, or drop "
                 "draft_selection."
             )
-
         self._check_ngrams()
 
     def _check_ngrams(self) -> None:
@@ -142,6 +153,23 @@ class QuantSpecOptions:
             raise ValueError(
                 "quantspec: prompt_lookup_min and prompt_lookup_max say which n-grams are looked for, but ngram is 'off'; "
                 "set ngram to 'auto', or drop them."
+            )
+
+    def _check_weight_bits(self) -> None:
+        bits, scales = self.weight_bits, 32 / self.weight_group_size
+        if bits is None:
+            return
+        if self.draft_weights != "mixed":
+            raise ValueError(
+                f"quantspec: weight_bits {bits!r} is for draft_weights 'mixed', but draft_weights is "
+                f"{self.draft_weights!r}; set it to 'mixed', or drop weight_bits."
+            )
+        is_number = isinstance(bits, int | float) and not isinstance(bits, bool)
+        if not (is_number and 4 + scales <= bits <= 8 + scales):
+            raise ValueError(
+                f"quantspec: weight_bits must be a number from {4 + scales:g} to {8 + scales:g}, the bits per weight with "
+                f"scales and zero points of groups of {self.weight_group_size} where all linears have 4 and where all have "
+                f"8, not {bits!r}."
             )
 
     @property

@@ -39,7 +39,7 @@ from vllm_quantspec.supported import (
 
 GIB = 2**30
 # A 16-bit scale and zero point per group of weights.
-INT4_BITS = 4 + 32 / QuantSpecOptions.weight_group_size
+INT4_BITS, INT8_BITS = (bits + 32 / QuantSpecOptions.weight_group_size for bits in (4, 8))
 # vLLM's default of --max-num-seqs, from so many GiB of a GPU on and below.
 LARGE_GPU_GIB, MAX_NUM_SEQS = 70, (1024, 256)
 # Speeds are fractions of the bandwidth of a copy, which also writes; reading alone is faster. Sources, all in
@@ -50,6 +50,8 @@ READ, LINEAR = 1.05, 0.9
 # The INT4 linear layers [i], by the most tokens: tensor-core tiles of 8 tokens, another kernel beyond 16. A draft step of
 # more tokens than these uses the 16-bit layers.
 INT4_LINEAR = ((8, 0.6), (16, 0.45), (32, 0.24))
+# The same in 8 bits, where 16 tokens are the most: assumed, not measured.
+INT8_LINEAR = ((8, 0.77), (16, 0.6))
 # The draft's output layer [i]: INT4, and microseconds, in all and per token, to compute its largest logits again.
 INT4_HEAD = ((8, 0.8), (16, 0.57), (32, 0.5))
 RESCORE_US, RESCORE_TOKEN_US = 3, 1.3
@@ -287,6 +289,7 @@ def memory(
     max_num_seqs: int | None = None,
     page_bits: int = 8,
     draft_experts: str = QuantSpecOptions.draft_experts,
+    wide_share: float = 0.0,
 ) -> Memory:
     """Memory of one of ``tensor_parallel_size`` GPUs with ``gpu_memory`` bytes.
 
@@ -296,6 +299,7 @@ def memory(
         max_num_seqs: vLLM's ``--max-num-seqs``, by default what vLLM chooses for such a GPU.
         page_bits: of a key or value in a page: 8, or 4 with ``--kv-cache-dtype quantspec_int4``.
         draft_experts: as of `QuantSpecOptions`: with ``"int4"`` the draft has a copy of the experts.
+        wide_share: of the weights in the draft's linears, those in 8 bits (`share_in_8_bits`).
 
     Raises:
         ValueError: the KV heads do not divide among the GPUs.
@@ -305,7 +309,7 @@ def memory(
         raise ValueError(f"{model.num_kv_heads} KV heads do not divide among {tp} GPUs; choose another number.")
     fmt = PageFormat(max(1, model.num_kv_heads // tp), model.head_size, group_size, model.dtype, page_bits)
     weights = model.weights * model.dtype.itemsize / tp
-    int4 = model.int4_weights(draft_experts) * INT4_BITS / 8 / tp
+    int4 = draft_bytes(model, draft_experts, wide_share) / tp
     free = gpu_memory * utilization - weights - overhead
     max_num_seqs = max_num_seqs or default_max_num_seqs(gpu_memory)
     logits = draft_logits_bytes(max_num_seqs, num_speculative_tokens, model.vocab_size, model.dtype.itemsize)
@@ -323,6 +327,28 @@ def memory(
         max(0.0, free),
         max(0.0, free - int4 - logits),
     )
+
+
+def draft_bytes(model: Model, draft_experts: str, wide_share: float) -> float:
+    """Bytes of the draft's own weights, on all GPUs together; arguments as of `memory`."""
+    wider = model.linear_weights * wide_share * (INT8_BITS - INT4_BITS)
+    return (model.int4_weights(draft_experts) * INT4_BITS + wider) / 8
+
+
+def share_in_8_bits(weight_bits: float | None) -> float:
+    """The share of weights in 8 bits with which they have ``weight_bits`` on average; None: with INT4 weights.
+
+    Raises:
+        ValueError: one sentence, for a number of bits that no share has.
+    """
+    if weight_bits is None:
+        return 0.0
+    if not INT4_BITS <= weight_bits <= INT8_BITS:
+        raise ValueError(
+            f"--weight-bits {weight_bits:g} is not between {INT4_BITS:g}, all of the draft's linears in 4 bits, and "
+            f"{INT8_BITS:g}, all in 8, with scales and zero points."
+        )
+    return (weight_bits - INT4_BITS) / (INT8_BITS - INT4_BITS)
 
 
 def default_max_num_seqs(gpu_memory: float) -> int:
@@ -353,14 +379,14 @@ def expected_tokens(acceptance: float, num_speculative_tokens: int) -> float:
 
 
 def cycle_bytes(
-    model: Model, tensor_parallel_size: int, group_size: int, page_bits: int, draft_experts: str
+    model: Model, tensor_parallel_size: int, group_size: int, page_bits: int, draft_experts: str, wide_share: float = 0.0
 ) -> sparse_policy.CycleBytes:
     """What the policy of sparse drafts goes by, of one of so many GPUs. Arguments as of `speed`."""
     tp = tensor_parallel_size
     fmt = PageFormat(max(1, model.num_kv_heads // tp), model.head_size, group_size, model.dtype, page_bits)
     read, in_int4 = model.weights - model.embedding_weights, model.int4_weights(draft_experts)
     return sparse_policy.CycleBytes(
-        draft_weight_bytes=(in_int4 * INT4_BITS / 8 + (read - in_int4) * model.dtype.itemsize) / tp,
+        draft_weight_bytes=(draft_bytes(model, draft_experts, wide_share) + (read - in_int4) * model.dtype.itemsize) / tp,
         target_weight_bytes=read * model.dtype.itemsize / tp,
         draft_kv_bytes=model.num_layers * fmt.bytes_per_token(4),
         target_kv_bytes=model.num_layers * fmt.bytes_per_token(),
@@ -377,6 +403,7 @@ def draft_share(
     page_bits: int,
     draft_context: str | int | float,
     draft_experts: str,
+    wide_share: float = 0.0,
 ) -> float:
     """The share of the old tokens of ``batch`` requests of ``context`` tokens each that a draft step reads, 0 to 1."""
     budget, old = draft_budget(draft_context, group_size), window_start(context, group_size) // group_size
@@ -385,7 +412,7 @@ def draft_share(
     least = 0
     if draft_context == "auto":
         least = sparse_policy.min_total_pages(
-            **asdict(cycle_bytes(model, tensor_parallel_size, group_size, page_bits, draft_experts)),
+            **asdict(cycle_bytes(model, tensor_parallel_size, group_size, page_bits, draft_experts, wide_share)),
             num_speculative_tokens=num_speculative_tokens,
             fraction=budget.fraction,
             group_size=group_size,
@@ -408,6 +435,7 @@ def speed(
     page_bits: int = 8,
     draft_context: str | int | float = "all",
     draft_experts: str = QuantSpecOptions.draft_experts,
+    wide_share: float = 0.0,
 ) -> Speed:
     """Decode times by the cost model: bytes over bandwidth plus fixed costs.
 
@@ -421,6 +449,7 @@ def speed(
         draft_context: as of `QuantSpecOptions`, parsed. Drafts that read less are accepted less often: that is the caller's
             to say. What it takes to choose the pages is not in the model.
         draft_experts: as of `QuantSpecOptions`; with ``"int4"`` an engine may still keep the target's, and says so.
+        wide_share: as of `memory`.
     """
     tp, rows = tensor_parallel_size, num_speculative_tokens + 1
     fmt = PageFormat(max(1, model.num_kv_heads // tp), model.head_size, group_size, model.dtype, page_bits)
@@ -441,7 +470,7 @@ def speed(
         return full + model.sliding_layers * (newest + (LAYER_US["exact"] + rest) / 1e3)
 
     share = draft_share(
-        model, context, batch, tp, group_size, num_speculative_tokens, page_bits, draft_context, draft_experts
+        model, context, batch, tp, group_size, num_speculative_tokens, page_bits, draft_context, draft_experts, wide_share
     )
     exact_bytes = fmt.num_kv_heads * 2 * model.head_size * model.dtype.itemsize
     target, draft = fmt.bytes_per_token(), fmt.bytes_per_token(4)
@@ -461,11 +490,17 @@ def speed(
         routers = model.experts.num_layers * model.experts.router_weights
         return in_int4 + read_ms(routers * model.dtype.itemsize / tp, LINEAR)
 
-    def int4_ms(weights: int, fractions) -> float | None:
-        return next((read_ms(weights * INT4_BITS / 8 / tp, f) for most, f in fractions if batch <= most), None)
+    def own_ms(weights: float, fractions, bits: float = INT4_BITS) -> float | None:
+        """None where the draft uses the 16-bit weights."""
+        return next((read_ms(weights * bits / 8 / tp, f) for most, f in fractions if batch <= most), None)
 
-    draft_linears = int4_ms(model.linear_weights, INT4_LINEAR) or linears
-    int4_head = int4_ms(model.head_weights, INT4_HEAD) if quantize_lm_head else None
+    def draft_linears_ms(share: float, fractions, bits: float) -> float:
+        own = own_ms(model.linear_weights * share, fractions, bits)
+        return share * linears if own is None else own
+
+    draft_linears = draft_linears_ms(1 - wide_share, INT4_LINEAR, INT4_BITS)
+    draft_linears += draft_linears_ms(wide_share, INT8_LINEAR, INT8_BITS)
+    int4_head = own_ms(model.head_weights, INT4_HEAD) if quantize_lm_head else None
     draft_head = int4_head + (RESCORE_US + RESCORE_TOKEN_US * batch) / 1e3 if int4_head else head
     base = head + linears + experts_ms(1)
     draft_step = draft_head + draft_linears + draft_experts_ms() + layers_ms("draft", batch, draft, per_head)
@@ -493,6 +528,7 @@ def report(arguments, file=None) -> None:
     tp, group, context, batch = arguments.tensor_parallel_size, arguments.group_size, arguments.context, arguments.batch
     page_bits = CACHE_DTYPES[arguments.kv_cache_dtype]
     draft_context, draft_experts = parse_draft_context(arguments.draft_context, group), arguments.draft_experts
+    wide_share = share_in_8_bits(arguments.weight_bits)
     times = {
         gamma: speed(
             model,
@@ -506,6 +542,7 @@ def report(arguments, file=None) -> None:
             page_bits=page_bits,
             draft_context=draft_context,
             draft_experts=draft_experts,
+            wide_share=wide_share,
         )
         for gamma in arguments.num_speculative_tokens or range(1, 9)
     }
@@ -522,6 +559,7 @@ def report(arguments, file=None) -> None:
         seqs,
         page_bits,
         draft_experts,
+        wide_share,
     )
 
     def line(label: str, text: str) -> None:
@@ -536,10 +574,13 @@ def report(arguments, file=None) -> None:
     print("memory, per GPU", file=file)
     line("weights", f"{m.weights / GIB:.2f} GiB{', of the language model alone' if towers_of(config) else ''}")
     if not no_drafts:
-        line("INT4 copy for drafting", f"{m.int4_weights / GIB:.2f} GiB (none with draft_weights=target)")
+        copy = "INT4 copy" if not wide_share else "INT8 copy" if wide_share == 1 else "INT4 and INT8 copy"
+        line(f"{copy} for drafting", f"{m.int4_weights / GIB:.2f} GiB (none with draft_weights=target)")
+        if wide_share:
+            line("", "how fast a GPU reads weights in 8 bits is assumed, not measured")
         if model.experts and draft_experts == "int4":
-            part = model.experts.int4_weights / model.int4_weights(draft_experts)
-            line("", f"of it {part * m.int4_weights / GIB:.2f} GiB for the experts")
+            part = model.experts.int4_weights * INT4_BITS / 8 / tp
+            line("", f"of it {part / GIB:.2f} GiB for the experts")
         line("logits of drafts", f"{m.draft_logits / GIB:.2f} GiB ({seqs} sequences: --max-num-seqs; {best} drafts each)")
     line("KV cache, 16 bits", f"{m.kv_bytes_per_token / 1024:.1f} KiB per token")
     line(f"KV cache, {arguments.kv_cache_dtype}", f"{m.quantspec_bytes_per_token / 1024:.1f} KiB per token")

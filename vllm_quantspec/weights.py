@@ -1,7 +1,8 @@
-"""Asymmetric 4-bit rounding of linear weights.
+"""Asymmetric rounding of linear weights to 4 or 8 bits.
 
-A group of ``group_size`` consecutive input channels of one output row shares a scale ``s`` and an integer zero point
-``z`` in 0..15, and a weight reads back as ``(code - z) * s``: what every mixed-precision kernel of vLLM takes.
+A group of ``group_size`` consecutive input channels of one output row shares a scale ``s`` and a zero point ``z``, which is
+one of the codes, and a weight reads back as ``(level(code) - level(z)) * s``. In 4 bits levels are the codes, which is what
+every mixed-precision kernel of vLLM takes; those of 8 bits are in levels.py.
 Codes are always computed against the scale *as stored* (16 bits), so its rounding costs no accuracy twice.
 """
 
@@ -11,24 +12,24 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_quantspec import rotation
+from vllm_quantspec import levels, rotation
 
 METHODS = ("search", "nearest", "gptq")
 WEIGHT_GROUP_SIZES = (128, 64, 32)
 _MAX_CODE = 15
-_ROUNDER = 1.5 * 2**23
 # Shrunk ranges tried for a group, as fractions of its full range. Below 0.76 clipping never won on real weights.
 _SHRINKS = tuple(1.0 - 0.04 * i for i in range(7))
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A weight of shape [out, in] in 4 bits.
+    """A weight of shape [out, in] in 4 or 8 bits.
 
-    codes: uint8 [out, in], 0..15.
+    codes: uint8 [out, in], 0..15 in 4 bits and 0..255 in 8.
     scales: 16-bit float [out, in / group_size].
-    zeros: uint8 [out, in / group_size], 0..15.
+    zeros: uint8 [out, in / group_size], codes as well.
     rotated: whether it is the weight of rotated inputs, see `vllm_quantspec.rotation`.
+    bits: 4 or 8, see `vllm_quantspec.levels`.
     """
 
     codes: torch.Tensor
@@ -36,12 +37,13 @@ class QuantizedWeight:
     zeros: torch.Tensor
     group_size: int
     rotated: bool = False
+    bits: int = 4
 
     def dequantize(self) -> torch.Tensor:
-        """float32 [out, in]: ``(code - zero) * scale``, rotated back: the weight of inputs as they are."""
+        """float32 [out, in]: ``(level - zero's level) * scale``, rotated back: the weight of inputs as they are."""
         out_features, in_features = self.codes.shape
-        codes = self.codes.view(out_features, -1, self.group_size).float()
-        weight = (codes - self.zeros.unsqueeze(-1).float()) * self.scales.unsqueeze(-1).float()
+        level = levels.levels(self.codes.view(out_features, -1, self.group_size), self.bits)
+        weight = (level - levels.levels(self.zeros.unsqueeze(-1), self.bits)) * self.scales.unsqueeze(-1).float()
         weight = weight.view(out_features, in_features)
         return rotation.rotate_weight_back(weight) if self.rotated else weight
 
@@ -59,25 +61,30 @@ def quantize_weight(
     scale_dtype: torch.dtype | None = None,
     second_moments: torch.Tensor | None = None,
     rotated: bool = False,
+    bits: int = 4,
 ) -> QuantizedWeight:
-    """Round ``weight`` to 4 bits.
+    """Round ``weight`` to 4 or 8 bits.
 
     Args:
         weight: [out, in], any float dtype.
         group_size: input channels that share a scale; must divide ``in``.
         method: ``"nearest"`` spans each group's full range; ``"search"`` also tries narrower ranges, fits the scale to
             the codes by least squares, and keeps what has the smallest squared error; ``"gptq"`` searches too, and lets
-            the channels still to be rounded make up for the error of those that are.
+            the channels still to be rounded make up for the error of those that are. In 8 bits a narrower range wins
+            nothing: ``"search"`` is ``"nearest"`` there, and GPTQ's groups span their full range.
         scale_dtype: dtype of the stored scales, by default the weight's (float16 if that is not a 16-bit dtype).
         second_moments: float32 [in, in], the mean of ``x x^T`` over inputs x of the layer: needed by ``"gptq"`` only.
         rotated: round the weight of rotated inputs (`vllm_quantspec.rotation`). Weight and moments are given as they are.
+        bits: of a code, 4 or 8.
 
     Raises:
-        ValueError: an unknown method, a group size that does not divide ``in`` (or, rotated, is not divisible by 32), or
-            ``"gptq"`` without moments.
+        ValueError: an unknown method or number of bits, a group size that does not divide ``in`` (or, rotated, is not
+            divisible by 32), or ``"gptq"`` without moments.
     """
     if method not in METHODS:
         raise ValueError(f"Unknown rounding method {method!r}; use one of {METHODS}.")
+    if bits not in levels.BITS:
+        raise ValueError(f"A weight is rounded to 4 or 8 bits, not {bits}.")
     out_features, in_features = weight.shape
     if group_size <= 0 or in_features % group_size:
         raise ValueError(f"group_size {group_size} does not divide the weight's {in_features} input channels.")
@@ -109,17 +116,15 @@ def quantize_weight(
         x = x.view(-1, groups, group_size)
         if method == "gptq":
             back = order.argsort()
-            ordered = _gptq(x[:, order], feedback, second_moments.diagonal(), scale_dtype)
-            code, scale, zero = (t[:, back] for t in ordered)
+            ordered = _gptq(x[:, order], feedback, second_moments.diagonal(), scale_dtype, bits)
+            level, scale, zero = (t[:, back] for t in ordered)
         else:
-            scale, zero = _full_range(x, scale_dtype)
-            if method == "search":
-                scale, zero = _search(x, scale, zero, None, scale_dtype)
-            code = _round(x, scale, zero)
-        codes[part] = code.reshape(-1, in_features).to(torch.uint8)
+            scale, zero = _range(x, None, scale_dtype, bits, search=method == "search")
+            level = _round(x, scale, zero, bits)
+        codes[part] = levels.codes(level.reshape(-1, in_features), bits)
         scales[part] = scale.squeeze(-1).to(scale_dtype)
-        zeros[part] = zero.squeeze(-1).to(torch.uint8)
-    return QuantizedWeight(codes, scales, zeros, group_size, rotated)
+        zeros[part] = levels.codes(zero.squeeze(-1), bits)
+    return QuantizedWeight(codes, scales, zeros, group_size, rotated, bits)
 
 
 def _chunk_elements(weight: torch.Tensor) -> int:
@@ -130,25 +135,31 @@ def _chunk_elements(weight: torch.Tensor) -> int:
     return (1 << 15) - 1 if weight.numel() <= 1 << 22 else 1 << 18
 
 
-def _nearest(x: torch.Tensor) -> torch.Tensor:
-    """``x`` (float32, below 2^22) rounded to integers in place; Tensor.round_ wakes every thread for a few elements."""
-    return x.add_(_ROUNDER).sub_(_ROUNDER)
-
-
 def _stored(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """``scale`` rounded to ``dtype``, in float32 and never zero (a zero scale would make the codes undefined)."""
     return scale.to(dtype).clamp_min(torch.finfo(dtype).tiny).float()
 
 
-def _full_range(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    # Zero has to be inside the range, or the zero point would not fit in 0..15.
+def _range(
+    x: torch.Tensor, importance: torch.Tensor | None, dtype: torch.dtype, bits: int, search: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and level of zero for each group of ``x``, each [rows, groups, 1]."""
+    scale, zero = _full_range(x, dtype, bits)
+    return _search(x, scale, zero, importance, dtype) if search and bits == 4 else (scale, zero)
+
+
+def _full_range(x: torch.Tensor, dtype: torch.dtype, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    # Zero has to be inside the range, or its level would not be one of those that there are.
     low, high = x.amin(-1, keepdim=True).clamp_max_(0), x.amax(-1, keepdim=True).clamp_min_(0)
-    scale = _stored((high - low) / _MAX_CODE, dtype)
-    return scale, _nearest(-low / scale).clamp_(0, _MAX_CODE)
+    scale = _stored((high - low) / levels.span(bits), dtype)
+    return scale, levels.nearest((-low / scale).add_(levels.lowest(bits)), bits)
 
 
-def _round(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-    return _nearest(x / scale).add_(zero).clamp_(0, _MAX_CODE)
+def _round(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
+    """The levels nearest to ``x``."""
+    if bits == 4:
+        return levels.round_whole(x / scale).add_(zero).clamp_(0, _MAX_CODE)
+    return levels.nearest((x / scale).add_(zero), bits)
 
 
 def _search(
@@ -158,31 +169,31 @@ def _search(
     importance: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Best (scale, zero), each [rows, groups, 1], among clipped ranges and their least-squares scales."""
+    """Best (scale, zero) in 4 bits, each [rows, groups, 1], among clipped ranges and their least-squares scales."""
 
     def weigh(values: torch.Tensor) -> torch.Tensor:
         return values if importance is None else values * importance
 
     def try_out(scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-        """Keep (scale, zero) where it is better; return its integer levels ``code - zero``."""
-        levels = _nearest(x / scale)
-        levels = torch.minimum(torch.maximum(levels, -zero), _MAX_CODE - zero)
-        difference = torch.addcmul(x, levels, scale, value=-1)
+        """Keep (scale, zero) where it is better; return its integers ``code - zero``."""
+        steps = levels.round_whole(x / scale)
+        steps = torch.minimum(torch.maximum(steps, -zero), _MAX_CODE - zero)
+        difference = torch.addcmul(x, steps, scale, value=-1)
         error = weigh(difference.square_()).sum(-1, keepdim=True)
         better = error < best[0]
         best[0] = torch.where(better, error, best[0])
         best[1] = torch.where(better, scale, best[1])
         best[2] = torch.where(better, zero, best[2])
-        return levels
+        return steps
 
     best = [torch.full_like(full_scale, torch.inf), full_scale, full_zero]
     low = -full_zero * full_scale
     for shrink in _SHRINKS:
         scale = full_scale if shrink == 1.0 else _stored(full_scale * shrink, dtype)
-        zero = full_zero if shrink == 1.0 else _nearest(-low * shrink / scale).clamp_(0, _MAX_CODE)
-        levels = try_out(scale, zero)
-        weighted = weigh(levels)
-        norm = (weighted * levels).sum(-1, keepdim=True)
+        zero = full_zero if shrink == 1.0 else levels.round_whole(-low * shrink / scale).clamp_(0, _MAX_CODE)
+        steps = try_out(scale, zero)
+        weighted = weigh(steps)
+        norm = (weighted * steps).sum(-1, keepdim=True)
         fitted = (weighted * x).sum(-1, keepdim=True) / norm.clamp_min(1e-20)
         usable = (norm > 0) & (fitted > 0)
         try_out(_stored(torch.where(usable, fitted, scale), dtype), zero)
@@ -198,22 +209,22 @@ def _error_feedback(second_moments: torch.Tensor) -> torch.Tensor:
 
 
 def _gptq(
-    x: torch.Tensor, feedback: torch.Tensor, importance: torch.Tensor, dtype: torch.dtype
+    x: torch.Tensor, feedback: torch.Tensor, importance: torch.Tensor, dtype: torch.dtype, bits: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes [rows, groups, group_size], scales and zeros [rows, groups, 1] of weights x, which are overwritten."""
+    """Levels [rows, groups, group_size], scales and zeros [rows, groups, 1] of weights x, which are overwritten."""
     # Here, because kernels import this module.
     from vllm_quantspec.kernels import gptq_round
 
     round_group = gptq_round.round_group if x.is_cuda else gptq_round.reference
     _, groups, size = x.shape
     rest = x.view(len(x), -1)
-    codes, scales, zeros = torch.empty_like(x), x.new_empty(len(x), groups, 1), x.new_empty(len(x), groups, 1)
+    rounded, scales, zeros = torch.empty_like(x), x.new_empty(len(x), groups, 1), x.new_empty(len(x), groups, 1)
     for group in range(groups):
         start, end = group * size, (group + 1) * size
         block = x[:, group : group + 1]
         weights = importance[start:end].float().clamp_min(1e-12)
-        scale, zero = (t[:, 0] for t in _search(block, *_full_range(block, dtype), weights, dtype))
-        codes[:, group], errors = round_group(rest[:, start:end], feedback[start:end, start:end], scale, zero)
+        scale, zero = (t[:, 0] for t in _range(block, weights, dtype, bits))
+        rounded[:, group], errors = round_group(rest[:, start:end], feedback[start:end, start:end], scale, zero, bits)
         rest[:, end:].addmm_(errors, feedback[start:end, end:], alpha=-1)
         scales[:, group], zeros[:, group] = scale, zero
-    return codes, scales, zeros
+    return rounded, scales, zeros

@@ -52,27 +52,76 @@ def calibrate(
     Returns:
         The texts, int32 [texts, length].
     """
-    length = min(length, vllm_config.model_config.max_model_len)
-    most = vllm_config.scheduler_config.max_num_batched_tokens
-    texts = min(texts, most)
-    layers = {m.layer_name: m for m in model.modules() if isinstance(m, Attention)}
-    like = next(model.parameters()).new_empty(0, dtype=vllm_config.model_config.dtype)
-    owners = {name: layer.kv_sharing_target_layer_name or name for name, layer in layers.items()}
-    caches = {owner: _Texts(layers[owner], like, texts, length) for owner in set(owners.values())}
-    run = _Forward(vllm_config, model, caches.values())
-    progress = _Progress()
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        for name, layer in layers.items():
-            stack.enter_context(_attend_with(layer, caches[owners[name]]))
-        ids = _sample(vllm_config, model, run, texts, length, progress)
+    with Texts(vllm_config, model, texts, length, "GPTQ") as written:
         total, done = len(linears), 0
         for group in _within(MOMENTS, list(linears)):
-            for linear, moments in _moments(run, ids, group, most):
+            for linear, moments in _moments(written, group):
                 linears[linear](moments)
                 done += 1
-                progress("GPTQ: rounded %d of %d linears", done, total)
-    return ids
+                written.progress("GPTQ: rounded %d of %d linears", done, total)
+    return written.ids
+
+
+class Texts:
+    """Texts that the model has written, and their way through it again; used in a ``with``, after which it is as before.
+
+    Args:
+        texts, length: how many to sample (fewer, where a step of the engine has fewer tokens), and their tokens.
+        purpose: what the log says they are for.
+
+    Attributes:
+        ids: int32 [texts, length]. progress: a line for the log, now and then.
+    """
+
+    ids: torch.Tensor
+
+    def __init__(self, vllm_config: VllmConfig, model: nn.Module, texts: int, length: int, purpose: str) -> None:
+        self.vllm_config, self.model, self.purpose, self.progress = vllm_config, model, purpose, _Progress()
+        self.length = min(length, vllm_config.model_config.max_model_len)
+        self.most = vllm_config.scheduler_config.max_num_batched_tokens
+        self.texts = min(texts, self.most)
+        self.stack = ExitStack()
+
+    def __enter__(self) -> Texts:
+        layers = {m.layer_name: m for m in self.model.modules() if isinstance(m, Attention)}
+        like = next(self.model.parameters()).new_empty(0, dtype=self.vllm_config.model_config.dtype)
+        owners = {name: layer.kv_sharing_target_layer_name or name for name, layer in layers.items()}
+        caches = {owner: _Cache(layers[owner], like, self.texts, self.length) for owner in set(owners.values())}
+        self.run = _Forward(self.vllm_config, self.model, caches.values())
+        with self.stack as stack:
+            stack.enter_context(torch.no_grad())
+            for name, layer in layers.items():
+                stack.enter_context(_attend_with(layer, caches[owners[name]]))
+            self.ids = self._sample()
+            self.stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stack.close()
+
+    def forward(self) -> Iterator[torch.Tensor]:
+        """Hidden states of all texts, [tokens, hidden size] at a time: no more tokens than a step of the engine may have."""
+        texts, length = self.ids.shape
+        rows = max(1, self.most // length)
+        for row in range(0, texts, rows):
+            for first in range(0, length, self.most):
+                yield self.run(self.ids[row : row + rows, first : first + self.most], row, first)
+
+    def _sample(self) -> torch.Tensor:
+        """int32 [texts, length], the same on every rank."""
+        device = next(self.model.parameters()).device
+        generator = torch.Generator(device=device).manual_seed(0)
+        vocabulary = self.vllm_config.model_config.get_vocab_size()
+        ids = torch.randint(vocabulary, (self.texts, self.length), device=device, dtype=torch.int32, generator=generator)
+        group = get_tp_group()
+        for at in range(self.length - 1):
+            logits = self.model.compute_logits(self.run(ids[:, at : at + 1], 0, at))
+            token = torch.empty(self.texts, dtype=torch.int32, device=device)
+            if logits is not None:  # only the first rank has them on some platforms
+                token.copy_(logits.float().softmax(-1).multinomial(1, generator=generator).flatten())
+            ids[:, at + 1] = group.broadcast(token) if group.world_size > 1 else token
+            self.progress(self.purpose + ": the model has written %d of %d tokens of each text", at + 2, self.length)
+        return ids
 
 
 class _Progress:
@@ -88,7 +137,7 @@ class _Progress:
             logger.info(message, *values)
 
 
-class _Texts:
+class _Cache:
     """Keys and values of one attention layer, [texts, heads, length, head size], and attention over them."""
 
     def __init__(self, layer: Attention, like: torch.Tensor, texts: int, length: int) -> None:
@@ -119,9 +168,9 @@ class _Texts:
 
 
 @contextmanager
-def _attend_with(layer: Attention, texts: _Texts) -> Iterator[None]:
+def _attend_with(layer: Attention, cache: _Cache) -> Iterator[None]:
     def forward(query, key, value, output_shape=None, output_dtype=None):
-        return texts(layer, query, key, value).to(output_dtype or query.dtype)
+        return cache(layer, query, key, value).to(output_dtype or query.dtype)
 
     layer.forward = forward
     try:
@@ -171,10 +220,8 @@ def _num_inputs(linear: nn.Module) -> int:
     return next(getattr(linear, name) for name in names if hasattr(linear, name))
 
 
-def _moments(
-    run: _Forward, ids: torch.Tensor, linears: list[nn.Module], most: int
-) -> Iterator[tuple[nn.Module, torch.Tensor]]:
-    """Each of ``linears`` that the texts reach, with its moments; ``most``: tokens of a forward pass."""
+def _moments(texts: Texts, linears: list[nn.Module]) -> Iterator[tuple[nn.Module, torch.Tensor]]:
+    """Each of ``linears`` that the texts reach, with its moments."""
     sums: dict[nn.Module, torch.Tensor] = {}
     seen = dict.fromkeys(linears, 0)
 
@@ -188,32 +235,11 @@ def _moments(
 
     handles = [linear.register_forward_pre_hook(add) for linear in linears]
     try:
-        texts, length = ids.shape
-        for row in range(0, texts, max(1, most // length)):
-            for first in range(0, length, most):
-                run(ids[row : row + max(1, most // length), first : first + most], row, first)
+        for _ in texts.forward():
+            pass
     finally:
         for handle in handles:
             handle.remove()
     for linear in linears:
         if linear in sums:
             yield linear, sums.pop(linear).div_(seen[linear])
-
-
-def _sample(
-    vllm_config: VllmConfig, model: nn.Module, run: _Forward, texts: int, length: int, progress: _Progress
-) -> torch.Tensor:
-    """int32 [texts, length], the same on every rank."""
-    device = next(model.parameters()).device
-    generator = torch.Generator(device=device).manual_seed(0)
-    vocabulary = vllm_config.model_config.get_vocab_size()
-    ids = torch.randint(vocabulary, (texts, length), device=device, dtype=torch.int32, generator=generator)
-    group = get_tp_group()
-    for at in range(length - 1):
-        logits = model.compute_logits(run(ids[:, at : at + 1], 0, at))
-        token = torch.empty(texts, dtype=torch.int32, device=device)
-        if logits is not None:  # only the first rank has them on some platforms
-            token.copy_(logits.float().softmax(-1).multinomial(1, generator=generator).flatten())
-        ids[:, at + 1] = group.broadcast(token) if group.world_size > 1 else token
-        progress("GPTQ: the model has written %d of %d tokens of each text", at + 2, length)
-    return ids

@@ -1,10 +1,13 @@
-"""INT4 linears of the draft: on our decode-size kernel on a GPU, else on vLLM's mixed-precision kernels.
+"""Quantized linears of the draft: on our decode-size kernel on a GPU, else in 4 bits on vLLM's mixed-precision kernels.
 
 vLLM's kernels (Marlin, Machete, ...; CPUWNA16 on a CPU) serve the shapes that ours does not take. Not every CPU has vLLM's:
-its library for AVX2 leaves the operator out, and none takes float32. A kernel of ours serves there.
+its library for AVX2 leaves the operator out, and none takes float32. A kernel of ours serves there. Weights in 8 bits run
+on our kernels alone: their levels (`vllm_quantspec.levels`) are not those of vLLM's.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +29,7 @@ WEIGHT, SCALES, ZEROS, ORIGINAL = "int4_weight", "int4_scales", "int4_zeros", "t
 
 
 class Int4LinearMethod(LinearMethodBase):
-    """Runs a linear layer whose 4-bit weight (asymmetric, in groups) was computed in memory.
+    """Runs a linear layer whose weight in 4 or 8 bits (asymmetric, in groups) was computed in memory.
 
     Args:
         in_features, out_features: shape of the layer's *local* shard.
@@ -35,11 +38,18 @@ class Int4LinearMethod(LinearMethodBase):
         rotated: whether weights are those of rotated inputs (`vllm_quantspec.rotation`); inputs are then rotated here.
     """
 
+    bits = 4
+
     def __init__(
         self, in_features: int, out_features: int, dtype: torch.dtype, group_size: int, rotated: bool = False
     ) -> None:
         self.in_features, self.out_features, self.dtype, self.group_size = in_features, out_features, dtype, group_size
         self.rotated = rotated
+
+    @property
+    def bits_per_weight(self) -> float:
+        """With a 16-bit scale and zero point per group."""
+        return self.bits + 32 / self.group_size
 
     @property
     def runs_on(self) -> str:
@@ -59,6 +69,8 @@ class Int4LinearMethod(LinearMethodBase):
                 f"The quantized weight {tuple(weight.codes.shape)} in groups of {weight.group_size} does not fit a linear "
                 f"of {self.out_features} x {self.in_features} in groups of {self.group_size}."
             )
+        if weight.bits != self.bits:
+            raise ValueError(f"The quantized weight has {weight.bits} bits, the linear {self.bits}.")
         if weight.rotated != self.rotated:
             raise ValueError(f"The quantized weight has rotated={weight.rotated}, the linear rotated={self.rotated}.")
         self._install(layer, weight, original)
@@ -66,6 +78,10 @@ class Int4LinearMethod(LinearMethodBase):
 
     def _install(self, layer: torch.nn.Module, weight: QuantizedWeight, original: torch.Tensor | None) -> None:
         raise NotImplementedError
+
+    def apply_own(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """`apply` with the quantized weight, however many rows x has."""
+        return self.apply(layer, x, bias)
 
 
 def draft_linear(
@@ -80,7 +96,7 @@ def draft_linear(
 
     One operator, because torch.compile must not see a choice that depends on the number of tokens.
     """
-    if original is not None and x.shape[0] > int4_linear.MAX_FASTER_TOKENS:
+    if original is not None and x.shape[0] > int4_linear.max_faster_tokens(codes):
         return F.linear(x, original, bias)
     return int4_linear.int4_linear(x, codes, scales_zeros, bias, rotated)
 
@@ -122,15 +138,28 @@ class FastInt4LinearMethod(Int4LinearMethod):
         return "this package's GPU kernel"
 
     def _install(self, layer: torch.nn.Module, weight: QuantizedWeight, original: torch.Tensor | None) -> None:
-        packed = int4_linear.pack(weight.codes, weight.scales.to(self.dtype), weight.zeros, weight.group_size)
+        scales = weight.scales.to(self.dtype)
+        packed = int4_linear.pack(weight.codes, scales, weight.zeros, weight.group_size, weight.bits)
         for name, tensor in ((WEIGHT, packed.codes), (SCALES, packed.scales_zeros), (ORIGINAL, original)):
             layer.register_parameter(name, None if tensor is None else torch.nn.Parameter(tensor, requires_grad=False))
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return self._run(layer, x, bias, getattr(layer, ORIGINAL))
+
+    def apply_own(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return self._run(layer, x, bias, None)
+
+    def _run(self, layer, x: torch.Tensor, bias: torch.Tensor | None, original: torch.Tensor | None) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features)
-        codes, scales, original = (getattr(layer, name) for name in (WEIGHT, SCALES, ORIGINAL))
+        codes, scales = getattr(layer, WEIGHT), getattr(layer, SCALES)
         out = torch.ops.vllm_quantspec.draft_linear(rows, codes, scales, bias, original, self.rotated)
         return out.view(*x.shape[:-1], self.out_features)
+
+
+class FastInt8LinearMethod(FastInt4LinearMethod):
+    """The same kernel in 8 bits."""
+
+    bits = 8
 
 
 class CpuInt4LinearMethod(Int4LinearMethod):
@@ -152,23 +181,41 @@ class CpuInt4LinearMethod(Int4LinearMethod):
         reason = cpu_int4_linear.supported(in_features, out_features, group_size, dtype)
         if reason is not None:
             raise ValueError(reason)
-        self.pack = cpu_int4_linear.pack
-        cpu_int4_linear.warm_up(group_size)
+        self._choose_kernel()
+
+    def _choose_kernel(self) -> None:
+        from vllm_quantspec.kernels import cpu_int4_linear
+
+        self.pack = functools.partial(cpu_int4_linear.pack, group_size=self.group_size)
+        self.operator = torch.ops.vllm_quantspec.cpu_int4_linear
+        cpu_int4_linear.warm_up(self.group_size)
 
     @property
     def runs_on(self) -> str:
         return "this package's CPU kernel"
 
     def _install(self, layer: torch.nn.Module, weight: QuantizedWeight, original: torch.Tensor | None) -> None:
-        packed = self.pack(weight.codes, weight.scales.to(self.dtype), weight.zeros, weight.group_size)
+        packed = self.pack(weight.codes, weight.scales.to(self.dtype), weight.zeros)
         for name, tensor in zip((WEIGHT, SCALES, ZEROS), packed, strict=True):
             layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features)
         weight = (getattr(layer, name) for name in (WEIGHT, SCALES, ZEROS))
-        out = torch.ops.vllm_quantspec.cpu_int4_linear(rows, *weight, bias, self.rotated)
+        out = self.operator(rows, *weight, bias, self.rotated)
         return out.view(*x.shape[:-1], self.out_features)
+
+
+class CpuInt8LinearMethod(CpuInt4LinearMethod):
+    """On ``kernels/cpu_int8_linear``, for the same shapes."""
+
+    bits = 8
+
+    def _choose_kernel(self) -> None:
+        from vllm_quantspec.kernels import cpu_int8_linear
+
+        self.pack, self.operator = cpu_int8_linear.pack, torch.ops.vllm_quantspec.cpu_int8_linear
+        cpu_int8_linear.warm_up(self.group_size)
 
 
 class LibraryInt4LinearMethod(Int4LinearMethod):
@@ -220,19 +267,19 @@ class LibraryInt4LinearMethod(Int4LinearMethod):
 
 
 def choose_int4_method(
-    in_features: int, out_features: int, dtype: torch.dtype, group_size: int, rotated: bool = False
+    in_features: int, out_features: int, dtype: torch.dtype, group_size: int, rotated: bool = False, bits: int = 4
 ) -> tuple[Int4LinearMethod | None, str]:
-    """The INT4 method for a shard of this shape, with the largest group that divides it and that a kernel takes.
+    """The method for a shard of this shape in 4 or 8 bits, with the largest group that divides it and that a kernel takes.
 
     ``rotated``: for weights of rotated inputs.
 
     Returns ``(method, "")``, or ``(None, reason)`` when the layer has to stay as it is.
     """
-    methods = [LibraryInt4LinearMethod]
+    methods = [LibraryInt4LinearMethod] if bits == 4 else []
     if current_platform.is_cuda():
-        methods.insert(0, FastInt4LinearMethod)
+        methods.insert(0, FastInt4LinearMethod if bits == 4 else FastInt8LinearMethod)
     elif current_platform.is_cpu():
-        methods.append(CpuInt4LinearMethod)
+        methods.append(CpuInt4LinearMethod if bits == 4 else CpuInt8LinearMethod)
     reason = f"{in_features} input channels are not divisible by a group of {group_size} or less"
     while (fitting := fit_group_size(in_features, group_size)) is not None:
         for method in methods:
@@ -241,14 +288,14 @@ def choose_int4_method(
             except ValueError as error:
                 reason = " ".join(str(error).split())
             else:
-                logger.info_once("INT4 draft linears run on %s.", chosen.runs_on)
+                logger.info_once("INT%d draft linears run on %s.", bits, chosen.runs_on)
                 return chosen, ""
         group_size = fitting // 2
     return None, reason
 
 
 def int4_bytes(layer: torch.nn.Module) -> int:
-    """Bytes that ``layer`` spends on its INT4 weight, scales and zero points."""
+    """Bytes that ``layer`` spends on its quantized weight, scales and zero points."""
     tensors = (getattr(layer, name, None) for name in (WEIGHT, SCALES, ZEROS))
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 

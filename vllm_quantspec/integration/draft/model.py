@@ -20,7 +20,6 @@ import types
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -33,17 +32,16 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.layers.fused_moe.runner.moe_runner_interface import MoERunnerInterface
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-from vllm.model_executor.layers.vocab_parallel_embedding import (
-    ParallelLMHead,
-    UnquantizedEmbeddingMethod,
-    VocabParallelEmbedding,
-)
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.interfaces import supports_multimodal
 from vllm.platforms import current_platform
 from vllm.utils import torch_utils
 
+from vllm_quantspec.config import DRAFT_WEIGHTS
+from vllm_quantspec.integration.draft import losses
 from vllm_quantspec.integration.draft.calibration import calibrate
+from vllm_quantspec.integration.draft.choose_bits import choose_bits
 from vllm_quantspec.integration.draft.experts import (
     Int4ExpertsMethod,
     choose_experts_method,
@@ -51,18 +49,17 @@ from vllm_quantspec.integration.draft.experts import (
     round_experts,
 )
 from vllm_quantspec.integration.draft.finite import with_finite_logits
-from vllm_quantspec.integration.draft.head import RescoringHeadMethod
-from vllm_quantspec.integration.draft.linears import Int4LinearMethod, choose_int4_method, int4_bytes
-from vllm_quantspec.integration.draft.stored import Stored, fingerprint
+from vllm_quantspec.integration.draft.linears import choose_int4_method
+from vllm_quantspec.integration.draft.loaded import effective_weight, is_plain, loaded_bytes, local_shape
+from vllm_quantspec.integration.draft.own_linear import OwnLinear
+from vllm_quantspec.integration.draft.stored import KeptLosses, Stored, fingerprint
 from vllm_quantspec.memory import LENGTH, TEXTS, draft_logits_bytes, gptq_bytes
-from vllm_quantspec.weights import QuantizedWeight, quantize_weight
 
 logger = init_logger("vllm.quantspec.draft_model")
 
 DRAFT_PREFIX = "draft_model."
 # A mixture's router decides which experts run: 4 bits would save nothing there and change much.
 _KEPT_LINEARS = ("gate", "router", "shared_expert_gate")
-_IDENTITY_ROWS = 1024
 _TARGET_TAG = "backbone"
 # torch's own attributes of a module: its children, tensors and hooks.
 _MODULE_STATE = nn.Module().__dict__.keys()
@@ -74,8 +71,8 @@ class DraftModel:
 
     model: called like the target (``input_ids``, ``positions``, ``inputs_embeds``) and has its ``compute_logits``.
     attention_layers: name of each of the draft's attention layers -> the target's layer whose KV cache it reads.
-    int4_bytes: device bytes of the INT4 weights, scales and zero points; target_bytes: of the same weights as loaded.
-    quantized: names of the linears that run in INT4; experts: of the mixtures' layers whose experts do.
+    int4_bytes: device bytes of the weights in 4 and 8 bits, scales and zero points; target_bytes: of the same as loaded.
+    quantized: names of the linears that run in INT4 or INT8; experts: of the mixtures' layers whose experts do.
     shared: names of the linears, and of the layers of experts, that are the target's, with the reason.
     updates: each rounds some weights again, as the target has them now; stale: they are due (`weight_updates`).
     """
@@ -101,6 +98,7 @@ def build_draft_model(
     quantize_lm_head: bool = True,
     weight_rounding: str = "search",
     weight_rotation: str = "none",
+    weight_bits: float | None = None,
 ) -> DraftModel:
     """Build the draft model out of ``target_model``, whose weights are loaded and processed.
 
@@ -109,7 +107,8 @@ def build_draft_model(
     Args:
         vllm_config: the target's; the draft shares its compilation config.
         target_model: the loaded model of this rank.
-        draft_weights: ``"int4"``, or ``"target"`` to share every linear.
+        draft_weights: ``"int4"``; ``"int8"`` for all linears but the output layer in 8 bits; ``"mixed"`` or ``"auto"`` for
+            those that lose most in 4, see `choose_bits`; or ``"target"`` to share every linear.
         draft_experts: of a mixture: ``"target"`` to share its experts, or ``"int4"`` for INT4 ones, see `draft.experts`.
         weight_group_size: input channels per INT4 scale: 128, 64 or 32. A linear whose input is not divisible by it
             takes the next smaller group.
@@ -117,12 +116,13 @@ def build_draft_model(
         weight_rounding: ``"search"``, ``"nearest"`` or ``"gptq"``, see `vllm_quantspec.weights.quantize_weight`; GPTQ
             goes by the inputs that the linears have while the model writes texts of its own, see `calibration`.
         weight_rotation: ``"hadamard"`` for weights of rotated inputs, see `vllm_quantspec.rotation`, or ``"none"``.
+        weight_bits: of ``"mixed"``: the most bits per weight on average; None: as the cost model finds fastest.
 
     Raises:
         ValueError: an unknown option, or a layer whose cache cannot be shared (MLA, Mamba, linear attention).
     """
-    if draft_weights not in ("int4", "target"):
-        raise ValueError(f"draft_weights must be 'int4' or 'target', not {draft_weights!r}.")
+    if draft_weights not in DRAFT_WEIGHTS:
+        raise ValueError(f"draft_weights must be {' or '.join(map(repr, DRAFT_WEIGHTS))}, not {draft_weights!r}.")
     if draft_experts not in ("target", "int4"):
         raise ValueError(f"draft_experts must be 'target' or 'int4', not {draft_experts!r}.")
     if weight_group_size not in (128, 64, 32):
@@ -139,20 +139,23 @@ def build_draft_model(
         quantize_lm_head,
         weight_rounding,
         weight_rotation == "hadamard",
+        weight_bits,
     )
     with torch.no_grad():
         draft = builder.build(target_model)
     if not draft.attention_layers:
         raise ValueError("The target model has no attention layer with a KV cache, so there is nothing to draft with.")
-    if draft_weights == "int4":
+    if draft_weights != "target":
         if not draft.quantized:
             name, reason = next(iter(draft.shared.items()), ("the model", "it has no linear layers"))
             raise ValueError(
-                f"quantspec: no linear layer of this model can run in INT4 here ({name}: {reason}); set draft_weights to "
-                "'target' in the speculative config."
+                f"quantspec: no linear layer of this model can run in {'INT8' if draft_weights == 'int8' else 'INT4'} here "
+                f"({name}: {reason}); set draft_weights to 'target' in the speculative config."
             )
+        widths = sorted({linear.bits for linear in builder.own})
         logger.info(
-            "INT4 draft weights: %.2f GiB (%.0f%% of the target's), %d linears%s, took %.1f s",
+            "INT%s draft weights: %.2f GiB (%.0f%% of the target's), %d linears%s, took %.1f s",
+            " and INT".join(map(str, widths)),
             draft.int4_bytes / 2**30,
             100 * draft.int4_bytes / max(draft.target_bytes, 1),
             len(draft.quantized),
@@ -184,6 +187,7 @@ def build_configured_draft(vllm_config: VllmConfig, target_model: nn.Module) -> 
             quantize_lm_head=config.quantize_lm_head,
             weight_rounding=config.weight_rounding,
             weight_rotation=config.weight_rotation,
+            weight_bits=config.weight_bits,
         )
 
 
@@ -201,20 +205,6 @@ def log_draft_logits(vllm_config: VllmConfig) -> None:
     )
 
 
-class _Waiting(NamedTuple):
-    """A linear of the target whose counterpart waits for its weight.
-
-    shape: (out, in, group size) and the dtype of scales. rounded: the weight in 4 bits, by the moments of its inputs if
-    there are any; put: gives it to the counterpart.
-    """
-
-    name: str
-    layer: nn.Module
-    shape: tuple[int, int, int, torch.dtype]
-    rounded: Callable[[torch.Tensor | None], QuantizedWeight]
-    put: Callable[[QuantizedWeight], None]
-
-
 class _Builder:
     def __init__(
         self,
@@ -226,17 +216,19 @@ class _Builder:
         quantize_lm_head: bool,
         weight_rounding: str,
         rotated: bool,
+        weight_bits: float | None,
     ) -> None:
         self.vllm_config = vllm_config
         self.layers = vllm_config.compilation_config.static_forward_context
         self.dtype = vllm_config.model_config.dtype
-        self.quantize = draft_weights == "int4"
+        self.draft_weights, self.weight_bits = draft_weights, weight_bits
+        self.quantize = draft_weights != "target"
+        self.chooses_bits = draft_weights in ("mixed", "auto")
         self.quantize_experts = self.quantize and draft_experts == "int4"
         self.group_size = weight_group_size
         self.quantize_lm_head = quantize_lm_head
         self.rounding, self.rotated = weight_rounding, rotated
-        # Linears that wait for the moments of their inputs.
-        self.waiting: dict[nn.Module, _Waiting] = {}
+        self.own: list[OwnLinear] = []
         self.draft = DraftModel()
         self.clones: dict[int, nn.Module] = {}
         # Other modules found in the static forward context are called by name, and what they hold through them (a
@@ -267,6 +259,8 @@ class _Builder:
 
     def build(self, target_model: nn.Module) -> DraftModel:
         self.draft.model = self._visit(target_model, "")
+        if self.chooses_bits:
+            self._choose_bits(target_model)
         config = self._compile_config()
         for clone in self.clones.values():
             if id(clone) in self.clones:
@@ -274,43 +268,64 @@ class _Builder:
             for name in clone.__dict__.keys() - _MODULE_STATE:
                 clone.__dict__[name] = self._redirect(clone.__dict__[name])
             self._reset_compilation(clone, config)
-        if self.waiting:
+        if self.rounding == "gptq" and self.own:
             self._round_by_gptq(target_model)
+        self.draft.int4_bytes += sum(linear.num_bytes for linear in self.own)
         with_finite_logits(self.draft.model)
         return self.draft
 
+    def _choose_bits(self, target_model: nn.Module) -> None:
+        """Give 8 bits to linears that are worth them."""
+        linears = [x for x in self.own if {4, 8} <= x.methods.keys() and not x.is_head]
+        if not linears:
+            return
+
+        def prepare() -> None:
+            if self.rounding == "gptq":  # others have their weights already
+                for linear in linears:
+                    linear.put(linear.rounded())
+
+        kept = KeptLosses(self._what_decides(target_model, linears) | {"losses": [losses.TEXTS, losses.LENGTH]})
+        more = self.draft_weights, self.weight_bits, kept, prepare
+        wide = choose_bits(self.vllm_config, target_model, linears, *more).wide
+        for linear in linears:
+            if linear.name in wide:
+                linear.bits = 8
+                if self.rounding != "gptq":
+                    linear.put(linear.rounded())
+
     def _round_by_gptq(self, target_model: nn.Module) -> None:
-        """Put the weights of all linears that wait, as the last start has left them on disk or newly rounded."""
-        stored = Stored(self._what_decides(target_model), {w.name: w.shape for w in self.waiting.values()})
+        """Put the weights of all linears, as the last start has left them on disk or newly rounded."""
+        stored = Stored(self._what_decides(target_model, self.own), {x.name: x.layout for x in self.own})
         device = next(target_model.parameters()).device
         if (kept := stored.load(device)) is not None:
-            logger.info("INT4 draft weights as GPTQ rounded them at an earlier start: %s", stored.path)
-            for waiting in self.waiting.values():
-                waiting.put(dataclasses.replace(kept(waiting.name), rotated=self.rotated))
+            logger.info("Draft weights as GPTQ rounded them at an earlier start: %s", stored.path)
+            for linear in self.own:
+                linear.put(dataclasses.replace(kept(linear.name), rotated=self.rotated))
             return
         logger.info(
-            "Rounding INT4 draft weights by GPTQ, on texts that the model writes for it; takes up to about %.1f GiB "
+            "Rounding draft weights by GPTQ, on texts that the model writes for it; takes up to about %.1f GiB "
             "beside the weights until it is done",
             self._gptq_bytes() / 2**30,
         )
         with stored.writer() as writer:
 
-            def take(layer: nn.Module, moments: torch.Tensor | None) -> None:
-                waiting = left.pop(layer)
-                weight = waiting.rounded(moments)
-                writer.put(waiting.name, weight)
-                waiting.put(weight)
+            def take(linear: OwnLinear, moments: torch.Tensor | None) -> None:
+                del left[linear.layer]
+                weight = linear.rounded(moments)
+                writer.put(linear.name, weight)
+                linear.put(weight)
 
-            left = dict(self.waiting)
-            calibrate(self.vllm_config, target_model, {layer: functools.partial(take, layer) for layer in left})
-            for layer in list(left):
-                take(layer, None)  # it was not called: the output layer, say, which is never called as a module
+            left = {linear.layer: linear for linear in self.own}
+            calibrate(self.vllm_config, target_model, {x.layer: functools.partial(take, x) for x in self.own})
+            for linear in list(left.values()):
+                take(linear, None)  # it was not called: the output layer, say, which is never called as a module
 
-    def _what_decides(self, target_model: nn.Module) -> dict:
-        """All that GPTQ's result depends on, but for versions."""
-        linears = {w.name: w for w in self.waiting.values()}
-        others = ((n, p) for n, p in target_model.named_parameters() if n.rpartition(".")[0] not in linears)
-        weights = ((name, _effective_weight(w.layer, self.dtype)[0]) for name, w in linears.items())
+    def _what_decides(self, target_model: nn.Module, linears: list[OwnLinear]) -> dict:
+        """All that roundings of ``linears`` depend on, but for versions."""
+        names = {x.name for x in linears}
+        others = ((n, p) for n, p in target_model.named_parameters() if n.rpartition(".")[0] not in names)
+        weights = ((x.name, effective_weight(x.layer, self.dtype)[0]) for x in linears)
         config = self.vllm_config
         return {
             "weights": fingerprint(itertools.chain(others, weights)),
@@ -319,11 +334,11 @@ class _Builder:
                 min(TEXTS, config.scheduler_config.max_num_batched_tokens),
                 min(LENGTH, config.model_config.max_model_len),
             ],
-            "kernels": [[w.name, *w.shape[:3]] for w in linears.values()],
+            "kernels": [[x.name, *x.layout[:4]] for x in linears],
         }
 
     def _gptq_bytes(self) -> int:
-        shapes = [_local_shape(linear) for linear in self.waiting]
+        shapes = [local_shape(linear.layer) for linear in self.own]
         layer = self.layers[next(iter(self.draft.attention_layers))]
         return gptq_bytes(
             num_layers=len(set(self.draft.attention_layers.values())),
@@ -414,42 +429,27 @@ class _Builder:
             return self._share(layer, name, "draft_weights='target'")
         if name.rpartition(".")[2] in _KEPT_LINEARS:
             return self._share(layer, name, "a router")
-        in_features, out_features = _local_shape(layer)
-        method, reason = choose_int4_method(in_features, out_features, self.dtype, self.group_size, self.rotated)
-        if method is None:
-            return self._share(layer, name, reason)
+        in_features, out_features = local_shape(layer)
+        # The output layer's largest logits are computed again exactly: 4 bits do.
+        is_head = isinstance(layer, VocabParallelEmbedding)
+        widths = (4,) if is_head or self.draft_weights == "int4" else (4, 8) if self.chooses_bits else (8,)
+        methods, reasons = {}, []
+        for bits in widths:
+            method, reason = choose_int4_method(in_features, out_features, self.dtype, self.group_size, self.rotated, bits)
+            if method is None:
+                reasons.append(reason)
+            else:
+                methods[bits] = method
+        if widths[0] not in methods:
+            return self._share(layer, name, reasons[0])
         clone = _shallow_clone(layer)
         self.draft.quantized.append(name)
         self.draft.target_bytes += loaded_bytes(layer)
-
-        def rounded(second_moments: torch.Tensor | None = None) -> QuantizedWeight:
-            if second_moments is not None and len(second_moments) != in_features:
-                second_moments = None  # a linear that splits its input among ranks itself
-            return self._rounded(name, _effective_weight(layer, self.dtype)[0], method, second_moments)
-
-        def put(quantized: QuantizedWeight) -> None:
-            weight, bias = _effective_weight(layer, self.dtype)
-            clone._parameters = {"bias": bias}
-            original = weight if weight.data_ptr() == _data_ptr(layer) else None
-            method.install(clone, quantized, original)
-            if isinstance(layer, VocabParallelEmbedding):
-                clone.quant_method = RescoringHeadMethod(method, weight)
-            self.draft.int4_bytes += int4_bytes(clone)
-
-        def round_again() -> None:
-            _, bias = _effective_weight(layer, self.dtype)
-            fresh = nn.Module()
-            fresh.register_parameter("bias", bias)
-            method.install(fresh, rounded())
-            for name, parameter in fresh.named_parameters():
-                getattr(clone, name).copy_(parameter)
-
-        self.draft.updates.append(round_again)
-        if self.rounding == "gptq":
-            shape = (out_features, in_features, method.group_size, self.dtype)
-            self.waiting[layer] = _Waiting(name, layer, shape, rounded, put)
-        else:
-            put(rounded())
+        linear = OwnLinear(name, layer, clone, methods, widths[0], self.rounding, self.dtype)
+        self.own.append(linear)
+        self.draft.updates.append(linear.round_again)
+        if self.rounding != "gptq":
+            linear.put(linear.rounded())
         return clone
 
     def _experts(self, layer: MoERunner, name: str) -> nn.Module:
@@ -489,24 +489,11 @@ class _Builder:
         self.draft.updates.append(round_again)
         return clone
 
-    def _rounded(
-        self, name: str, weight: torch.Tensor, method: Int4LinearMethod, second_moments: torch.Tensor | None
-    ) -> QuantizedWeight:
-        options = {"scale_dtype": self.dtype, "rotated": method.rotated}
-        if self.rounding != "gptq":
-            return quantize_weight(weight, method.group_size, method=self.rounding, **options)
-        if second_moments is not None:
-            try:
-                return quantize_weight(weight, method.group_size, method="gptq", second_moments=second_moments, **options)
-            except (torch.linalg.LinAlgError, torch.OutOfMemoryError) as error:
-                logger.warning("%s is rounded by search, as GPTQ cannot: %s", name, " ".join(str(error).split()))
-        return quantize_weight(weight, method.group_size, **options)
-
     def _head(self, layer: VocabParallelEmbedding, name: str) -> nn.Module:
         if not self.quantize_lm_head:
             return self._share(layer, name, "quantize_lm_head=False")
-        in_features, out_features = _local_shape(layer)
-        if not _is_plain(layer) or layer.weight.shape != (out_features, in_features):
+        in_features, out_features = local_shape(layer)
+        if not is_plain(layer) or layer.weight.shape != (out_features, in_features):
             return self._share(layer, name, "the target's is quantized, and a few exact logits are needed")
         if self.vllm_config.model_config.head_dtype != self.dtype:
             return self._share(layer, name, "its dtype is not the model's")
@@ -547,6 +534,7 @@ class _Builder:
                 self.rotated,
                 self.quantize_lm_head,
                 len(self.own_experts),
+                sorted(linear.name for linear in self.own if linear.bits == 8),
             ]
         }
         return config
@@ -576,75 +564,3 @@ def _shallow_clone(module: nn.Module) -> nn.Module:
     clone = module.__class__.__new__(module.__class__)
     clone.__dict__ = {k: copy.copy(v) if k in _MODULE_STATE else v for k, v in module.__dict__.items()}
     return clone
-
-
-def _local_shape(layer: nn.Module) -> tuple[int, int]:
-    """(in, out) of this rank's shard of a linear or an output projection."""
-    if isinstance(layer, VocabParallelEmbedding):
-        return layer.embedding_dim, layer.num_embeddings_per_partition
-    return (
-        getattr(layer, "input_size_per_partition", layer.input_size),
-        getattr(layer, "output_size_per_partition", layer.output_size),
-    )
-
-
-def _is_plain(layer: nn.Module) -> bool:
-    return isinstance(layer.quant_method, UnquantizedLinearMethod | UnquantizedEmbeddingMethod)
-
-
-def loaded_bytes(layer: nn.Module) -> int:
-    """Of this rank's shard of a linear or an output projection; a CPU may have packed its weight elsewhere since."""
-    if _is_plain(layer):
-        in_features, out_features = _local_shape(layer)
-        return in_features * out_features * layer.params_dtype.itemsize
-    return sum(p.numel() * p.element_size() for p in layer.parameters(recurse=False))
-
-
-def _data_ptr(layer: nn.Module) -> int | None:
-    weight = getattr(layer, "weight", None)
-    return weight.data_ptr() if isinstance(weight, torch.Tensor) else None
-
-
-def _effective_weight(layer: nn.Module, dtype: torch.dtype) -> tuple[torch.Tensor, nn.Parameter | None]:
-    """The [out, in] weight that ``layer`` applies, and its bias as a new parameter of ``dtype`` (or None)."""
-    in_features, out_features = _local_shape(layer)
-    weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
-    if not (_is_plain(layer) and weight is not None and weight.shape == (out_features, in_features)):
-        # Prepacked (CPU) or quantized: the layer's output for the rows of the identity is its transposed weight, and
-        # its output for a row of zeros is its bias.
-        device = next((p.device for p in layer.parameters(recurse=False) if p is not None), None)
-        weight = torch.empty(out_features, in_features, dtype=dtype, device=device)
-        probe = _exact_input(layer)
-        for start in range(0, in_features, _IDENTITY_ROWS):
-            rows = torch.arange(start, min(start + _IDENTITY_ROWS, in_features), device=device)
-            one_hot = torch.zeros(len(rows), in_features, dtype=dtype, device=device)
-            one_hot[torch.arange(len(rows), device=device), rows] = probe
-            columns = layer.quant_method.apply(layer, one_hot, None).t()
-            weight[:, rows[0] : rows[-1] + 1] = columns.float() / probe
-        if bias is not None:
-            bias = layer.quant_method.apply(layer, torch.zeros(1, in_features, dtype=dtype, device=device), bias)[0]
-    if bias is not None:
-        # A copy: kernels permute or convert the bias of their layer in place.
-        bias = nn.Parameter(bias.detach().to(dtype, copy=True), requires_grad=False)
-    return weight.detach(), bias
-
-
-def _exact_input(layer: nn.Module) -> float:
-    """A value that ``layer`` takes as it is, though it may round its inputs to 8 or 4 bits.
-
-    A static scale s makes x a whole number of steps of s: 64 of them are exact in e4m3 and in int8 (and the rounding of
-    this value to 16 bits is not seen there). Scales that are found per token or per block make a single value the
-    largest of its kind, or a power of two where they are powers of two, so that 1 is exact. It is negative where it may
-    be: a CPU without VNNI adds pairs of products of int8 inputs, counted from -128 up, in 16 bits, and cuts off what the
-    largest of these make with large weights.
-    """
-    scale, zero_point = getattr(layer, "input_scale", None), getattr(layer, "input_zero_point", None)
-    if isinstance(scale, torch.Tensor) and scale.numel():
-        # The side of an int8 zero point on which there are 64 steps.
-        below = not isinstance(zero_point, torch.Tensor) or zero_point.min().item() >= 0
-        return (-64 if below else 64) * scale.max().item()
-    units = getattr(layer, "input_global_scale_inv", None)
-    if isinstance(units, torch.Tensor) and units.numel():
-        # NVFP4: the largest value of a block, 6, times a block scale in e4m3, in units of one over this.
-        return 6 / units.max().item()
-    return -1.0

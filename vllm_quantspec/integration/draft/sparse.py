@@ -16,7 +16,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 
 from vllm_quantspec import sparse_policy
 from vllm_quantspec.config import draft_budget
-from vllm_quantspec.integration.draft.model import loaded_bytes
+from vllm_quantspec.integration.draft.loaded import loaded_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Collection

@@ -1,4 +1,5 @@
-"""Weights that GPTQ has rounded, kept on disk for the next start, beside vLLM's own caches (``VLLM_CACHE_ROOT``).
+"""What a start has worked out, kept on disk for the next one, beside vLLM's own caches (``VLLM_CACHE_ROOT``): weights that
+GPTQ has rounded, and what linears lose in 4 bits (`KeptLosses`).
 
 One safetensors file per rank, ``quantspec/<key>/rank_<i>.safetensors``, where the key is a hash of all that decides the
 result: the weights themselves, options, sizes of the texts, and versions. It is written linear by linear into a file of
@@ -58,22 +59,65 @@ def versions() -> dict[str, str]:
     return found
 
 
+def _place(what: Mapping) -> tuple[str, Path]:
+    """``what``, versions and the number of ranks as text, and the folder for it, one for all ranks."""
+    group = get_tp_group()
+    text = json.dumps({"format": FORMAT, "versions": versions(), "ranks": group.world_size, **what}, sort_keys=True)
+    key = hashlib.sha256(text.encode()).hexdigest()[:32]
+    if group.world_size > 1:
+        key = group.broadcast_object(key, src=0)
+    return text, Path(envs.VLLM_CACHE_ROOT, "quantspec", key)
+
+
+class KeptLosses:
+    """Losses of linears by name, for ``what``, which says all that decides them. The first rank reads and writes for all."""
+
+    def __init__(self, what: Mapping) -> None:
+        self.what, folder = _place(what)
+        self.path = folder / "losses.json"
+
+    def load(self) -> dict[str, float] | None:
+        """What an earlier start has left, or None; the log says why a file is not used."""
+        group = get_tp_group()
+        losses = self._read() if group.rank_in_group == 0 else None
+        return group.broadcast_object(losses, src=0) if group.world_size > 1 else losses
+
+    def _read(self) -> dict[str, float] | None:
+        if not self.path.exists():
+            return None
+        try:
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+            if found["quantspec"] != self.what:
+                raise ValueError("it is of other weights, options or versions")
+            return {name: float(loss) for name, loss in found["losses"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            logger.warning("Losses in %s are not used, and are measured again: %s", self.path, error)
+            return None
+
+    def save(self, losses: Mapping[str, float]) -> None:
+        """Write them; a disk that fails costs the file, not the start."""
+        if get_tp_group().rank_in_group:
+            return
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps({"quantspec": self.what, "losses": dict(losses)}), encoding="utf-8")
+            os.replace(temporary, self.path)
+        except OSError as error:
+            logger.warning("Losses cannot be kept in %s, and will be measured again: %s", self.path.parent, error)
+
+
 class Stored:
     """The file of this rank for ``what``, which says all that decides the result, as JSON can hold it.
 
     Args:
-        shapes: name of each linear -> (out, in, group size) and the dtype of its scales.
+        shapes: name of each linear -> (out, in, group size, bits) and the dtype of its scales.
     """
 
-    def __init__(self, what: Mapping, shapes: Mapping[str, tuple[int, int, int, torch.dtype]]) -> None:
-        group = get_tp_group()
-        self.what = json.dumps({"format": FORMAT, "versions": versions(), "ranks": group.world_size, **what}, sort_keys=True)
+    def __init__(self, what: Mapping, shapes: Mapping[str, tuple[int, int, int, int, torch.dtype]]) -> None:
+        self.what, folder = _place(what)
         self.shapes = dict(shapes)
-        key = hashlib.sha256(self.what.encode()).hexdigest()[:32]
-        if group.world_size > 1:
-            key = group.broadcast_object(key, src=0)  # one folder for all ranks
-        folder = Path(envs.VLLM_CACHE_ROOT, "quantspec", key)
-        self.path = folder / f"rank_{group.rank_in_group}.safetensors"
+        self.path = folder / f"rank_{get_tp_group().rank_in_group}.safetensors"
 
     def load(self, device: torch.device) -> Callable[[str], QuantizedWeight] | None:
         """A function that reads a weight by name, or None where some rank has none that fit; the log says why."""
@@ -103,16 +147,18 @@ class Stored:
         return functools.partial(self._weight, file)
 
     def _weight(self, file, name: str) -> QuantizedWeight:
-        out_features, in_features, group_size, _ = self.shapes[name]
-        packed, scales, zeros = (file.get_tensor(f"{name}.{part}") for part in _PARTS)
-        codes = torch.stack((packed & 15, packed >> 4), -1).view(out_features, in_features)
-        return QuantizedWeight(codes, scales, zeros & 15, group_size)
+        out_features, in_features, group_size, bits, _ = self.shapes[name]
+        codes, scales, zeros = (file.get_tensor(f"{name}.{part}") for part in _PARTS)
+        if bits == 4:
+            codes = torch.stack((codes & 15, codes >> 4), -1).view(out_features, in_features)
+            zeros = zeros & 15
+        return QuantizedWeight(codes, scales, zeros, group_size, bits=bits)
 
     def _layout(self, name: str) -> dict[str, tuple[torch.dtype, tuple[int, int]]]:
-        out_features, in_features, group_size, dtype = self.shapes[name]
+        out_features, in_features, group_size, bits, dtype = self.shapes[name]
         groups = (out_features, in_features // group_size)
         return {
-            "codes": (torch.uint8, (out_features, in_features // 2)),
+            "codes": (torch.uint8, (out_features, in_features * bits // 8)),
             "scales": (dtype, groups),
             "zeros": (torch.uint8, groups),
         }
@@ -151,7 +197,7 @@ class Writer:
         """Write ``weight``; a disk that fails costs the file, not the start."""
         if self.file is None or name not in self.left:
             return
-        codes = weight.codes[:, 0::2] | weight.codes[:, 1::2] << 4
+        codes = weight.codes if weight.bits == 8 else weight.codes[:, 0::2] | weight.codes[:, 1::2] << 4
         try:
             for part, tensor in zip(_PARTS, (codes, weight.scales, weight.zeros), strict=True):
                 self.file.seek(len(self.header) + self.offsets[name, part])

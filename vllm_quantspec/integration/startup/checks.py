@@ -231,6 +231,12 @@ def check_speculation(config: VllmConfig) -> None:
             "set weight_rounding to 'search'",
         ),
         (
+            config.lora_config is not None and config.speculative_config.draft_weights in ("mixed", "auto"),
+            f"LoRA with draft_weights {config.speculative_config.draft_weights!r}, which puts the draft's linears into the "
+            "target to measure them,",
+            "set draft_weights to 'int4' or 'int8'",
+        ),
+        (
             supported.STREAMED & set(config.model_config.architectures),
             supported.STREAMED_INPUT,
             supported.ALONE,

@@ -33,6 +33,7 @@ class QuantSpecConfig(SpeculativeConfig):
     weight_group_size: int = 128
     weight_rounding: str = "search"
     weight_rotation: str = "none"
+    weight_bits: float | None = None
     quantize_lm_head: bool = True
     draft_context: str | int | float = "all"
     draft_selection: str = "attention"
@@ -65,7 +66,7 @@ class QuantSpecConfig(SpeculativeConfig):
     def compute_hash(self) -> str:
         # Nothing of the draft changes the target's graph; the draft is compiled under a tag of its own.
         return (
-            f"{METHOD}-{self.draft_weights}-{self.draft_experts}-{self.weight_group_size}-{self.weight_rotation}-"
+            f"{METHOD}-{self.draft_weights}-{self.weight_bits}-{self.draft_experts}-{self.weight_group_size}-{self.weight_rotation}-"
             f"{self.quantize_lm_head}"
         )
 
