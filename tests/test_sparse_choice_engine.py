@@ -11,7 +11,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from vllm_quantspec.config import AUTO_NUMBERS
-from vllm_quantspec.draft_length import DraftLength
+from vllm_quantspec.draft_length import DraftLength, Drafts, Plan
 from vllm_quantspec.integration.draft import sparse_scheduler
 from vllm_quantspec.integration.draft.scheduler import DraftLengthScheduler
 from vllm_quantspec.integration.draft.sparse import reading_all
@@ -169,7 +169,7 @@ def test_async_scheduling(llm, tokens, cls, seed):
     scheduler.sparse_choice.choose = choose
     scheduler.sparse_choice.observe = lambda *args: observed.extend(zip(*args, strict=True))
     if isinstance(scheduler, DraftLengthScheduler):  # by measured times otherwise
-        scheduler.draft_length.choose = lambda *args: rng.choice((0, 1, 4))
+        scheduler.draft_length.choose = lambda *args: Plan(Drafts(rng.choice((0, 1, 4))))
     params = SamplingParams(max_tokens=40, ignore_eos=True)
     for name, length in (("a", 20), ("b", 33)):
         scheduler.add_request(Request(name, tokens[:length], params, None, block_hasher=core.request_block_hasher))
@@ -220,7 +220,7 @@ def test_any_choice_and_any_number_keep_the_output(books_4m, prompts, expected, 
         return whole, set(requests) - whole
 
     monkeypatch.setattr(SparseChoice, "choose", choose)
-    monkeypatch.setattr(DraftLength, "choose", lambda *args, **kwargs: rng.choice(AUTO_NUMBERS))
+    monkeypatch.setattr(DraftLength, "choose", lambda *args, **kwargs: Plan(Drafts(rng.choice(AUTO_NUMBERS))))
     with engine(books_4m, **SIZE, **quantspec("auto", draft_context="auto")) as llm:
         assert type(scheduler_of(llm)) is SparseDraftLengthScheduler
         assert_same_or_tied(expected, generate(llm, prompts, MAX_TOKENS), TIE)
