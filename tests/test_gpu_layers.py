@@ -46,6 +46,8 @@ def test_sliding_layers(architecture, cache, tmp_path):
 
 @pytest.mark.parametrize("name", hybrid.MODELS)
 def test_hybrids(name, tmp_path):
+    if name == "qwen3_next":
+        pytest.importorskip("flashinfer", reason="vLLM's linear attention needs FlashInfer on a Hopper GPU")
     model = hybrid.save_model(name, tmp_path)
     with engine(model, **SIZE) as llm:
         exact = generate(llm, prompts_of(), MAX_TOKENS)

@@ -72,7 +72,7 @@ def spoil_pool(llm: LLM) -> None:
     for layer in runner.compilation_config.static_forward_context.values():
         cache = getattr(layer, "kv_cache", None)
         if isinstance(cache, torch.Tensor):
-            torch.tensor([], dtype=torch.uint8).set_(cache.untyped_storage()).fill_(255)
+            torch.tensor([], dtype=torch.uint8, device=cache.device).set_(cache.untyped_storage()).fill_(255)
 
 
 def groups_of(llm: LLM):

@@ -59,16 +59,19 @@ RESCORE_US, RESCORE_TOKEN_US = 3, 1.3
 WINDOW_READ_GROUPS = 3
 # What each tile of query rows after the first adds: a fraction of the time to read, and microseconds per layer [p].
 ROW_TILE, ROW_TILE_US = 0.07, 4
+# What a team of warps, which more rows need, takes beyond that [decode_attention-wide.json].
+TEAM = 1.2
 # Microseconds per layer that do not grow with the context: attention's start and merge, norms, activations, rotary
 # embedding, stores and launches [e]. Less for drafts, whose kernels start under the end of those before.
 LAYER_US = {"exact": 33.5, "target": 30, "draft": 22.5}
 # Microseconds per layer and token of a step [e].
 TOKEN_US = 0.2
 # Experts are chosen evenly and read like the other 16-bit layers. Tokens of one sequence choose alike: each token of a
-# verification after the first counts as this much of a token. Fitted to 1.01x at 8k, 1.28x at 128k and 1.07x at 8 x 32k,
-# measured on an H200 with the shape of Qwen3-30B-A3B, 3 tokens drafted, 0.938 accepted per token.
+# verification after the first counts as this much of a token.
 EXPERT_TOKEN = 0.55
-# Fraction of the bandwidth at which INT4 experts are read: assumed, that of INT4 linear layers of a few tokens.
+# What routing, sorting and two launches cost per layer of experts, in microseconds [e, -qwen3-30b-a3b, batch 1].
+EXPERTS_US = {"exact": 20, "target": 20, "draft": 16}
+# Fraction of the bandwidth at which INT4 experts are read: that of INT4 linear layers of a few tokens.
 INT4_EXPERTS = INT4_LINEAR[0][1]
 # Microseconds that adding up over two GPUs costs, twice per layer [e, -8b-tp2].
 ALL_REDUCE_US = {"exact": 6, "target": 9, "draft": 9}
@@ -462,7 +465,8 @@ def speed(
         cache_bytes, tiles, passes = context * bytes_per_token * (share if kind == "draft" else 1), 1, 1
         if kind != "exact":
             cache_bytes += WINDOW_READ_GROUPS * group_size * exact_bytes
-            passes, tiles, _ = row_plans(model.head_size, group_size, query_rows)[0]  # every pass reads the cache
+            passes, tiles, team = row_plans(model.head_size, group_size, query_rows)[0]  # every pass reads the cache
+            cache_bytes *= TEAM if team > 1 else 1
         read = read_ms(batch * cache_bytes, READ) * (1 + ROW_TILE * (tiles - 1)) + ROW_TILE_US * (tiles - 1) / 1e3
         rest = TOKEN_US * num_tokens + (2 * ALL_REDUCE_US[kind] if tp > 1 else 0)
         full = (model.num_layers - model.sliding_layers) * (passes * read + (LAYER_US[kind] + rest) / 1e3)
@@ -478,17 +482,20 @@ def speed(
     head = read_ms(model.head_weights * model.dtype.itemsize / tp, READ)
     linears = read_ms(model.linear_weights * model.dtype.itemsize / tp, LINEAR)
 
-    def experts_ms(tokens: int) -> float:
+    def experts_ms(tokens: int, kind: str) -> float:
         """Of ``tokens`` tokens per request, in 16 bits."""
-        read = model.experts.weights_read(batch, tokens) if model.experts else 0
-        return read_ms(read * model.dtype.itemsize / tp, LINEAR)
+        if not model.experts:
+            return 0.0
+        read = read_ms(model.experts.weights_read(batch, tokens) * model.dtype.itemsize / tp, LINEAR)
+        return read + model.experts.num_layers * EXPERTS_US[kind] / 1e3
 
     def draft_experts_ms() -> float:
         if not model.experts or draft_experts == "target":
-            return experts_ms(1)
+            return experts_ms(1, "draft")
         in_int4 = read_ms(model.experts.int4_weights_read(batch) * INT4_BITS / 8 / tp, INT4_EXPERTS)
         routers = model.experts.num_layers * model.experts.router_weights
-        return in_int4 + read_ms(routers * model.dtype.itemsize / tp, LINEAR)
+        fixed = model.experts.num_layers * EXPERTS_US["draft"] / 1e3
+        return in_int4 + read_ms(routers * model.dtype.itemsize / tp, LINEAR) + fixed
 
     def own_ms(weights: float, fractions, bits: float = INT4_BITS) -> float | None:
         """None where the draft uses the 16-bit weights."""
@@ -502,9 +509,9 @@ def speed(
     draft_linears += draft_linears_ms(wide_share, INT8_LINEAR, INT8_BITS)
     int4_head = own_ms(model.head_weights, INT4_HEAD) if quantize_lm_head else None
     draft_head = int4_head + (RESCORE_US + RESCORE_TOKEN_US * batch) / 1e3 if int4_head else head
-    base = head + linears + experts_ms(1)
+    base = head + linears + experts_ms(1, "exact")
     draft_step = draft_head + draft_linears + draft_experts_ms() + layers_ms("draft", batch, draft, per_head)
-    verify = head + linears + experts_ms(rows) + layers_ms("target", batch * rows, target, rows * per_head)
+    verify = head + linears + experts_ms(rows, "target") + layers_ms("target", batch * rows, target, rows * per_head)
     return Speed(
         exact=base + layers_ms("exact", batch, exact_bytes),
         cache=base + layers_ms("target", batch, target, per_head),
