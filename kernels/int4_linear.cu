@@ -18,6 +18,7 @@
 //         SPLITS MIN_CTAS (CTAs that registers allow on a multiprocessor) WIDE (the kernel for more tokens)
 //         ROTATED (the weight is that of rotated inputs: x is rotated in registers)
 
+#include "barriers.cuh"
 #include "int4_codes.cuh"
 
 constexpr int NW = WARPS, S = STAGES, T = TILES, B = BATCH, NT = TOKEN_TILES, CHAINS = B * NT > 2 ? 1 : 2;
@@ -40,46 +41,14 @@ struct Params {
   int tokens, channels, tiles, chunks;
 };
 
-DEV uint2 lds64(u32 a) {
-  uint2 r;
-  asm volatile("ld.shared.v2.u32 {%0,%1},[%2];" : "=r"(r.x), "=r"(r.y) : "r"(a));
-  return r;
-}
 DEV uint4 ldg128(const u16* p) {
   uint4 r;
   asm volatile("ld.global.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(p));
   return r;
 }
-// ---- Barriers in shared memory: a stage is full or empty -------------------------------------------------------------
-DEV void barrier_init(u32 a, int count) { asm volatile("mbarrier.init.shared.b64 [%0],%1;" ::"r"(a), "r"(count)); }
-DEV void arrive(u32 a) {
-  asm volatile("{.reg .b64 t;\n mbarrier.arrive.shared.b64 t,[%0];}" ::"r"(a) : "memory");
-}
-DEV void wait_for(u32 a, u32 parity) {
-  u32 done;
-  do {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("{.reg .pred p;\n mbarrier.try_wait.parity.shared.b64 p,[%1],%2;\n selp.u32 %0,1,0,p;}"
-#else
-    asm volatile("{.reg .pred p;\n mbarrier.test_wait.parity.shared.b64 p,[%1],%2;\n selp.u32 %0,1,0,p;}"
-#endif
-                 : "=r"(done)
-                 : "r"(a), "r"(parity)
-                 : "memory");
-  } while (!done);
-}
-DEV void wait_for_consumers() { asm volatile("bar.sync 1,%0;" ::"n"(32 * NW) : "memory"); }
+DEV void wait_for_consumers() { meet<32 * NW>(); }
 
 DEV void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma(c, a[0], a[1], a[2], a[3], b0, b1); }
-DEV u16 to_16bit(float x) {
-  u16 r;
-#if IS_BF16
-  asm("cvt.rn.bf16.f32 %0,%1;" : "=h"(r) : "f"(x));
-#else
-  asm("cvt.rn.f16.f32 %0,%1;" : "=h"(r) : "f"(x));
-#endif
-  return r;
-}
 // One run of memory to shared memory; MOST is what it mostly is.
 template <int MOST>
 DEV void copy(u32 to, const u8* from, int bytes, int lane) {
@@ -92,9 +61,6 @@ DEV void copy(u32 to, const u8* from, int bytes, int lane) {
     for (int i = 0; i < bytes - lane * 16; i += 512) copy16(to + i, from + i);
   }
 }
-// A stage is full when the copies of all lanes are there.
-DEV void arrive_copied(u32 full) { asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(full) : "memory"); }
-
 struct Range {
   int tile_begin, tile_end, chunk_begin, chunk_end;
 };
@@ -385,9 +351,7 @@ DEV void fill_x(const Params& p, u32 to, u32 full, int token0, int chunk, int pr
     const int row = i * 2 + lane / 16, token = token0 + row, channel = chunk * 128 + lane % 16 * 8;
     const bool there = token < p.tokens && channel < p.channels;
     const u16* from = there ? p.x + token * p.x_stride + channel : p.x;
-    asm volatile("cp.async.cg.shared.global [%0],[%1],16,%2;" ::"r"(to + X_AT + row * X_ROW + lane % 16 * 16), "l"(from),
-                 "r"(there ? 16 : 0)
-                 : "memory");
+    copy16_or_zero(to + X_AT + row * X_ROW + lane % 16 * 16, from, there);
   }
   arrive_copied(full);
 }
