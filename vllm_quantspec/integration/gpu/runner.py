@@ -12,6 +12,7 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from vllm_quantspec.integration.cache.backend import QuantSpecMetadataBuilder
 from vllm_quantspec.integration.cache.window import add_window_specs
+from vllm_quantspec.integration.gpu import marlin_linears
 from vllm_quantspec.integration.gpu.draft_numbers import with_every_number
 from vllm_quantspec.integration.gpu.speculator import QuantSpecSpeculator
 from vllm_quantspec.integration.startup.replace import replace
@@ -62,8 +63,9 @@ def _with_quantspec(init_speculator):
 
 
 def install() -> None:
-    """Replace the four functions."""
+    """Replace the four functions, and Marlin's methods."""
     replace(GPUModelRunner, "get_kv_cache_spec", _with_windows)
     replace(GPUModelRunner, "prepare_inputs", _with_draft_counts)
     replace(model_runner, "init_speculator", _with_quantspec)
     replace(cudagraph_utils, "build_dynamic_sd_schedule_lookup", with_every_number)
+    marlin_linears.install()
