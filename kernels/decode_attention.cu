@@ -65,9 +65,6 @@ extern __shared__ __align__(128) unsigned char smem[];
 DEV void sts128(u32 a, uint4 v) {
   asm volatile("st.shared.v4.u32 [%0],{%1,%2,%3,%4};" ::"r"(a), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
-DEV void copy16_or_zero(u32 to, const void* from, bool there) {
-  asm volatile("cp.async.cg.shared.global [%0],[%1],16,%2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
-}
 DEV void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N>
 DEV void wait() {

@@ -41,11 +41,6 @@ DEV void sts_float2(u32 a, float x, float y) {
   asm volatile("st.shared.v2.f32 [%0],{%1,%2};" ::"r"(a), "f"(x), "f"(y) : "memory");
 }
 DEV void sts64(u32 a, u32 x, u32 y) { asm volatile("st.shared.v2.u32 [%0],{%1,%2};" ::"r"(a), "r"(x), "r"(y) : "memory"); }
-DEV uint2 lds64(u32 a) {
-  uint2 r;
-  asm volatile("ld.shared.v2.u32 {%0,%1},[%2];" : "=r"(r.x), "=r"(r.y) : "r"(a));
-  return r;
-}
 
 // One `top` for the team, which nobody raises alone. `has`: this warp has scores. Ends with all warps in step.
 template <int N>

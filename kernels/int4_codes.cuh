@@ -39,6 +39,15 @@ DEV u32 pack_16bit(float low, float high) {
 #endif
   return r;
 }
+DEV u16 to_16bit(float x) {
+  u16 r;
+#if IS_BF16
+  asm("cvt.rn.bf16.f32 %0,%1;" : "=h"(r) : "f"(x));
+#else
+  asm("cvt.rn.f16.f32 %0,%1;" : "=h"(r) : "f"(x));
+#endif
+  return r;
+}
 // MAGIC + nibbles i and i + 4 of a word, for i = 0..3.
 DEV void expand(u32 (&a)[4], u32 w) {
 #if IS_BF16

@@ -54,7 +54,6 @@ DEV void copy_codes(u32 to, const u8* from, int there) {
                "r"(there)
                : "memory");
 }
-DEV void end_batch() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 DEV void wait_for_batch() { asm volatile("cp.async.wait_group %0;" ::"n"(BATCHES - 1) : "memory"); }
 DEV void load_scales(uint4& r, const u8* p, int there) {
   asm volatile("{.reg .pred t;\n setp.ne.s32 t,%5,0;\n @t ld.global.nc.v4.u32 {%0,%1,%2,%3},[%4];}"
@@ -63,13 +62,6 @@ DEV void load_scales(uint4& r, const u8* p, int there) {
 }
 DEV void load_zeros(u32& r, const u8* p, int there) {
   asm volatile("{.reg .pred t;\n setp.ne.s32 t,%2,0;\n @t ld.global.nc.u32 %0,[%1];}" : "+r"(r) : "l"(p), "r"(there));
-}
-// B fragments of 32 channels: two each for two products.
-DEV void load_x(u32 (&b)[4], u32 at) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3},[%4];"
-               : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
-               : "r"(at)
-               : "memory");
 }
 #if DOWN
 DEV float activated(float x) {
@@ -245,7 +237,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_CTAS) int4_experts(con
           wait_for_batch();
           const uint4 w[2] = {lds128(ring + r * 512), lds128(ring + r * 512 + 512)};
           u32 b[4];
-          load_x(b, x_unit + r * 32);
+          load_matrices(b, x_unit + r * 32);  // B fragments of 32 channels: two each for two products
 #pragma unroll
           for (int h = 0; h < 2; h++) {
             mma(sum_x, one, one, one, one, b[2 * h], b[2 * h + 1]);

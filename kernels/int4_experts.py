@@ -78,11 +78,17 @@ def dequantize(packed: Packed) -> torch.Tensor:
     tiles = torch.empty(number, rows, out_features // 64, 1024, device=codes.device)
     tiles[..., _order(codes.device)] = _nibbles(codes).unflatten(2, (-1, 1024)).float()
     levels = tiles.view(number, rows, out_features // 16, 16, 16).transpose(2, 3).reshape(number, in_features, out_features)
-    undone = torch.empty(number, zeros.shape[1], out_features // 8, 8, device=codes.device)
-    undone[..., _INTERLEAVE] = _nibbles(zeros).unflatten(2, (-1, 8)).float()
-    s, z = (x.unflatten(2, (-1, 8, 8)).transpose(3, 4).flatten(2).transpose(1, 2) for x in (scales, undone.flatten(2)))
+    s = scales.unflatten(2, (-1, 8, 8)).transpose(3, 4).flatten(2).transpose(1, 2)
+    z = unpack_zeros(zeros).float().transpose(1, 2)
     levels = levels.transpose(1, 2).unflatten(2, (scales.shape[1], -1))
     return ((levels - z.unsqueeze(-1)) * s.float().unsqueeze(-1)).flatten(2)
+
+
+def unpack_zeros(zeros: torch.Tensor) -> torch.Tensor:
+    """uint8 [..., groups, out]: zero points of ``zeros``, int32 [..., groups, out / 8]."""
+    undone = torch.empty(*zeros.shape, 8, dtype=torch.uint8, device=zeros.device)
+    undone[..., _INTERLEAVE] = _nibbles(zeros).unflatten(-1, (-1, 8))
+    return undone.flatten(-2).unflatten(-1, (-1, 8, 8)).transpose(-1, -2).flatten(-3)
 
 
 def _eights(x: torch.Tensor) -> torch.Tensor:

@@ -44,9 +44,6 @@ DEV void copy(u32 to, const u8* from, int bytes, int lane) {
     for (int i = 0; i < bytes - lane * 16; i += 512) copy16(to + i, from + i);
   }
 }
-// A stage is full when the copies of all lanes are there.
-DEV void arrive_copied(u32 full) { asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(full) : "memory"); }
-
 struct Range {
   int tile_begin, tile_end, chunk_begin, chunk_end;
 };

@@ -1,6 +1,7 @@
-// What the kernels for INT4 linears share: parameters, barriers, rotation, results. Macros: IS_BF16 ROTATED
+// What the kernels for INT4 linears share: parameters, rotation, results. Macros: IS_BF16 ROTATED
 #pragma once
 
+#include "barriers.cuh"
 #include "int4_codes.cuh"
 
 struct Params {
@@ -15,45 +16,13 @@ struct Params {
   int tokens, channels, tiles, chunks;
 };
 
-DEV uint2 lds64(u32 a) {
-  uint2 r;
-  asm volatile("ld.shared.v2.u32 {%0,%1},[%2];" : "=r"(r.x), "=r"(r.y) : "r"(a));
-  return r;
-}
 DEV uint4 ldg128(const u16* p) {
   uint4 r;
   asm volatile("ld.global.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(p));
   return r;
 }
-// ---- Barriers in shared memory: a stage is full or empty -------------------------------------------------------------
-DEV void barrier_init(u32 a, int count) { asm volatile("mbarrier.init.shared.b64 [%0],%1;" ::"r"(a), "r"(count)); }
-DEV void arrive(u32 a) {
-  asm volatile("{.reg .b64 t;\n mbarrier.arrive.shared.b64 t,[%0];}" ::"r"(a) : "memory");
-}
-DEV void wait_for(u32 a, u32 parity) {
-  u32 done;
-  do {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("{.reg .pred p;\n mbarrier.try_wait.parity.shared.b64 p,[%1],%2;\n selp.u32 %0,1,0,p;}"
-#else
-    asm volatile("{.reg .pred p;\n mbarrier.test_wait.parity.shared.b64 p,[%1],%2;\n selp.u32 %0,1,0,p;}"
-#endif
-                 : "=r"(done)
-                 : "r"(a), "r"(parity)
-                 : "memory");
-  } while (!done);
-}
 
 DEV void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma(c, a[0], a[1], a[2], a[3], b0, b1); }
-DEV u16 to_16bit(float x) {
-  u16 r;
-#if IS_BF16
-  asm("cvt.rn.bf16.f32 %0,%1;" : "=h"(r) : "f"(x));
-#else
-  asm("cvt.rn.f16.f32 %0,%1;" : "=h"(r) : "f"(x));
-#endif
-  return r;
-}
 
 #if ROTATED
 // Rotation of 32 channels, x H / 8 (rotation.py). A quadruple of a lane has the channels 8*t + 0..7 of token g. As an A operand

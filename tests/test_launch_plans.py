@@ -1,12 +1,14 @@
 """Every launch fits the shared memory of the GPUs that people have; on a Hopper GPU the plans are the measured ones."""
 
+import math
+
 import pytest
 import torch
 from emulated_gpus import GPUS, KIB
 
 from vllm_quantspec.config import HEAD_SIZES, MAX_SPECULATIVE_TOKENS
 from vllm_quantspec.format import GROUP_SIZES, PageFormat
-from vllm_quantspec.kernels import decode_attention, int4_experts, int4_linear, int4_linear_wide
+from vllm_quantspec.kernels import decode_attention, int4_experts, int4_linear, int4_linear_wide, marlin_linear
 from vllm_quantspec.kernels.device import Device
 from vllm_quantspec.levels import BITS
 from vllm_quantspec.weights import WEIGHT_GROUP_SIZES
@@ -18,12 +20,12 @@ SMALL = Device("a GPU with little shared memory", (8, 0), 40, 16 * KIB, 32 * KIB
 @pytest.fixture
 def on(monkeypatch):
     def put(device: Device) -> None:
-        for module in (decode_attention, int4_experts, int4_linear):
+        for module in (decode_attention, int4_experts, int4_linear, marlin_linear):
             monkeypatch.setattr(module, "device_properties", lambda index: device)
         forget()
 
     def forget() -> None:
-        for module in (int4_experts, int4_linear):
+        for module in (int4_experts, int4_linear, marlin_linear):
             module.choose_plan.cache_clear()
 
     yield put
@@ -60,6 +62,37 @@ def test_int4_linears_of_many_tokens_cover_the_weight(gpu, group, on):
             assert plan.splits == 1 or plan.blocks * plan.splits * token_blocks <= gpu.num_multiprocessors
             assert not plan.cluster and plan.splits <= 8
             assert plan.wgmma == (gpu is H200) and plan.token_tiles in int4_linear_wide.TOKEN_TILES
+
+
+@pytest.mark.parametrize("name", [*GPUS, None])
+@pytest.mark.parametrize("group", (0, *marlin_linear.GROUP_SIZES))
+@pytest.mark.parametrize("has_zeros", [False, True])
+def test_linears_in_marlins_order_fit_and_add_up_alike_for_any_number_of_tokens(name, group, has_zeros, on):
+    gpu = GPUS.get(name, H200)
+    on(gpu)
+    kind = marlin_linear.Kind(group, has_zeros, True)
+    for out_features, in_features in ((4096, 4096), (28672, 4096), (4096, 14336), (8192, 28672), (64, 512), (1024, 64)):
+        strips, units = out_features // marlin_linear.STRIP, in_features // marlin_linear.UNIT
+        plans = [marlin_linear.choose_plan(strips, units, kind, tokens, 0) for tokens in (1, 8, 9, 16, 17, 32, 300)]
+        for plan in plans:
+            static, rounds = 1024, math.ceil(math.ceil(units / plan.splits) / plan.warps)
+            assert plan.shared_bytes(kind) + static <= gpu.shared_memory_per_block, (out_features, plan)
+            assert (plan.shared_bytes(kind) + static) * plan.min_ctas <= gpu.shared_memory_per_multiprocessor
+            assert plan.stages >= 2 and 1 <= plan.blocks <= strips and plan.splits <= units
+            assert plan.x_slots >= (rounds if plan.resident else 2)
+            assert (plan.warps, plan.splits) == (plans[0].warps, plans[0].splits)
+
+
+def test_linears_in_marlins_order_are_spread_over_a_hopper_gpu(on):
+    """The busiest multiprocessor has little more than its share of the bytes of any linear of the 8B shape."""
+    on(H200)
+    kind = marlin_linear.Kind(128, False, True)
+    for out_features, in_features in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)):
+        strips, units = out_features // marlin_linear.STRIP, in_features // marlin_linear.UNIT
+        plan = marlin_linear.choose_plan(strips, units, kind, 1, 0)
+        on_one = -(-plan.blocks * plan.splits // 132)
+        busiest = on_one * -(-strips // plan.blocks) * -(-units // plan.splits)
+        assert busiest < 1.06 * strips * units / 132
 
 
 # Experts, hidden size, width, experts per token.

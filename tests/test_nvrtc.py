@@ -6,7 +6,15 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from vllm_quantspec.kernels import decode_attention, int4_experts, int4_linear, int4_linear_wide, nvrtc
+from vllm_quantspec.kernels import (
+    decode_attention,
+    int4_experts,
+    int4_linear,
+    int4_linear_wide,
+    marlin_dequantize,
+    marlin_linear,
+    nvrtc,
+)
 from vllm_quantspec.kernels.device import Device
 
 SIZES = {"grid": (132, 2), "threads": 288, "shared_bytes": 0, "overlap": True}
@@ -63,7 +71,9 @@ def calls(monkeypatch, capability):
     nvrtc.compile_source.cache_clear()
 
 
-@pytest.mark.parametrize("module", [decode_attention, int4_experts, int4_linear, int4_linear_wide])
+@pytest.mark.parametrize(
+    "module", [decode_attention, int4_experts, int4_linear, int4_linear_wide, marlin_dequantize, marlin_linear]
+)
 def test_a_kernel_is_compiled_once_and_loaded_by_its_name(module, calls):
     for shared_bytes in (1000, 2000):
         kernel = nvrtc.load(module.SOURCE, {"A": 1, "B": 2}, 0, **(SIZES | {"shared_bytes": shared_bytes}))

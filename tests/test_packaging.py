@@ -76,7 +76,16 @@ import vllm_quantspec
 find = importlib.util.find_spec
 print(json.dumps([vllm_quantspec.__file__, find("vllm_quantspec.kernels.decode_attention").origin]))
 """
-DATA = ["decode_attention.cu", "int4_codes.cuh", "int4_experts.cu", "int4_linear.cu", "ptx.cuh"]
+DATA = [
+    "barriers.cuh",
+    "decode_attention.cu",
+    "int4_codes.cuh",
+    "int4_experts.cu",
+    "int4_linear.cu",
+    "marlin_dequantize.cu",
+    "marlin_linear.cu",
+    "ptx.cuh",
+]
 
 
 def where(folder, path, code=WHERE) -> list[str]:

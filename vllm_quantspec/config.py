@@ -185,6 +185,37 @@ class QuantSpecOptions:
         return NGRAM_NUMBERS[-1] if self.ngram == "auto" else AUTO_NUMBERS[-1]
 
 
+@dataclass(frozen=True)
+class EngineOptions:
+    """What ``--additional-config '{"quantspec": {...}}'`` may say: options that need no speculation."""
+
+    one_copy: bool = False
+    """Of a checkpoint in 4 bits, on a GPU: target and draft read the same weights, few tokens of a step on a kernel of this
+    package. (Not the default: not run on a GPU yet.)"""
+
+
+def engine_options(additional_config: Any) -> EngineOptions:
+    """`EngineOptions` of a vLLM engine's ``additional_config``; the defaults where it is no dictionary.
+
+    Raises:
+        ValueError: an unknown key (the nearest known one is named) or a wrong value.
+    """
+    given = additional_config.get(METHOD) if isinstance(additional_config, dict) else None
+    if given is None:
+        return EngineOptions()
+    if not isinstance(given, dict):
+        raise ValueError(f"quantspec: {METHOD} in --additional-config must be a dictionary of options, not {given!r}.")
+    known = [f.name for f in fields(EngineOptions)]
+    for key, value in given.items():
+        if key not in known:
+            raise ValueError(
+                f"quantspec: unknown option {key!r} in --additional-config; the options are {', '.join(known)}."
+            )
+        if not isinstance(value, bool):
+            raise ValueError(f"quantspec: {key} in --additional-config must be true or false, not {value!r}.")
+    return EngineOptions(**given)
+
+
 def parse_draft_context(value: Any, group_size: int) -> str | int | float:
     """``draft_context`` as ``"all"``, ``"auto"``, a number of tokens (int) or a fraction (float), of a user's spelling.
 

@@ -13,8 +13,6 @@ on that GPU; where this layout does not take the shape, all of them on vLLM's ke
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -34,6 +32,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 from vllm.platforms import current_platform
 from vllm.scalar_type import scalar_types
 
+from vllm_quantspec.integration.gpu.trial import problem_of
 from vllm_quantspec.kernels import int4_experts
 from vllm_quantspec.weights import QuantizedWeight, fit_group_size, quantize_weight
 
@@ -168,22 +167,10 @@ class MarlinExpertsMethod(Int4ExpertsMethod):
 
 @cache
 def marlin_problem() -> str | None:
-    """Why vLLM's Marlin kernel for experts does not run on this process's GPU; None if it does.
-
-    A build of vLLM may lack its machine code for a GPU. It is tried in a process of its own, as an error of CUDA may leave
-    the process that met it without a GPU.
-    """
+    """Why vLLM's Marlin kernel for experts does not run on this process's GPU; None if it does."""
     if not hasattr(torch.ops._moe_C, "moe_wna16_marlin_gemm"):
         return "this vLLM has no Marlin kernel for experts"
-    script = f"from {__name__} import try_marlin; try_marlin({torch.cuda.current_device()})"
-    try:
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
-    except subprocess.TimeoutExpired:
-        return "vLLM's Marlin kernel for experts did not end here"
-    if done.returncode == 0:
-        return None
-    said = [line.strip() for line in done.stderr.splitlines() if "Error" in line or "error" in line]
-    return f"vLLM's Marlin kernel for experts does not run here: {said[0] if said else f'exit code {done.returncode}'}"
+    return problem_of(try_marlin, "vLLM's Marlin kernel for experts")
 
 
 def try_marlin(device: int) -> None:

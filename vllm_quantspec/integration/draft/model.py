@@ -39,7 +39,7 @@ from vllm.platforms import current_platform
 from vllm.utils import torch_utils
 
 from vllm_quantspec.config import DRAFT_WEIGHTS
-from vllm_quantspec.integration.draft import losses
+from vllm_quantspec.integration.draft import losses, one_copy
 from vllm_quantspec.integration.draft.calibration import calibrate
 from vllm_quantspec.integration.draft.choose_bits import choose_bits
 from vllm_quantspec.integration.draft.experts import (
@@ -73,6 +73,7 @@ class DraftModel:
     attention_layers: name of each of the draft's attention layers -> the target's layer whose KV cache it reads.
     int4_bytes: device bytes of the weights in 4 and 8 bits, scales and zero points; target_bytes: of the same as loaded.
     quantized: names of the linears that run in INT4 or INT8; experts: of the mixtures' layers whose experts do.
+    one_copy: names of the linears whose 4-bit weights are the target's own (`draft.one_copy`).
     shared: names of the linears, and of the layers of experts, that are the target's, with the reason.
     updates: each rounds some weights again, as the target has them now; stale: they are due (`weight_updates`).
     """
@@ -83,6 +84,7 @@ class DraftModel:
     target_bytes: int = 0
     quantized: list[str] = field(default_factory=list)
     experts: list[str] = field(default_factory=list)
+    one_copy: list[str] = field(default_factory=list)
     shared: dict[str, str] = field(default_factory=dict)
     updates: list[Callable[[], None]] = field(default_factory=list)
     stale: bool = False
@@ -146,20 +148,21 @@ def build_draft_model(
     if not draft.attention_layers:
         raise ValueError("The target model has no attention layer with a KV cache, so there is nothing to draft with.")
     if draft_weights != "target":
-        if not draft.quantized:
+        if not draft.quantized and not draft.one_copy:
             name, reason = next(iter(draft.shared.items()), ("the model", "it has no linear layers"))
             raise ValueError(
                 f"quantspec: no linear layer of this model can run in {'INT8' if draft_weights == 'int8' else 'INT4'} here "
                 f"({name}: {reason}); set draft_weights to 'target' in the speculative config."
             )
-        widths = sorted({linear.bits for linear in builder.own})
+        widths = sorted({linear.bits for linear in builder.own}) or [4]
         logger.info(
-            "INT%s draft weights: %.2f GiB (%.0f%% of the target's), %d linears%s, took %.1f s",
+            "INT%s draft weights: %.2f GiB (%.0f%% of the target's), %d linears%s%s, took %.1f s",
             " and INT".join(map(str, widths)),
             draft.int4_bytes / 2**30,
             100 * draft.int4_bytes / max(draft.target_bytes, 1),
             len(draft.quantized),
             f" and the experts of {len(draft.experts)} layers" if draft.experts else "",
+            f"; {len(draft.one_copy)} linears read the target's own 4 bits" if draft.one_copy else "",
             time.perf_counter() - started,
         )
         for name, reason in draft.shared.items():
@@ -429,6 +432,9 @@ class _Builder:
             return self._share(layer, name, "draft_weights='target'")
         if name.rpartition(".")[2] in _KEPT_LINEARS:
             return self._share(layer, name, "a router")
+        if one_copy.is_shared(layer):
+            self.draft.one_copy.append(name)
+            return self._share(layer, name, one_copy.SHARED)
         in_features, out_features = local_shape(layer)
         # The output layer's largest logits are computed again exactly: 4 bits do.
         is_head = isinstance(layer, VocabParallelEmbedding)

@@ -20,6 +20,7 @@ from vllm_quantspec.integration.startup.backend_name import quantspec_backend
 from vllm_quantspec.integration.startup.cache_dtype import take_cache_dtype
 from vllm_quantspec.integration.startup.layer_backends import leave_sliding_layers, wants_quantspec_cache
 from vllm_quantspec.integration.startup.offloading import offload_pages
+from vllm_quantspec.integration.startup.one_copy import check_unused, read_one_copy
 from vllm_quantspec.integration.startup.overlap import let_compiled_kernels_overlap
 from vllm_quantspec.integration.startup.replace import replace
 
@@ -48,6 +49,7 @@ def prepare_args(args: EngineArgs) -> bool:
     asked_for = f"--kv-cache-dtype {args.kv_cache_dtype}"
     named = take_cache_dtype(args)
     if not speculates and not named and not wants_quantspec_cache(args):
+        check_unused(args.additional_config)
         return False
     if not wants_quantspec_cache(args):
         checks.check_backend(args, "speculation" if speculates else asked_for)
@@ -108,6 +110,7 @@ def _with_checks(create_engine_config):
             offload_pages(config)
             use_scheduler(config)
             let_compiled_kernels_overlap(config)
+            read_one_copy(config)
         return config
 
     return create_checked_engine_config

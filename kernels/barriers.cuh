@@ -1,0 +1,29 @@
+// Barriers in shared memory, by which warps that fill a ring of stages and warps that empty it wait for each other.
+#pragma once
+
+#include "ptx.cuh"
+
+DEV void barrier_init(u32 a, int count) { asm volatile("mbarrier.init.shared.b64 [%0],%1;" ::"r"(a), "r"(count)); }
+DEV void arrive(u32 a) {
+  asm volatile("{.reg .b64 t;\n mbarrier.arrive.shared.b64 t,[%0];}" ::"r"(a) : "memory");
+}
+DEV void wait_for(u32 a, u32 parity) {
+  u32 done;
+  do {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("{.reg .pred p;\n mbarrier.try_wait.parity.shared.b64 p,[%1],%2;\n selp.u32 %0,1,0,p;}"
+#else
+    asm volatile("{.reg .pred p;\n mbarrier.test_wait.parity.shared.b64 p,[%1],%2;\n selp.u32 %0,1,0,p;}"
+#endif
+                 : "=r"(done)
+                 : "r"(a), "r"(parity)
+                 : "memory");
+  } while (!done);
+}
+// A stage is full when the copies of all lanes are there.
+DEV void arrive_copied(u32 full) { asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(full) : "memory"); }
+// Until as many threads have come here: those that multiply, without those that fill the ring.
+template <int THREADS>
+DEV void meet() {
+  asm volatile("bar.sync 1,%0;" ::"n"(THREADS) : "memory");
+}
