@@ -58,11 +58,15 @@ class Format:
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """A linear's tensors by their names in the file, and its weight: float32 [out, in]."""
         groups = 1 if self.group_size == -1 else in_features // self.group_size
-        codes = torch.randint(0, 16, (out_features, in_features), generator=generator, dtype=torch.int32)
-        scales = (torch.rand(out_features, groups, generator=generator) + 0.3).mul(0.2 * in_features**-0.5).to(dtype)
+        codes = torch.randint(0, 16, (out_features, in_features), generator=generator, dtype=torch.int32, device="cpu")
+        scales = (
+            (torch.rand(out_features, groups, generator=generator, device="cpu") + 0.3)
+            .mul(0.2 * in_features**-0.5)
+            .to(dtype)
+        )
         zeros = torch.full((out_features, groups), 8, dtype=torch.int32)
         if self.has_zeros:
-            zeros = torch.randint(0, 16, (out_features, groups), generator=generator, dtype=torch.int32)
+            zeros = torch.randint(0, 16, (out_features, groups), generator=generator, dtype=torch.int32, device="cpu")
         levels = codes.unflatten(1, (groups, -1)) - zeros.unsqueeze(-1)
         weight = (levels.float() * scales.float().unsqueeze(-1)).flatten(1)
         if self.method == "awq":

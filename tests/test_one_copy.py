@@ -19,7 +19,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm_quantspec.checkpoint import FourBits, four_bits
 from vllm_quantspec.config import EngineOptions, engine_options
 from vllm_quantspec.integration.draft import one_copy
-from vllm_quantspec.integration.draft.model import _effective_weight
+from vllm_quantspec.integration.draft.loaded import effective_weight
 from vllm_quantspec.integration.gpu import marlin_linears
 from vllm_quantspec.integration.startup import one_copy as startup
 from vllm_quantspec.integration.startup.one_copy import check_unused, read_one_copy
@@ -80,7 +80,7 @@ def test_a_linear_computes_what_its_file_says(form, dtype, marlin):
             expected = x.float() @ weight.t() + bias.float()
             out, _ = layer(x)
             assert out.dtype == dtype and (out.float() - expected).norm() < 6e-3 * expected.norm()
-        applied, read_bias = _effective_weight(layer, dtype)
+        applied, read_bias = effective_weight(layer, dtype)
         assert torch.equal(applied, weight.to(dtype)) and torch.equal(read_bias, bias)
 
 
