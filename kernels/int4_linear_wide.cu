@@ -1,4 +1,4 @@
-// y = x W^T for 9 tokens or more (tiles of 8; a launch has blocks of up to 64) and a weight of 4-bit codes in groups. Compiled
+// y = x W^T for 17 tokens or more (tiles of 8; a launch has blocks of up to 64) and a weight of 4-bit codes in groups. Compiled
 // by NVRTC.
 //
 // Output rows are M and tokens N, as in int4_linear.cu, and codes have its order. Here x is more than one warp can hold, and

@@ -1,4 +1,4 @@
-"""How the kernel for more than 8 tokens (``int4_linear_wide.cu``) is launched: plans for `int4_linear.launch`.
+"""How the kernel for more than 16 tokens (``int4_linear_wide.cu``) is launched: plans for `int4_linear.launch`.
 
 Its CTAs share the row tiles and the input channels. A CTA reads all tokens' inputs of its channels, so fewer channels with
 more rows cost less of the L2 cache; but sums of channels have to be added up across CTAs, and every multiprocessor should

@@ -191,7 +191,7 @@ class EngineOptions:
 
     one_copy: bool = False
     """Of a checkpoint in 4 bits, on a GPU: target and draft read the same weights, few tokens of a step on a kernel of this
-    package. (Not the default: not run on a GPU yet.)"""
+    package. (Not the default: on a GPU its kernels ran, whole engines not yet.)"""
 
 
 def engine_options(additional_config: Any) -> EngineOptions:
