@@ -55,6 +55,7 @@ def add_estimate(commands) -> None:
     add(
         "--draft-experts", choices=("target", "int4"), default="target", help="as in the speculative config; default: target"
     )
+    add("--one-copy", action="store_true", help="of a 4-bit checkpoint, as in --additional-config")
     add("--num-speculative-tokens", type=positive, nargs="+", metavar="N", help="default: the best of 1 to 8")
 
 

@@ -21,6 +21,7 @@ from types import SimpleNamespace
 import torch
 
 from vllm_quantspec import sparse_policy
+from vllm_quantspec.checkpoint import four_bits
 from vllm_quantspec.config import CACHE_DTYPES, QuantSpecOptions, draft_budget, parse_draft_context
 from vllm_quantspec.format import PageFormat, window_blocks_per_request, window_start
 from vllm_quantspec.kernels.decode_attention import row_tiles
@@ -134,6 +135,8 @@ class Model:
     experts: Experts | None = None
     sliding_layers: int = 0
     sliding_window: int = 0
+    linear_bits: float | None = None
+    """Of a weight of linear layers in a 4-bit checkpoint, with its scale and zero point; None: as the dtype."""
 
     @property
     def layers_in_pool(self) -> tuple[int, int]:
@@ -149,6 +152,12 @@ class Model:
     def weights(self) -> int:
         experts = self.experts.weights if self.experts else 0
         return self.linear_weights + self.head_weights + self.embedding_weights + experts
+
+    @property
+    def weight_bytes(self) -> float:
+        """Of all weights as loaded."""
+        fewer = 0 if self.linear_bits is None else self.linear_weights * (self.dtype.itemsize - self.linear_bits / 8)
+        return self.weights * self.dtype.itemsize - fewer
 
     def int4_weights(self, draft_experts: str) -> int:
         """Those of which the draft has a copy in INT4; ``draft_experts`` as of `QuantSpecOptions`."""
@@ -208,6 +217,7 @@ def model_from(config: dict, name: str) -> Model:
     attention = c.hidden_size * head_size * (2 * c.num_attention_heads + 2 * kv_heads)
     mlp = 3 * c.hidden_size * c.intermediate_size
     vocabulary = c.vocab_size * c.hidden_size
+    checkpoint = four_bits(config.get("quantization_config") or text.get("quantization_config"))
     dtype = getattr(torch, str(text.get("dtype") or text.get("torch_dtype") or "bfloat16"), torch.bfloat16)
     return Model(
         name,
@@ -223,6 +233,7 @@ def model_from(config: dict, name: str) -> Model:
         experts,
         num_sliding_layers(text),
         text.get("sliding_window") or 0,
+        None if isinstance(checkpoint, str) else checkpoint.bits(c.hidden_size),
     )
 
 
@@ -287,6 +298,7 @@ def memory(
     max_num_seqs: int | None = None,
     page_bits: int = 8,
     draft_experts: str = QuantSpecOptions.draft_experts,
+    one_copy: bool = False,
 ) -> Memory:
     """Memory of one of ``tensor_parallel_size`` GPUs with ``gpu_memory`` bytes.
 
@@ -296,6 +308,7 @@ def memory(
         max_num_seqs: vLLM's ``--max-num-seqs``, by default what vLLM chooses for such a GPU.
         page_bits: of a key or value in a page: 8, or 4 with ``--kv-cache-dtype quantspec_int4``.
         draft_experts: as of `QuantSpecOptions`: with ``"int4"`` the draft has a copy of the experts.
+        one_copy: as of `EngineOptions`: of a 4-bit checkpoint's linears the draft has no copy.
 
     Raises:
         ValueError: the KV heads do not divide among the GPUs.
@@ -304,8 +317,9 @@ def memory(
     if model.num_kv_heads % tp and tp % model.num_kv_heads:
         raise ValueError(f"{model.num_kv_heads} KV heads do not divide among {tp} GPUs; choose another number.")
     fmt = PageFormat(max(1, model.num_kv_heads // tp), model.head_size, group_size, model.dtype, page_bits)
-    weights = model.weights * model.dtype.itemsize / tp
-    int4 = model.int4_weights(draft_experts) * INT4_BITS / 8 / tp
+    weights = model.weight_bytes / tp
+    copied = model.int4_weights(draft_experts) - (model.linear_weights if one_copy and model.linear_bits else 0)
+    int4 = copied * INT4_BITS / 8 / tp
     free = gpu_memory * utilization - weights - overhead
     max_num_seqs = max_num_seqs or default_max_num_seqs(gpu_memory)
     logits = draft_logits_bytes(max_num_seqs, num_speculative_tokens, model.vocab_size, model.dtype.itemsize)
@@ -480,6 +494,9 @@ def report(arguments, file=None) -> None:
     file = file or sys.stdout
     config = read_config(arguments.model)
     model = model_from(config, arguments.model)
+    if arguments.one_copy and model.linear_bits is None:
+        reason = four_bits(config.get("quantization_config"))
+        raise ValueError(f"--one-copy is for 4-bit checkpoints, but {model.name} {reason}; drop --one-copy.")
     no_drafts = undrafted(config)
     tp, group, context, batch = arguments.tensor_parallel_size, arguments.group_size, arguments.context, arguments.batch
     page_bits = CACHE_DTYPES[arguments.kv_cache_dtype]
@@ -513,6 +530,7 @@ def report(arguments, file=None) -> None:
         seqs,
         page_bits,
         draft_experts,
+        arguments.one_copy,
     )
 
     def line(label: str, text: str) -> None:
@@ -527,7 +545,8 @@ def report(arguments, file=None) -> None:
     print("memory, per GPU", file=file)
     line("weights", f"{m.weights / GIB:.2f} GiB{', of the language model alone' if towers_of(config) else ''}")
     if not no_drafts:
-        line("INT4 copy for drafting", f"{m.int4_weights / GIB:.2f} GiB (none with draft_weights=target)")
+        less = " (of the output layer: the rest is one copy)" if arguments.one_copy else " (none with draft_weights=target)"
+        line("INT4 copy for drafting", f"{m.int4_weights / GIB:.2f} GiB{less}")
         if model.experts and draft_experts == "int4":
             part = model.experts.int4_weights / model.int4_weights(draft_experts)
             line("", f"of it {part * m.int4_weights / GIB:.2f} GiB for the experts")
@@ -556,6 +575,8 @@ def report(arguments, file=None) -> None:
         f"\ndecoding {batch} x {context} tokens at {arguments.bandwidth:g} TB/s, predicted (ms per token of each request)",
         file=file,
     )
+    if model.linear_bits is not None:
+        line("", "for linear layers in 16 bits: how fast a GPU reads this checkpoint in 4 is not measured")
     t = times[best]
     line("16 bits, FlashAttention", f"{t.exact:.2f}")
     line("QuantSpec's cache alone", f"{t.cache:.2f}, {t.exact / t.cache:.2f}x")
