@@ -240,6 +240,16 @@ def test_what_cannot_be_one_copy_is_refused(config, environment, what, monkeypat
         read_one_copy(config)
 
 
+def test_a_vllm_with_another_marlin_is_refused(monkeypatch):
+    def missing(name):
+        raise ImportError("cannot import name 'unpack_cols'")
+
+    monkeypatch.setattr(startup, "current_platform", SimpleNamespace(is_cuda=lambda: True))
+    monkeypatch.setattr(startup, "import_module", missing)
+    with pytest.raises(ValueError, match="which this vLLM does not have as expected .*unpack_cols.*; drop one_copy"):
+        read_one_copy(config_like(FORMATS[0].quantization_config))
+
+
 @pytest.mark.skipif(not current_platform.is_cpu(), reason="of the CPU engine")
 def test_a_cpu_engine_says_that_it_needs_no_option():
     with pytest.raises(ValueError, match="kernels of a GPU"):
