@@ -7,11 +7,13 @@
     python benchmarks/end_to_end.py --shape qwen3-30b-a3b --configs bf16 3 --points 8192x1 131072x1 32768x8
     python benchmarks/end_to_end.py --shape qwen3-30b-a3b --configs 3 --options '{"draft_experts": "int4"}' --json OUT.json
     python benchmarks/end_to_end.py --shape MODEL/config.json --configs bf16 4
+    python benchmarks/end_to_end.py --shape 8b-w4a16 --configs bf16 marlin cache 3 5 --one-copy    # a 4-bit checkpoint
     python benchmarks/end_to_end_report.py --shape 8b              # tables and the plot, from the JSON
 
 A configuration is an engine of its own, with torch.compile and CUDA graphs on:
 
     bf16, fp8   vLLM's KV cache in 16 and 8 bits (FlashAttention 3 on Hopper)
+    marlin      as bf16, with vLLM's Marlin for a 4-bit checkpoint (bf16 has what vLLM chooses: Machete on Hopper)
     cache       the hierarchical cache alone
     cache-int4  the same in 4 bits (``--kv-cache-dtype quantspec_int4``)
     N           QuantSpec, N tokens drafted; "QuantSpec with γ searched" is the best N at each point
@@ -75,6 +77,26 @@ from vllm_quantspec.estimate import GIB, expected_tokens
 RESULTS = Path(__file__).parent / "results"
 SHAPES = {
     "8b": dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256),
+    # The same, of a 4-bit checkpoint: linears but the output layer, in groups of 128 around 8.
+    "8b-w4a16": dict(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        quantization_config=dict(
+            quant_method="compressed-tensors",
+            format="pack-quantized",
+            ignore=["lm_head"],
+            config_groups=dict(
+                all=dict(
+                    targets=["Linear"],
+                    weights=dict(num_bits=4, type="int", symmetric=True, strategy="group", group_size=128),
+                    input_activations=None,
+                )
+            ),
+        ),
+    ),
     # To try the script out, also on a CPU.
     "tiny": dict(hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2, vocab_size=512),
     "tiny-moe": dict(
@@ -180,7 +202,7 @@ SPARSE = {
     "auto": {"draft_context": "auto"},
 }
 # Bytes of a token against BF16's, with 8 KV heads of 128 or more of either.
-CACHE_BYTES = {"bf16": 1.0, "fp8": 0.5, "cache-int4": 0.29, "int4": 0.29}
+CACHE_BYTES = {"bf16": 1.0, "marlin": 1.0, "fp8": 0.5, "cache-int4": 0.29, "int4": 0.29}
 OUR_CACHE_BYTES = 0.54
 # Longer than any context here; a step's time does not depend on it.
 MAX_POSITIONS = 1 << 20
@@ -250,6 +272,8 @@ def engine_arguments(config: str, acceptance: float, quantspec: dict, folders: d
     """LLM arguments of a configuration; ``folders`` has those of the models "self" and "draft"."""
     if config == "bf16":
         return {}
+    if config == "marlin":
+        return {"linear_backend": "marlin"}
     if config == "fp8":
         return {"kv_cache_dtype": "fp8"}
     if config == "cache":
@@ -271,6 +295,12 @@ def engine_arguments(config: str, acceptance: float, quantspec: dict, folders: d
     options = {"num_speculative_tokens": gamma, **synthetic(config, acceptance), **methods[drafter(config)]}
     cache = {"kv_cache_dtype": "quantspec_int4"} if drafter(config) == "int4" else {}
     return {"speculative_config": options, **cache}
+
+
+def one_copy(config: str, wanted: bool) -> dict:
+    """LLM arguments of those configurations that read the hierarchical cache, to keep a 4-bit checkpoint's weights once."""
+    others = config in ("bf16", "fp8", "marlin") or drafter(config) in ("ngram", "draft", "self")
+    return {"additional_config": {"quantspec": {"one_copy": True}}} if wanted and not others else {}
 
 
 def synthetic(config: str, acceptance: float) -> dict:
@@ -528,6 +558,7 @@ def child(args) -> None:
             compilation_config={"cudagraph_capture_sizes": sorted({b * n for b in batches for n in rows})},
             **fixed,
             **engine_arguments(args.child, args.acceptance, json.loads(args.options), folders),
+            **one_copy(args.child, args.one_copy),
         )
     cache = Cache(llm)
     engine = {"config": args.child, "vllm": vllm.__version__, "blocks": cache.config.num_blocks}
@@ -642,6 +673,7 @@ def main() -> None:
     parser.add_argument("--configs", nargs="+", default=CONFIGS, help="added to what the JSON has, see above")
     parser.add_argument("--acceptance", type=float, default=0.938)
     parser.add_argument("--options", default="{}", help="more options of QuantSpec's speculative config, as JSON")
+    parser.add_argument("--one-copy", action="store_true", help="of a 4-bit checkpoint, with QuantSpec and its cache alone")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--learn", type=int, default=320, help="steps that drafts-auto has at a point before it is timed")

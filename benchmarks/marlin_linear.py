@@ -7,8 +7,8 @@
 ``ours`` reads Marlin's order, ``own order`` is the kernel of 16-bit models' drafts (an order of its own, zero points), and
 ``dequantized`` what a step of many tokens does where Marlin does not run; ``alone`` is what `one_copy_linear` chooses there.
 ``--group`` and ``--zeros`` say what a checkpoint has. Times are medians of CUDA graph replays; every launch reads another
-weight, more than the L2 cache holds in turn. The floor is the bytes of codes, scales and zero points over a copy's
-bandwidth. Where a peer does not run, its columns are left out, with the reason.
+weight, more than the L2 cache holds in turn. The floor: bytes of codes, scales and zero points over a copy's bandwidth.
+Where a peer does not run, its columns are left out, with the reason.
 """
 
 import argparse

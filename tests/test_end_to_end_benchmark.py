@@ -40,6 +40,10 @@ def test_configurations():
     assert speculative("ngram-5")["method"] == "ngram_gpu" and speculative("ngram-5")["num_speculative_tokens"] == 5
     assert [speculative(c)["model"] for c in ("draft-3", "self-3")] == ["/small", "/target"]
     assert end_to_end.engine_arguments("bf16", 0.9, {}, folders) == {}
+    assert end_to_end.engine_arguments("marlin", 0.9, {}, folders) == {"linear_backend": "marlin"}
+    once = {"additional_config": {"quantspec": {"one_copy": True}}}
+    assert [end_to_end.one_copy(c, True) for c in ("bf16", "marlin", "ngram-5", "cache", "4")] == [{}, {}, {}, once, once]
+    assert end_to_end.one_copy("4", False) == {}
     int4 = end_to_end.engine_arguments("int4-4", 0.9, {"group_size": 64}, folders)
     assert int4["kv_cache_dtype"] == "quantspec_int4" and int4["speculative_config"] == speculative("4")
     assert end_to_end.engine_arguments("cache-int4", 0.9, {}, folders) == {"kv_cache_dtype": "quantspec_int4"}

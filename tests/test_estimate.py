@@ -437,3 +437,19 @@ def test_no_estimate_of_states(kind, tmp_path, capsys):
 def test_no_configuration(tmp_path, capsys):
     assert cli.main(["estimate", str(tmp_path)]) == 2
     assert "no config.json" in capsys.readouterr().err
+
+
+def test_one_copy_of_a_4_bit_checkpoint(tmp_path, capsys):
+    settings = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}
+    four_bits = LLAMA_8B | {"quantization_config": settings}
+    model, plain = estimate.model_from(four_bits, "awq"), estimate.model_from(LLAMA_8B, "plain")
+    assert model.linear_bits == 4 + 20 / 128 and plain.linear_bits is None
+    twice, once = (estimate.memory(model, 140 * estimate.GIB, 0.9, 1, 128, 0, one_copy=one) for one in (False, True))
+    assert twice.weights == once.weights < 5.9 * estimate.GIB < 15 * estimate.GIB < plain.weight_bytes + estimate.GIB
+    saved = model.linear_weights * estimate.INT4_BITS / 8
+    assert twice.int4_weights - once.int4_weights == pytest.approx(saved) and once.int4_weights < 0.3 * estimate.GIB
+    assert run(tmp_path, four_bits, "--one-copy") == 0
+    text = capsys.readouterr().out
+    assert "the rest is one copy" in text and "how fast a GPU reads this checkpoint in 4 is not measured" in text
+    assert run(tmp_path, LLAMA_8B, "--one-copy") == 2
+    assert "is not quantized; drop --one-copy" in capsys.readouterr().err

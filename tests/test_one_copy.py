@@ -8,7 +8,6 @@ from four_bit_tools import FORMATS, Format, name_of
 from linear_tools import one_rank
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.kernels.linear import MarlinLinearKernel, MPLinearLayerConfig
-from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16LinearKernel
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.quantization import auto_awq, auto_gptq, get_quantization_config
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import compressed_tensors_wNa16
@@ -115,19 +114,10 @@ def test_what_stays_with_vllm(changes, why):
     assert reason is None if why is None else why in reason
 
 
-def test_the_draft_shares_what_is_in_four_bits():
-    """On a CPU whatever vLLM's kernel for 4 bits runs; 8 bits and 16 bits are copied."""
-    config = MPLinearLayerConfig((IN, OUT), (IN, OUT), scalar_types.uint4, torch.bfloat16, 64, True)
-    kernel = CPUWNA16LinearKernel(config, "weight_packed", "weight_scale", "weight_zero_point")
-    as_gptq = SimpleNamespace(quant_method=SimpleNamespace(kernel=kernel))
-    as_compressed = SimpleNamespace(scheme=SimpleNamespace(kernel=kernel), quant_method=SimpleNamespace())
-    plain = SimpleNamespace(quant_method=SimpleNamespace())
-    assert one_copy.is_shared(as_gptq) == one_copy.is_shared(as_compressed) == current_platform.is_cpu()
-    assert not one_copy.is_shared(plain)
-    config.weight_type = scalar_types.uint8b128
-    assert not one_copy.is_shared(as_gptq)
-    one_copy.mark(plain)
-    assert one_copy.is_shared(plain)
+def test_the_draft_shares_what_is_marked():
+    layer, other = SimpleNamespace(), SimpleNamespace()
+    one_copy.mark(layer)
+    assert one_copy.is_shared(layer) and not one_copy.is_shared(other)
 
 
 # --- What a checkpoint says -------------------------------------------------------------------------------------------
@@ -238,6 +228,16 @@ def test_what_cannot_be_one_copy_is_refused(config, environment, what, monkeypat
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=what):
         read_one_copy(config)
+
+
+def test_a_vllm_with_another_marlin_is_refused(monkeypatch):
+    def missing(name):
+        raise ImportError("cannot import name 'unpack_cols'")
+
+    monkeypatch.setattr(startup, "current_platform", SimpleNamespace(is_cuda=lambda: True))
+    monkeypatch.setattr(startup, "import_module", missing)
+    with pytest.raises(ValueError, match="which this vLLM does not have as expected .*unpack_cols.*; drop one_copy"):
+        read_one_copy(config_like(FORMATS[0].quantization_config))
 
 
 @pytest.mark.skipif(not current_platform.is_cpu(), reason="of the CPU engine")

@@ -56,6 +56,7 @@ def add_estimate(commands) -> None:
         "--draft-experts", choices=("target", "int4"), default="target", help="as in the speculative config; default: target"
     )
     add("--weight-bits", type=float, metavar="B", help="of the draft's linears on average; default: 4.25, all in 4 bits")
+    add("--one-copy", action="store_true", help="of a 4-bit checkpoint, as in --additional-config")
     add("--num-speculative-tokens", type=positive, nargs="+", metavar="N", help="default: the best of 1 to 8")
 
 

@@ -21,6 +21,7 @@ from types import SimpleNamespace
 import torch
 
 from vllm_quantspec import sparse_policy
+from vllm_quantspec.checkpoint import four_bits
 from vllm_quantspec.config import CACHE_DTYPES, QuantSpecOptions, draft_budget, parse_draft_context
 from vllm_quantspec.format import PageFormat, window_blocks_per_request, window_start
 from vllm_quantspec.kernels.decode_attention import row_plans
@@ -139,6 +140,8 @@ class Model:
     experts: Experts | None = None
     sliding_layers: int = 0
     sliding_window: int = 0
+    linear_bits: float | None = None
+    """Of a weight of linear layers in a 4-bit checkpoint, with its scale and zero point; None: as the dtype."""
 
     @property
     def layers_in_pool(self) -> tuple[int, int]:
@@ -154,6 +157,12 @@ class Model:
     def weights(self) -> int:
         experts = self.experts.weights if self.experts else 0
         return self.linear_weights + self.head_weights + self.embedding_weights + experts
+
+    @property
+    def weight_bytes(self) -> float:
+        """Of all weights as loaded."""
+        fewer = 0 if self.linear_bits is None else self.linear_weights * (self.dtype.itemsize - self.linear_bits / 8)
+        return self.weights * self.dtype.itemsize - fewer
 
     def int4_weights(self, draft_experts: str) -> int:
         """Those of which the draft has a copy in INT4; ``draft_experts`` as of `QuantSpecOptions`."""
@@ -213,6 +222,7 @@ def model_from(config: dict, name: str) -> Model:
     attention = c.hidden_size * head_size * (2 * c.num_attention_heads + 2 * kv_heads)
     mlp = 3 * c.hidden_size * c.intermediate_size
     vocabulary = c.vocab_size * c.hidden_size
+    checkpoint = four_bits(config.get("quantization_config") or text.get("quantization_config"))
     dtype = getattr(torch, str(text.get("dtype") or text.get("torch_dtype") or "bfloat16"), torch.bfloat16)
     return Model(
         name,
@@ -228,6 +238,7 @@ def model_from(config: dict, name: str) -> Model:
         experts,
         num_sliding_layers(text),
         text.get("sliding_window") or 0,
+        None if isinstance(checkpoint, str) else checkpoint.bits(c.hidden_size),
     )
 
 
@@ -293,6 +304,7 @@ def memory(
     page_bits: int = 8,
     draft_experts: str = QuantSpecOptions.draft_experts,
     wide_share: float = 0.0,
+    one_copy: bool = False,
 ) -> Memory:
     """Memory of one of ``tensor_parallel_size`` GPUs with ``gpu_memory`` bytes.
 
@@ -303,6 +315,7 @@ def memory(
         page_bits: of a key or value in a page: 8, or 4 with ``--kv-cache-dtype quantspec_int4``.
         draft_experts: as of `QuantSpecOptions`: with ``"int4"`` the draft has a copy of the experts.
         wide_share: of the weights in the draft's linears, those in 8 bits (`share_in_8_bits`).
+        one_copy: as of `EngineOptions`: of a 4-bit checkpoint's linears the draft has no copy.
 
     Raises:
         ValueError: the KV heads do not divide among the GPUs.
@@ -311,8 +324,10 @@ def memory(
     if model.num_kv_heads % tp and tp % model.num_kv_heads:
         raise ValueError(f"{model.num_kv_heads} KV heads do not divide among {tp} GPUs; choose another number.")
     fmt = PageFormat(max(1, model.num_kv_heads // tp), model.head_size, group_size, model.dtype, page_bits)
-    weights = model.weights * model.dtype.itemsize / tp
+    weights = model.weight_bytes / tp
     int4 = draft_bytes(model, draft_experts, wide_share) / tp
+    if one_copy and model.linear_bits:
+        int4 -= model.linear_weights * (INT4_BITS + wide_share * (INT8_BITS - INT4_BITS)) / 8 / tp
     free = gpu_memory * utilization - weights - overhead
     max_num_seqs = max_num_seqs or default_max_num_seqs(gpu_memory)
     logits = draft_logits_bytes(max_num_seqs, num_speculative_tokens, model.vocab_size, model.dtype.itemsize)
@@ -531,6 +546,9 @@ def report(arguments, file=None) -> None:
     file = file or sys.stdout
     config = read_config(arguments.model)
     model = model_from(config, arguments.model)
+    if arguments.one_copy and model.linear_bits is None:
+        reason = four_bits(config.get("quantization_config"))
+        raise ValueError(f"--one-copy is for 4-bit checkpoints, but {model.name} {reason}; drop --one-copy.")
     no_drafts = undrafted(config)
     tp, group, context, batch = arguments.tensor_parallel_size, arguments.group_size, arguments.context, arguments.batch
     page_bits = CACHE_DTYPES[arguments.kv_cache_dtype]
@@ -567,6 +585,7 @@ def report(arguments, file=None) -> None:
         page_bits,
         draft_experts,
         wide_share,
+        arguments.one_copy,
     )
 
     def line(label: str, text: str) -> None:
@@ -582,7 +601,8 @@ def report(arguments, file=None) -> None:
     line("weights", f"{m.weights / GIB:.2f} GiB{', of the language model alone' if towers_of(config) else ''}")
     if not no_drafts:
         copy = "INT4 copy" if not wide_share else "INT8 copy" if wide_share == 1 else "INT4 and INT8 copy"
-        line(f"{copy} for drafting", f"{m.int4_weights / GIB:.2f} GiB (none with draft_weights=target)")
+        less = " (of the output layer: the rest is one copy)" if arguments.one_copy else " (none with draft_weights=target)"
+        line(f"{copy} for drafting", f"{m.int4_weights / GIB:.2f} GiB{less}")
         if wide_share:
             line("", "how fast a GPU reads weights in 8 bits is assumed, not measured")
         if model.experts and draft_experts == "int4":
@@ -613,6 +633,8 @@ def report(arguments, file=None) -> None:
         f"\ndecoding {batch} x {context} tokens at {arguments.bandwidth:g} TB/s, predicted (ms per token of each request)",
         file=file,
     )
+    if model.linear_bits is not None:
+        line("", "for linear layers in 16 bits: how fast a GPU reads this checkpoint in 4 is not measured")
     t = times[best]
     line("16 bits, FlashAttention", f"{t.exact:.2f}")
     line("QuantSpec's cache alone", f"{t.cache:.2f}, {t.exact / t.cache:.2f}x")

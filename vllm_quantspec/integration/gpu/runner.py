@@ -5,6 +5,8 @@ vLLM has no public hook for any of them in 0.32; each replaces one function, and
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu import cudagraph_utils, model_runner
@@ -14,7 +16,6 @@ from vllm_quantspec.integration.cache.backend import QuantSpecMetadataBuilder
 from vllm_quantspec.integration.cache.window import add_window_specs
 from vllm_quantspec.integration.draft.ngram_plan import plan_of
 from vllm_quantspec.integration.draft.sparse import reading_all
-from vllm_quantspec.integration.gpu import marlin_linears
 from vllm_quantspec.integration.gpu.draft_numbers import with_every_number
 from vllm_quantspec.integration.gpu.speculator import QuantSpecSpeculator
 from vllm_quantspec.integration.gpu.step_graphs import with_plain_graphs
@@ -76,10 +77,14 @@ def _with_quantspec(init_speculator):
 
 
 def install() -> None:
-    """Replace the five functions, and Marlin's methods."""
+    """Replace the five functions, and Marlin's methods for `one_copy`."""
     replace(GPUModelRunner, "get_kv_cache_spec", _with_windows)
     replace(GPUModelRunner, "prepare_inputs", _with_draft_counts)
     replace(model_runner, "init_speculator", _with_quantspec)
     replace(model_runner, "ModelCudaGraphManager", with_plain_graphs)
     replace(cudagraph_utils, "build_dynamic_sd_schedule_lookup", with_every_number)
-    marlin_linears.install()
+    # A vLLM whose Marlin is another refuses the option at the start (`startup/one_copy.py`); other engines must go on.
+    with contextlib.suppress(ImportError):
+        from vllm_quantspec.integration.gpu import marlin_linears
+
+        marlin_linears.install()

@@ -6,6 +6,7 @@ these linears: ``linear_backend_per_quant`` of its kernel configuration says so.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from vllm import envs
@@ -79,5 +80,12 @@ def read_one_copy(config: VllmConfig) -> None:
     ):
         if problem:
             raise ValueError(f"quantspec: {what}; {remedy}.")
+    try:
+        import_module("vllm_quantspec.integration.gpu.marlin_linears")
+    except ImportError as error:
+        raise ValueError(
+            f"quantspec: one_copy builds on vLLM's Marlin linears, which this vLLM does not have as expected ({error}); "
+            "drop one_copy."
+        ) from error
     kernels.linear_backend_per_quant = {**(kernels.linear_backend_per_quant or {}), _SCHEME: _KERNEL}
     logger.info("4-bit linears keep one copy of their weights, in the order of vLLM's Marlin kernel, for target and draft")
