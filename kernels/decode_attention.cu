@@ -214,10 +214,9 @@ DEV void rescale(State& st, int n, const float (&high)[2]) {
   }
 }
 
-// Raise `top` where a score exceeds it by more than the headroom: after the first slices hardly ever.
+// The largest of a lane's scores in each row, if it has any; whether one is above `top` by more than the headroom.
 template <int N>
-DEV void raise_top(State& st, const float (&s)[NT][N][4], float scale) {
-  float high[NT][2];
+DEV bool above_top(float (&high)[NT][2], const State& st, const float (&s)[NT][N][4], float scale, bool has = true) {
   bool raise = false;
 #pragma unroll
   for (int n = 0; n < NT; n++)
@@ -226,10 +225,17 @@ DEV void raise_top(State& st, const float (&s)[NT][N][4], float scale) {
       float x = fmaxf(s[n][0][e], s[n][0][e + 2]);
 #pragma unroll
       for (int i = 1; i < N; i++) x = fmaxf(x, fmaxf(s[n][i][e], s[n][i][e + 2]));
-      high[n][e] = x * scale;
+      high[n][e] = has ? x * scale : NEVER;
       raise |= high[n][e] > st.top[n][e] + 2 * HEADROOM;
     }
-  if (!__any_sync(ALL, raise)) return;
+  return raise;
+}
+
+// Raise `top` where a score exceeds it by more than the headroom: after the first slices hardly ever.
+template <int N>
+DEV void raise_top(State& st, const float (&s)[NT][N][4], float scale) {
+  float high[NT][2];
+  if (!__any_sync(ALL, above_top(high, st, s, scale))) return;
 #pragma unroll
   for (int n = 0; n < NT; n++) {
     float x[2];
@@ -428,6 +434,21 @@ DEV void row_bounds(const Params& p, const Segment& s, int row, int exact_start,
   from = max(window_start(position), exact_start);
 }
 
+// Tokens of a slice that a row reads from the window, or not at all.
+DEV void mask_slice(float (&s)[NT][2][4], const Params& p, const Segment& seg, int token, int exact_start, int lane) {
+  const int g = lane >> 2, t = lane & 3;
+#pragma unroll
+  for (int n = 0; n < NT; n++)
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+      int from, position;
+      row_bounds(p, seg, n * 8 + 2 * t + e, exact_start, from, position);
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        if (token + i * 8 + g >= from) s[n][i / 2][(i & 1) * 2 + e] = -__int_as_float(0x7f800000);
+    }
+}
+
 #if TEAM == 1
 DEV void attend_slice(State& st, const Keys& k, u32 stage, const Params& p, const Segment& seg, int token,
                       int exact_start, bool mask, int lane) {
@@ -453,17 +474,7 @@ DEV void attend_slice(State& st, const Keys& k, u32 stage, const Params& p, cons
       }
     }
   }
-  if (mask)
-#pragma unroll
-    for (int n = 0; n < NT; n++)
-#pragma unroll
-      for (int e = 0; e < 2; e++) {
-        int from, position;
-        row_bounds(p, seg, n * 8 + 2 * t + e, exact_start, from, position);
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-          if (token + i * 8 + g >= from) s[n][i / 2][(i & 1) * 2 + e] = -__int_as_float(0x7f800000);
-      }
+  if (mask) mask_slice(s, p, seg, token, exact_start, lane);
   const float scale = p.scale / CODE_SCALE;
   raise_top(st, s, scale);
   u32 prob[NT][4];

@@ -46,18 +46,7 @@ DEV void sts64(u32 a, u32 x, u32 y) { asm volatile("st.shared.v2.u32 [%0],{%1,%2
 template <int N>
 DEV void raise_team_top(State& st, const float (&s)[NT][N][4], float scale, bool has, u32 shared, const Member& me, int lane) {
   float high[NT][2];
-  bool raise = false;
-#pragma unroll
-  for (int n = 0; n < NT; n++)
-#pragma unroll
-    for (int e = 0; e < 2; e++) {
-      float x = fmaxf(s[n][0][e], s[n][0][e + 2]);
-#pragma unroll
-      for (int i = 1; i < N; i++) x = fmaxf(x, fmaxf(s[n][i][e], s[n][i][e + 2]));
-      high[n][e] = has ? x * scale : NEVER;
-      raise |= high[n][e] > st.top[n][e] + 2 * HEADROOM;
-    }
-  if (!team_any(me, raise)) return;
+  if (!team_any(me, above_top(high, st, s, scale, has))) return;
   const u32 mine = shared + TEAM_HIGH + (lane & 3) * 8;
 #pragma unroll
   for (int n = 0; n < NT; n++) {
@@ -390,17 +379,7 @@ DEV void attend(State& st, const Params& p, const Segment& seg, int begin, int e
       if (has) {
         score_slice(s, stage, shared, lane);
         const int token = (slice + part.skipped) * 32;  // of the list: a smaller one than it has, and read by every row as well
-        if (token + 32 > low)
-#pragma unroll
-          for (int n = 0; n < NT; n++)
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-              int from, position;
-              row_bounds(p, seg, n * 8 + 2 * (lane & 3) + e, exact_start, from, position);
-#pragma unroll
-              for (int i = 0; i < 4; i++)
-                if (token + i * 8 + (lane >> 2) >= from) s[n][i / 2][(i & 1) * 2 + e] = -__int_as_float(0x7f800000);
-            }
+        if (token + 32 > low) mask_slice(s, p, seg, token, exact_start, lane);
       }
       raise_team_top(st, s, scale, has, shared, me, lane);
       if (has) leave_probabilities(st, s, stages, shared, scale, me, lane);
