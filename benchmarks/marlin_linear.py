@@ -63,20 +63,9 @@ class Marlin(Ours):
         return super().make(shape)
 
     def __call__(self, x, weight):
-        from vllm.model_executor.layers.quantization.utils.marlin_utils import apply_gptq_marlin_linear, marlin_make_empty
-        from vllm.scalar_type import scalar_types
+        from vllm_quantspec.integration.gpu.marlin_linears import vllms_marlin
 
-        codes, scales, zeros = weight
-        return apply_gptq_marlin_linear(
-            input=x,
-            weight=codes,
-            weight_scale=scales,
-            weight_zp=marlin_make_empty(x.device) if zeros is None else zeros,
-            workspace=None,
-            wtype=scalar_types.uint4b8 if zeros is None else scalar_types.uint4,
-            output_size_per_partition=scales.shape[1],
-            input_size_per_partition=x.shape[1],
-        )
+        return vllms_marlin(x, *weight, None)
 
 
 class Alone(Ours):

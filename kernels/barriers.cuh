@@ -27,3 +27,19 @@ template <int THREADS>
 DEV void meet() {
   asm volatile("bar.sync 1,%0;" ::"n"(THREADS) : "memory");
 }
+// Of CTAs that have left parts of a sum in the workspace, the last to arrive, in all of its THREADS threads; it sets the
+// counter back for the next launch.
+template <int THREADS, int CTAS>
+DEV bool is_last_to_arrive(int* arrived, int thread) {
+  __shared__ bool last;
+  __threadfence();
+  meet<THREADS>();
+  if (thread == 0) {
+    last = atomicAdd(arrived, 1) == CTAS - 1;
+    if (last) *arrived = 0;
+  }
+  meet<THREADS>();
+  if (!last) return false;
+  __threadfence();
+  return true;
+}

@@ -89,17 +89,7 @@ DEV float4* partial_of(const Params& p, int split, int n, int at) {
 
 // The last CTA to arrive adds up what the splits have left in the workspace, always in the same order.
 DEV void merge_splits(const Params& p, int tile_begin, int tile_end, int token0, int thread) {
-  __shared__ bool last;
-  __threadfence();
-  wait_for_consumers();
-  int* arrived = p.arrived + blockIdx.y * gridDim.x + blockIdx.x;
-  if (thread == 0) {
-    last = atomicAdd(arrived, 1) == SPLITS - 1;
-    if (last) *arrived = 0;  // for the next launch
-  }
-  wait_for_consumers();
-  if (!last) return;
-  __threadfence();
+  if (!is_last_to_arrive<32 * NW, SPLITS>(p.arrived + blockIdx.y * gridDim.x + blockIdx.x, thread)) return;
   for (int n = 0; n < NT; n++)
     for (int at = tile_begin * 32 + thread; at < tile_end * 32; at += 32 * NW) {
       if (token0 + n * 8 + (thread & 3) * 2 >= p.tokens) continue;

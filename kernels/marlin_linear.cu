@@ -117,17 +117,7 @@ DEV float4* partial_of(const Params& p, int split, int n, int at) {
 
 // The last CTA to arrive adds up what the parts have left in the workspace, always in the same order.
 DEV void add_parts(const Params& p, const Range& r, int token0, int thread) {
-  __shared__ bool last;
-  __threadfence();
-  meet<32 * NW>();
-  int* arrived = p.arrived + blockIdx.y * gridDim.x + blockIdx.x;
-  if (thread == 0) {
-    last = atomicAdd(arrived, 1) == SPLITS - 1;
-    if (last) *arrived = 0;  // for the next launch
-  }
-  meet<32 * NW>();
-  if (!last) return;
-  __threadfence();
+  if (!is_last_to_arrive<32 * NW, SPLITS>(p.arrived + blockIdx.y * gridDim.x + blockIdx.x, thread)) return;
   for (int n = 0; n < NT; n++)
     for (int at = r.strip_begin * 128 + thread; at < r.strip_end * 128; at += 32 * NW) {
       if (token0 + n * 8 + (thread & 3) * 2 >= p.tokens) continue;

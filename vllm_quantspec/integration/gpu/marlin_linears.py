@@ -65,6 +65,13 @@ def one_copy_linear(
     if not has_marlin:
         weight = marlin_dequantize(MarlinWeight(codes, scales, zeros))
         return F.linear(x, weight, None if bias is None else marlin_linear.single_order_undone(bias))
+    return vllms_marlin(x, codes, scales, zeros, bias)
+
+
+def vllms_marlin(
+    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """vLLM's Marlin kernel on the tensors of a `MarlinWeight`; arguments and result as `marlin_linear`'s."""
     return apply_gptq_marlin_linear(
         input=x,
         weight=codes,
