@@ -165,7 +165,7 @@ def round_symmetric(weight: torch.Tensor, group_size: int, method: str, dtype: t
     zero = torch.full_like(scale, 8)
     if method == "search":
         scale, zero = rounding._search(x, scale, zero, None, dtype)
-    return ((rounding._round(x, scale, zero) - zero) * scale).flatten(-2)
+    return ((rounding._round(x, scale, zero, 4) - zero) * scale).flatten(-2)
 
 
 def draft_linears(model: Llama, weights: tuple[str, str, int] | None) -> dict[str, torch.Tensor]:

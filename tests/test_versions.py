@@ -92,6 +92,9 @@ REPLACED = {
     "vllm.v1.worker.gpu.model_runner.init_speculator": "vllm_config device req_states",
     "vllm.v1.worker.gpu.cudagraph_utils.build_dynamic_sd_schedule_lookup": "num_speculative_tokens_per_batch_size "
     "vllm_max_batch_size vllm_num_speculative_tokens",
+    "vllm.model_executor.kernels.linear.mixed_precision.marlin.MarlinLinearKernel."
+    "process_weights_after_loading": "self layer",
+    "vllm.model_executor.kernels.linear.mixed_precision.marlin.MarlinLinearKernel.apply_weights": "self layer x bias",
 }
 FIELDS = {
     EngineArgs: "speculative_config spec_method spec_tokens attention_backend attention_config block_size kv_cache_dtype "
