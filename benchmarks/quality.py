@@ -36,8 +36,8 @@ CACHES = {
 DEFAULT_CACHES = [c for c in CACHES if torch.cuda.is_available() or c != "int4_per_token_head"]
 
 
-def prompt_scores(llm, prompts: list[list[int]], scored: int) -> list[tuple[float, float]]:
-    """Of the last ``scored`` tokens of each prompt: mean of -log p in nats, and the share that were the likeliest."""
+def token_scores(llm, prompts: list[list[int]], scored: int) -> list[list[tuple[float, bool]]]:
+    """Of the last ``scored`` tokens of each prompt: log p in nats, and whether the token was the likeliest."""
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
@@ -45,8 +45,16 @@ def prompt_scores(llm, prompts: list[list[int]], scored: int) -> list[tuple[floa
     scores = []
     for prompt, output in zip(prompts, outputs, strict=True):
         said = [at[token] for token, at in list(zip(prompt, output.prompt_logprobs, strict=True))[-scored:]]
-        scores.append((-sum(s.logprob for s in said) / len(said), sum(s.rank == 1 for s in said) / len(said)))
+        scores.append([(s.logprob, s.rank == 1) for s in said])
     return scores
+
+
+def prompt_scores(llm, prompts: list[list[int]], scored: int) -> list[tuple[float, float]]:
+    """Of the last ``scored`` tokens of each prompt: mean of -log p in nats, and the share that were the likeliest."""
+    return [
+        (-sum(log_p for log_p, _ in said) / len(said), sum(first for _, first in said) / len(said))
+        for said in token_scores(llm, prompts, scored)
+    ]
 
 
 def continuations(llm, prompts: list[list[int]], tokens: int) -> list[list[int]]:
