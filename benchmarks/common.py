@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+RESULTS = Path(__file__).parent / "results"
+
 
 @contextmanager
 def engine(model: str, max_model_len: int, **kwargs) -> Iterator:

@@ -34,8 +34,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import TEXT_HELP, read_texts, write_json
-from end_to_end import MAX_POSITIONS, PREFILL_TOKENS, RESULTS, SHAPES, model_config
+from common import RESULTS, TEXT_HELP, read_texts, write_json
+from end_to_end_engine import PREFILL_TOKENS
+from model_shapes import MAX_POSITIONS, SHAPES, model_config
 
 from vllm_quantspec.config import AUTO_NUMBERS, NGRAM_NUMBERS
 

@@ -13,7 +13,9 @@ import argparse
 import json
 from pathlib import Path
 
-from end_to_end import DRAFTS_AUTO, RESULTS, SHAPES, SPARSE, drafted, drafter, is_held
+from common import RESULTS
+from end_to_end_configs import DRAFTS_AUTO, SPARSE, drafted, drafter, is_held
+from model_shapes import SHAPES
 
 from vllm_quantspec.estimate import expected_tokens
 

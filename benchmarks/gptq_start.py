@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """How long a start takes with weights rounded by GPTQ: the first one, and the next one that finds them on disk.
 
-Random weights in the shapes of end_to_end.py (rounding takes as long for them as for trained ones). An engine per row, in a
-cache folder of this run, so that nothing of earlier runs is found.
+Random weights in the shapes of model_shapes.py (rounding takes as long for them as for trained ones). An engine per row, in
+a cache folder of this run, so that nothing of earlier runs is found.
 
     python benchmarks/gptq_start.py --shape 8b --json OUT         # a GPU
     python benchmarks/gptq_start.py --shape tiny                  # a CPU
@@ -20,7 +20,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 import torch
 from common import engine, write_json
-from end_to_end import SHAPES, model_config
+from model_shapes import SHAPES, model_config
 
 
 def main() -> None:

@@ -30,8 +30,9 @@ import tempfile
 import urllib.parse
 from pathlib import Path
 
-from common import write_json
-from end_to_end import DRAFTS_AUTO, RESULTS, SHAPES, model_config, synthetic
+from common import RESULTS, write_json
+from end_to_end_configs import DRAFTS_AUTO, synthetic
+from model_shapes import SHAPES, model_config
 from serve_load import VLLM, Load, start_server, stop_server
 
 # {configuration that drafts: its num_speculative_tokens}

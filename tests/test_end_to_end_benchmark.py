@@ -11,8 +11,11 @@ import pytest
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import end_to_end  # noqa: E402
+import end_to_end_configs as configs  # noqa: E402
 import end_to_end_report as report  # noqa: E402
+import model_shapes  # noqa: E402
 import serve_bench  # noqa: E402
+from end_to_end_measure import draft_numbers  # noqa: E402
 
 from vllm_quantspec import estimate  # noqa: E402
 from vllm_quantspec.config import AUTO_NUMBERS  # noqa: E402
@@ -27,26 +30,26 @@ def drafting(config: str, ms_per_step: float) -> dict:
 
 
 def test_configurations():
-    assert [end_to_end.drafted(c) for c in ("bf16", "fp8", "cache", "4", "ngram-5", "draft-3")] == [0, 0, 0, 4, 5, 3]
-    assert [end_to_end.drafted(c) for c in ("cache-int4", "int4-5")] == [0, 5]
+    assert [configs.drafted(c) for c in ("bf16", "fp8", "cache", "4", "ngram-5", "draft-3")] == [0, 0, 0, 4, 5, 3]
+    assert [configs.drafted(c) for c in ("cache-int4", "int4-5")] == [0, 5]
     kinds = [report.kind_of(c) for c in ("cache-int4", "int4-5", "5", "v1-draft-5")]
     assert kinds == ["cache-int4", "int4", "quantspec", "draft"]
     folders = {"self": "/target", "draft": "/small"}
 
     def speculative(config: str) -> dict:
-        return end_to_end.engine_arguments(config, 0.9, {"group_size": 64}, folders)["speculative_config"]
+        return configs.engine_arguments(config, 0.9, {"group_size": 64}, folders)["speculative_config"]
 
     assert speculative("4")["method"] == "quantspec" and speculative("4")["group_size"] == 64
     assert speculative("ngram-5")["method"] == "ngram_gpu" and speculative("ngram-5")["num_speculative_tokens"] == 5
     assert [speculative(c)["model"] for c in ("draft-3", "self-3")] == ["/small", "/target"]
-    assert end_to_end.engine_arguments("bf16", 0.9, {}, folders) == {}
-    assert end_to_end.engine_arguments("marlin", 0.9, {}, folders) == {"linear_backend": "marlin"}
+    assert configs.engine_arguments("bf16", 0.9, {}, folders) == {}
+    assert configs.engine_arguments("marlin", 0.9, {}, folders) == {"linear_backend": "marlin"}
     once = {"additional_config": {"quantspec": {"one_copy": True}}}
-    assert [end_to_end.one_copy(c, True) for c in ("bf16", "marlin", "ngram-5", "cache", "4")] == [{}, {}, {}, once, once]
-    assert end_to_end.one_copy("4", False) == {}
-    int4 = end_to_end.engine_arguments("int4-4", 0.9, {"group_size": 64}, folders)
+    assert [configs.one_copy(c, True) for c in ("bf16", "marlin", "ngram-5", "cache", "4")] == [{}, {}, {}, once, once]
+    assert configs.one_copy("4", False) == {}
+    int4 = configs.engine_arguments("int4-4", 0.9, {"group_size": 64}, folders)
     assert int4["kv_cache_dtype"] == "quantspec_int4" and int4["speculative_config"] == speculative("4")
-    assert end_to_end.engine_arguments("cache-int4", 0.9, {}, folders) == {"kv_cache_dtype": "quantspec_int4"}
+    assert configs.engine_arguments("cache-int4", 0.9, {}, folders) == {"kv_cache_dtype": "quantspec_int4"}
 
 
 def test_server_arguments():
@@ -73,16 +76,16 @@ def test_what_a_server_answered_over_bf16():
 
 def test_acceptance_granted(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert end_to_end.synthetic("2", 0.9)["synthetic_acceptance_rates"] == [0.9, pytest.approx(0.81)]
-    assert end_to_end.synthetic("self-2", 0.9)["synthetic_acceptance_rates"] == [1.0, 1.0]
-    assert end_to_end.synthetic("draft-1", 0.9)["synthetic_acceptance_rates"] == [end_to_end.ACCEPTANCE["draft"]]
+    assert configs.synthetic("2", 0.9)["synthetic_acceptance_rates"] == [0.9, pytest.approx(0.81)]
+    assert configs.synthetic("self-2", 0.9)["synthetic_acceptance_rates"] == [1.0, 1.0]
+    assert configs.synthetic("draft-1", 0.9)["synthetic_acceptance_rates"] == [configs.ACCEPTANCE["draft"]]
 
 
 def test_the_number_of_drafts_chosen_and_held(tmp_path, capsys, monkeypatch):
     """A step's tokens are those of its number of drafts: 1 + 0.5 of one, 1 of none; 10 ms of a step in either table."""
-    assert end_to_end.numbers_of("3") == (3,) and end_to_end.numbers_of("bf16") == (0,)
+    assert configs.numbers_of("3") == (3,) and configs.numbers_of("bf16") == (0,)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    options = end_to_end.engine_arguments("drafts-auto", 0.5, {"group_size": 64}, {"self": "", "draft": ""})
+    options = configs.engine_arguments("drafts-auto", 0.5, {"group_size": 64}, {"self": "", "draft": ""})
     options = options["speculative_config"]
     assert options["num_speculative_tokens"] == "auto" and options["group_size"] == 64
     assert len(options["synthetic_acceptance_rates"]) == AUTO_NUMBERS[-1]
@@ -113,10 +116,10 @@ def test_a_held_number_takes_the_place_of_the_policy_for_a_while():
 
     scheduler = SimpleNamespace(draft_length=Policy())
     policy = scheduler.draft_length
-    with end_to_end.draft_numbers(scheduler, None) as numbers:
+    with draft_numbers(scheduler, None) as numbers:
         policy.observe_time(1, 2.0, 3, 4.0)
         assert [policy.choose(names, 9.0).drafts.number for names in (["a"], [])] == [7, 7] and numbers == [7]
-    with end_to_end.draft_numbers(scheduler, 3) as numbers:
+    with draft_numbers(scheduler, 3) as numbers:
         policy.observe_time(1, 2.0, 3, 4.0)
         plans = policy.choose(["a"], 9.0, True), policy.choose([], 9.0)
         assert [plan.drafts.number for plan in plans] == [3, 0] and numbers == [3]
@@ -139,7 +142,7 @@ def test_derived():
 
 
 def test_report(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(end_to_end.ACCEPTANCE, "ngram", 0.5)
+    monkeypatch.setitem(configs.ACCEPTANCE, "ngram", 0.5)
     rows = [dict(BF16), drafting("3", 20.0), drafting("5", 21.0), drafting("ngram-5", 11.0)]
     rows += [{"config": c, "context": 131072, "batch": 16, "sequences_that_fit": n} for c, n in (("bf16", 6), ("3", 13))]
     rows.append({"config": "bf16", "context": 131072, "batch": 0, "prefill_s": 10.0})
@@ -189,7 +192,7 @@ def test_speed_against_the_budget(tmp_path, capsys, monkeypatch):
 def test_tokenizer_of_random_weights(tmp_path):
     from transformers import AutoTokenizer
 
-    serve_bench.write_model(tmp_path, end_to_end.model_config("tiny"))
+    serve_bench.write_model(tmp_path, model_shapes.model_config("tiny"))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     tokens = [17, 3, 3, 511]
     assert tokenizer.decode(tokens, skip_special_tokens=True) == "<17><3><3><511>"
@@ -200,7 +203,7 @@ def test_tokenizer_of_random_weights(tmp_path):
     ("shape", "billions"), [("8b", 8.03), ("7b", 6.74), ("qwen2.5-7b", 7.6), ("qwen3-32b", 32.8), ("qwen3-30b-a3b", 30.5)]
 )
 def test_shapes_are_those_of_the_models_they_name(shape, billions):
-    assert estimate.model_from(end_to_end.model_config(shape), shape).weights / 1e9 == pytest.approx(billions, rel=0.01)
+    assert estimate.model_from(model_shapes.model_config(shape), shape).weights / 1e9 == pytest.approx(billions, rel=0.01)
 
 
 def test_a_shape_from_a_configuration(tmp_path):
@@ -208,11 +211,11 @@ def test_a_shape_from_a_configuration(tmp_path):
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen2", "max_position_embeddings": 40}))
     for given in (str(folder), str(folder / "config.json")):
-        assert end_to_end.model_config(given) == {"model_type": "qwen2", "max_position_embeddings": 1 << 20}
-        assert end_to_end.shape_name(given) == "some-model"
-    assert end_to_end.shape_name("qwen3-32b") == "qwen3-32b"
+        assert model_shapes.model_config(given) == {"model_type": "qwen2", "max_position_embeddings": 1 << 20}
+        assert model_shapes.shape_name(given) == "some-model"
+    assert model_shapes.shape_name("qwen3-32b") == "qwen3-32b"
     with pytest.raises(ValueError, match="neither one of 8b, "):
-        end_to_end.model_config(str(tmp_path))
+        model_shapes.model_config(str(tmp_path))
 
 
 @pytest.mark.parametrize(

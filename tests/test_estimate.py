@@ -10,8 +10,9 @@ import torch
 from vllm.v1.core.kv_cache_utils import _get_kv_cache_groups_uniform_page_size
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
-from vllm_quantspec import cli, estimate, supported
+from vllm_quantspec import cli, estimate, sparse_policy, supported
 from vllm_quantspec.config import CACHE_DTYPES, DEFAULT_CACHE_DTYPE, QuantSpecOptions
+from vllm_quantspec.estimate import cost_model, draft_weights
 from vllm_quantspec.format import PageFormat
 from vllm_quantspec.integration.cache.specs import make_specs
 
@@ -314,7 +315,7 @@ def test_sparse_drafts_read_less_of_the_cache():
     dense, sparse = at(98304, 8, "all"), at(98304, 8, "auto")
     assert dense.draft_share == 1 and sparse.draft_share == pytest.approx(1 / 16, rel=0.02)
     # Of a draft step's time the cache takes so much less; the window, weights and launches are what they were.
-    old = 98304 * 8 * 32 * PageFormat(8, 128, 128).bytes_per_token(4) / (4.26e12 * estimate.READ) * 1e3
+    old = 98304 * 8 * 32 * PageFormat(8, 128, 128).bytes_per_token(4) / (4.26e12 * cost_model.READ) * 1e3
     assert dense.draft_step - sparse.draft_step == pytest.approx(old * (1 - sparse.draft_share))
     assert (dense.exact, dense.cache) == (sparse.exact, sparse.cache) and sparse.cycle < 0.7 * dense.cycle
     assert at(98304, 1, 4096).draft_share == pytest.approx(4096 / 98304, rel=0.01)
@@ -327,7 +328,7 @@ def test_sparse_drafts_read_less_of_the_cache():
 def test_sparse_drafts_of_a_mixture_begin_where_the_engine_begins_them(monkeypatch):
     """Its experts count in the precision in which drafts read them (`draft/sparse.py` counts tensors)."""
     model, counted = estimate.model_from(QWEN2_MOE, "moe"), []
-    monkeypatch.setattr(estimate.sparse_policy, "min_total_pages", lambda **numbers: counted.append(numbers) or 0)
+    monkeypatch.setattr(sparse_policy, "min_total_pages", lambda **numbers: counted.append(numbers) or 0)
     for draft_experts in ("target", "int4"):
         estimate.speed(model, 4.26e12, 98304, 8, 2, 128, 0.93, 5, draft_context="auto", draft_experts=draft_experts)
     experts, others = model.experts.weights, model.linear_weights + model.head_weights
@@ -446,7 +447,7 @@ def test_one_copy_of_a_4_bit_checkpoint(tmp_path, capsys):
     assert model.linear_bits == 4 + 20 / 128 and plain.linear_bits is None
     twice, once = (estimate.memory(model, 140 * estimate.GIB, 0.9, 1, 128, 0, one_copy=one) for one in (False, True))
     assert twice.weights == once.weights < 5.9 * estimate.GIB < 15 * estimate.GIB < plain.weight_bytes + estimate.GIB
-    saved = model.linear_weights * estimate.INT4_BITS / 8
+    saved = model.linear_weights * draft_weights.INT4_BITS / 8
     assert twice.int4_weights - once.int4_weights == pytest.approx(saved) and once.int4_weights < 0.3 * estimate.GIB
     assert run(tmp_path, four_bits, "--one-copy") == 0
     text = capsys.readouterr().out

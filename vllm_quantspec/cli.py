@@ -122,10 +122,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_estimate(arguments: argparse.Namespace) -> int:
-    from vllm_quantspec import estimate  # torch is not needed for --help
+    from vllm_quantspec.estimate.report import report  # torch is not needed for --help
 
     try:
-        estimate.report(arguments)
+        print(report(arguments))
     except ValueError as error:
         print(f"vllm-quantspec: {error}", file=sys.stderr)
         return 2
