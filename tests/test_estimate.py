@@ -281,7 +281,7 @@ def test_weights_in_8_bits_are_counted(tmp_path, capsys):
         assert (steps[1] < steps[2] < steps[3]) if slower else steps[3] == pytest.approx(steps[0])
     assert run(tmp_path, LLAMA_8B, "--weight-bits", "6.2") == 0
     out = capsys.readouterr().out
-    assert "INT4 and INT8 copy for drafting" in out and "assumed, not measured" in out
+    assert "INT4 and INT8 copy for drafting" in out and "expected from single layers on an H100" in out
 
 
 def test_draft_experts_are_chosen_as_in_the_engine():
@@ -360,7 +360,9 @@ def test_report_of_experts(tmp_path, capsys):
     text = capsys.readouterr().out
     for expected in ("56.87 GiB", "of it 14.34 GiB for the experts", "8 of 128 per layer by a draft step, in 4 bits; 20 by"):
         assert expected in text
-    assert "is assumed, not measured" in text
+    assert "assumed" not in text
+    assert run(tmp_path, QWEN3_30B_A3B, "--batch", "8") == 0
+    assert "that requests choose theirs evenly is assumed" in capsys.readouterr().out
 
 
 def test_a_model_whose_cache_alone_is_supported(tmp_path, capsys):
