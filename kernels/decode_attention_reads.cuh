@@ -31,24 +31,39 @@ DEV void keep_query_tile(const u32 (&q)[MT][2], int n, const Segment& seg, u32 q
 }
 
 // Boundaries of a row: it reads pages below `from`, the window in [from, position].
-DEV void row_bounds(const Params& p, const Segment& s, int row, int exact_start, int& from, int& position) {
+DEV void row_bounds(const Segment& s, int row, int exact_start, int& from, int& position) {
   position = min(s.first + (int)((u32)(s.tile * ROWS + row) / QUERY_GROUP), s.last);
   from = max(window_start(position), exact_start);
 }
 
 // Tokens of a slice that a row reads from the window, or not at all.
-DEV void mask_slice(float (&s)[NT][2][4], const Params& p, const Segment& seg, int token, int exact_start, int lane) {
+DEV void mask_slice(float (&s)[NT][2][4], const Segment& seg, int token, int exact_start, int lane) {
   const int g = lane >> 2, t = lane & 3;
 #pragma unroll
   for (int n = 0; n < NT; n++)
 #pragma unroll
     for (int e = 0; e < 2; e++) {
       int from, position;
-      row_bounds(p, seg, n * 8 + 2 * t + e, exact_start, from, position);
+      row_bounds(seg, n * 8 + 2 * t + e, exact_start, from, position);
 #pragma unroll
       for (int i = 0; i < 4; i++)
         if (token + i * 8 + g >= from) s[n][i / 2][(i & 1) * 2 + e] = -__int_as_float(0x7f800000);
     }
+}
+
+// Of 16 exact tokens, those that a row of tile `n` reads from pages, or not at all.
+DEV void mask_window(float (&s)[4], int n, const Segment& seg, int token, int exact_start, int lane) {
+  const int g = lane >> 2, t = lane & 3;
+#pragma unroll
+  for (int e = 0; e < 2; e++) {
+    int from, position;
+    row_bounds(seg, n * 8 + 2 * t + e, exact_start, from, position);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const int j = token + i * 8 + g;
+      if (j < from || j > position) s[i * 2 + e] = -__int_as_float(0x7f800000);
+    }
+  }
 }
 
 // ---- Pages ----------------------------------------------------------------------------------------------------------
@@ -81,6 +96,20 @@ DEV void load_slice(u32 to, const unsigned char* page, int slice, bool key_scale
 }
 
 // ---- The exact window -----------------------------------------------------------------------------------------------
+// A lane's block of the window, counted from the one of `start`, its first token; 0 if it has none.
+DEV int window_block(const Params& p, const Segment& seg, int start, int lane) {
+  const int entry = start / WINDOW_BLOCK + lane;
+  if (entry > seg.last / WINDOW_BLOCK) return 0;
+  return __ldg(p.window_block_table + (i64)seg.request * p.window_table_stride + entry);
+}
+
+// The first token that is in the window: the last missing block below the first position ends what it lacks.
+DEV int first_exact(const Segment& seg, int start, int block, int lane) {
+  const u32 missing = __ballot_sync(ALL, block <= 0 && (start / WINDOW_BLOCK + lane) * WINDOW_BLOCK < seg.first);
+  if (!missing) return start;
+  return min(seg.first, (start / WINDOW_BLOCK + 32 - __clz(missing)) * WINDOW_BLOCK);
+}
+
 // 16 exact tokens to a stage of the ring.
 DEV void load_window(u32 to, const unsigned char* pool, i64 stride, int id, int token, int low, int last, int lane) {
   const unsigned char* from = pool + id * stride + (token % WINDOW_BLOCK) * (4 * D);

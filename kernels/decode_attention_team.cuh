@@ -83,13 +83,7 @@ DEV void attend(State& st, const Params& p, const Segment& seg, int begin, int e
   const int page_b = slice_b / PER, last_page = seg.last / G;
   int first_id = 0, ids = page_id(p, seg, table, page_b + lane, last_page),
       next_ids = page_id(p, seg, table, page_b + 32 + lane, last_page);
-  const int entry = start / WINDOW_BLOCK + lane;
-  int window_id = 0;
-  if (entry <= seg.last / WINDOW_BLOCK)
-    window_id = __ldg(p.window_block_table + (i64)seg.request * p.window_table_stride + entry);
-  const u32 missing = __ballot_sync(ALL, window_id <= 0 && entry * WINDOW_BLOCK < seg.first);
-  int exact_start = start;
-  if (missing) exact_start = min(seg.first, (start / WINDOW_BLOCK + 32 - __clz(missing)) * WINDOW_BLOCK);
+  const int window_id = window_block(p, seg, start, lane), exact_start = first_exact(seg, start, window_id, lane);
   const int low = max(start, exact_start), high = max(window_start(seg.last), exact_start);
   const int slice_e = min(part.most_e, (high + 31) / 32 - part.skipped);
 
@@ -140,7 +134,7 @@ DEV void attend(State& st, const Params& p, const Segment& seg, int begin, int e
         score_slice(s, stage, shared, lane);
         // Of the list: a smaller one than it has, and read by every row as well.
         const int token = (slice + part.skipped) * 32;
-        if (token + 32 > low) mask_slice(s, p, seg, token, exact_start, lane);
+        if (token + 32 > low) mask_slice(s, seg, token, exact_start, lane);
       }
       raise_team_top(st, s, scale, has, shared, me, lane);
       if (has) leave_probabilities(st, s, stages, shared, scale, me, lane);

@@ -193,7 +193,6 @@ DEV void add_values(State& st, u32 stages, u32 shared, int slice, const Member& 
 // ---- 16 exact tokens of each warp -----------------------------------------------------------------------------------
 DEV void score_window(float (&s)[NT][1][4], u32 stage, const Params& p, const Segment& seg, int token, int exact_start,
                       int lane) {
-  const int g = lane >> 2, t = lane & 3;
   const u32 key = stage + (lane & 15) * WIN_ROW + (lane >> 4) * 16;
   u32 a[MT][4];
 #pragma unroll
@@ -206,16 +205,7 @@ DEV void score_window(float (&s)[NT][1][4], u32 stage, const Params& p, const Se
     for (int i = 0; i < 4; i++) s[n][0][i] = 0.f;
 #pragma unroll
     for (int x = 0; x < MT; x++) mma_exact(s[n][0], a[x][0], a[x][1], a[x][2], a[x][3], q[x][0], q[x][1]);
-#pragma unroll
-    for (int e = 0; e < 2; e++) {
-      int from, position;
-      row_bounds(p, seg, n * 8 + 2 * t + e, exact_start, from, position);
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        const int j = token + i * 8 + g;
-        if (j < from || j > position) s[n][0][i * 2 + e] = -__int_as_float(0x7f800000);
-      }
-    }
+    mask_window(s[n][0], n, seg, token, exact_start, lane);
   }
 }
 

@@ -37,17 +37,10 @@ DEV void attend(State& st, const Params& p, const Segment& seg, int begin, int e
   const int page_b = slice_b / PER, last_page = seg.last / G;
   int ids = page_id(p, seg, table, page_b + lane, last_page),
       next_ids = page_id(p, seg, table, page_b + 32 + lane, last_page);
-  // The window's blocks from `start` on, one per lane; the last missing one below the first position ends what it
-  // lacks.
-  const int entry = start / WINDOW_BLOCK + lane;
-  int window_id = 0;
-  if (entry <= seg.last / WINDOW_BLOCK)
-    window_id = __ldg(p.window_block_table + (i64)seg.request * p.window_table_stride + entry);
+  const int window_id = window_block(p, seg, start, lane);
   u32 rows[NT][MT][2];
   load_query(rows, p, seg, lane);
-  const u32 missing = __ballot_sync(ALL, window_id <= 0 && entry * WINDOW_BLOCK < seg.first);
-  int exact_start = start;
-  if (missing) exact_start = min(seg.first, (start / WINDOW_BLOCK + 32 - __clz(missing)) * WINDOW_BLOCK);
+  const int exact_start = first_exact(seg, start, window_id, lane);
   const int low = max(start, exact_start),
             high = max(window_start(seg.last), exact_start);  // boundaries of first and last row
   const int slice_e = min(part.most_e, (high + 31) / 32 - skipped);

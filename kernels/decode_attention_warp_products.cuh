@@ -65,7 +65,7 @@ DEV void attend_slice(State& st, const Keys& k, u32 stage, const Params& p, cons
       }
     }
   }
-  if (mask) mask_slice(s, p, seg, token, exact_start, lane);
+  if (mask) mask_slice(s, seg, token, exact_start, lane);
   const float scale = p.scale / CODE_SCALE;
   raise_top(st, s, scale);
   u32 prob[NT][4];
@@ -115,7 +115,6 @@ DEV void attend_slice(State& st, const Keys& k, u32 stage, const Params& p, cons
 // ---- 16 exact tokens ------------------------------------------------------------------------------------------------
 DEV void attend_window(State& st, const u32 (&query)[NT][MT][2], u32 stage, const Params& p, const Segment& seg,
                        int token, int exact_start, int lane) {
-  const int g = lane >> 2, t = lane & 3;
   float s[NT][1][4];
 #pragma unroll
   for (int n = 0; n < NT; n++)
@@ -130,17 +129,7 @@ DEV void attend_window(State& st, const u32 (&query)[NT][MT][2], u32 stage, cons
     for (int n = 0; n < NT; n++) mma_exact(s[n][0], a[0], a[1], a[2], a[3], query[n][x][0], query[n][x][1]);
   }
 #pragma unroll
-  for (int n = 0; n < NT; n++)
-#pragma unroll
-    for (int e = 0; e < 2; e++) {
-      int from, position;
-      row_bounds(p, seg, n * 8 + 2 * t + e, exact_start, from, position);
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        const int j = token + i * 8 + g;
-        if (j < from || j > position) s[n][0][i * 2 + e] = -__int_as_float(0x7f800000);
-      }
-    }
+  for (int n = 0; n < NT; n++) mask_window(s[n][0], n, seg, token, exact_start, lane);
   raise_top(st, s, p.scale);
   // Everything that ends up in acc is in units of 1 / CODE_SCALE.
   constexpr float SHIFT = CODE_BITS == 4 ? 0.f : 4.f;
