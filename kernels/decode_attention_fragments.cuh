@@ -21,11 +21,6 @@ DEV void mma_exact(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   mma_f16(c, a0, a1, a2, a3, b0, b1);
 #endif
 }
-DEV void ldmatrix(u32* r, u32 a) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3},[%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(a));
-}
 DEV void ldmatrix_trans(u32* r, u32 a) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3},[%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

@@ -196,7 +196,7 @@ DEV void score_window(float (&s)[NT][1][4], u32 stage, const Params& p, const Se
   const u32 key = stage + (lane & 15) * WIN_ROW + (lane >> 4) * 16;
   u32 a[MT][4];
 #pragma unroll
-  for (int x = 0; x < MT; x++) ldmatrix(a[x], key + x * 32);
+  for (int x = 0; x < MT; x++) load_matrices(a[x], key + x * 32);
 #pragma unroll
   for (int n = 0; n < NT; n++) {
     u32 q[MT][2];

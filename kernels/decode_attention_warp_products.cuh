@@ -124,7 +124,7 @@ DEV void attend_window(State& st, const u32 (&query)[NT][MT][2], u32 stage, cons
 #pragma unroll
   for (int x = 0; x < MT; x++) {
     u32 a[4];
-    ldmatrix(a, key + x * 32);
+    load_matrices(a, key + x * 32);
 #pragma unroll
     for (int n = 0; n < NT; n++) mma_exact(s[n][0], a[0], a[1], a[2], a[3], query[n][x][0], query[n][x][1]);
   }
