@@ -17,7 +17,9 @@ from cache_kernels import DEVICE, ints, median_us
 from common import write_json
 
 from vllm_quantspec.kernels import page_selection
-from vllm_quantspec.kernels.page_selection import plan_selection, reduce_scores, select_pages
+from vllm_quantspec.kernels import reduce_scores as reduction
+from vllm_quantspec.kernels.page_selection import plan_selection, select_pages
+from vllm_quantspec.kernels.reduce_scores import reduce_scores
 from vllm_quantspec.kernels.snapkv import plan_snapkv, select_snapkv
 
 LAYERS, HEADS, GROUP, QUERIES, PAGE = 32, 8, 4, 5, 128
@@ -104,7 +106,7 @@ def tune():
         case.plan()
         for elements in (1024, 2048, 4096):
             for warps in (2, 4, 8):
-                page_selection.REDUCE_ELEMENTS, page_selection.REDUCE_WARPS = elements, warps
+                reduction.REDUCE_ELEMENTS, reduction.REDUCE_WARPS = elements, warps
                 print(f"{shape}: reduce {elements} elements, {warps} warps: {median_us([case.reduce]):.2f} us", flush=True)
         for pages in (128, 256, 512):
             page_selection.SELECT_PAGES_PER_WARP = pages

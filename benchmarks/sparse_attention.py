@@ -32,7 +32,7 @@ QUERY_LEN = 5
 def prepare(fmt, query_heads, lengths, query_len, bits, share=None, scores=False, reduce=False):
     """A function that launches once per set of pages, and the number of sets."""
     from vllm_quantspec.kernels.decode_attention import PageSelection, ScoresOut, decode_attention, raw_rows
-    from vllm_quantspec.kernels.page_selection import reduce_scores
+    from vllm_quantspec.kernels.reduce_scores import reduce_scores
 
     group, heads, requests = fmt.group_size, fmt.num_kv_heads, len(lengths)
     ours, _ = page_reads(fmt, lengths, query_len, bits)

@@ -37,7 +37,7 @@ class _Params(ctypes.Structure):
 
 
 class ScoresOut(NamedTuple):
-    """Where a launch leaves the attention mass of old pages; `page_selection.reduce_scores` makes scores of it.
+    """Where a launch leaves the attention mass of old pages; `reduce_scores` makes scores of it.
 
     raw: float32 [C, H, 2, M, 2], contiguous, M at least `raw_rows` and a multiple of 8. Of the up to two parts that a page
         is read in, and of each row, the sum of 2^(score - top) over all that the part's reader has read of the request when

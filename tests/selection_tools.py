@@ -9,7 +9,8 @@ from interpreter import DEVICE, INTERPRETED
 
 from vllm_quantspec.format import PageFormat
 from vllm_quantspec.kernels import cpu_page_selection as twin
-from vllm_quantspec.kernels.page_selection import reduce_scores, select_pages
+from vllm_quantspec.kernels.page_selection import select_pages
+from vllm_quantspec.kernels.reduce_scores import reduce_scores
 
 LARGE = DEVICE == "cuda" and not INTERPRETED
 FMT = PageFormat(1, 64, 64)

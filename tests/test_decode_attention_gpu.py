@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vllm_quantspec.format import PageFormat, window_start
-from vllm_quantspec.kernels import cache_update, cpu_page_selection, page_selection, reference
+from vllm_quantspec.kernels import cache_update, cpu_page_selection, reduce_scores, reference
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
@@ -111,7 +111,7 @@ class Case:
         scored_pages(fmt, self.query_start_loc, self.seq_lens, begin, num_scored, num_slots=slots)
         out = self.run(bits, scores=ScoresOut(raw, flags, lse, begin, num_scored), **options)
         result = torch.full((fmt.num_kv_heads, slots, self.max_query_len), float("nan"), device=DEVICE)
-        page_selection.reduce_scores(
+        reduce_scores.reduce_scores(
             raw, flags, lse, self.query_start_loc, begin, num_scored, result, max_pages=max(1, slots)
         )
         return out, result, begin[:-1], num_scored[:-1]

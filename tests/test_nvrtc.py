@@ -1,5 +1,6 @@
 """Compiling and loading a kernel, against stand-ins for NVRTC, the driver and the GPU."""
 
+import re
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -87,6 +88,20 @@ def test_a_kernel_is_compiled_once_and_loaded_by_its_name(module, calls):
         ("nvrtcCompileProgram", [b"--gpu-architecture=sm_90", b"--std=c++17", b"-DA=1", b"-DB=2"])
     ]
     assert b'extern "C"' in module.SOURCE.read_bytes() and module.SOURCE.stem.encode() + b"(" in module.SOURCE.read_bytes()
+
+
+@pytest.mark.parametrize("module", [decode_attention, int4_experts, int4_linear_wide, marlin_linear])
+def test_the_compiler_gets_what_a_source_includes(module, calls):
+    """Headers include headers; none is anywhere but beside the source."""
+    nvrtc.load(module.SOURCE, {}, 0, **SIZES)
+    ((*_, count, texts, names),) = (c for c in calls if c[0] == "create")
+    given = {name.decode(): text.decode() for name, text in zip(names, texts, strict=True)}
+    included, new = set(), {module.SOURCE.read_text()}
+    while new:
+        found = {name for text in new for name in re.findall(r'#include "(.+)"', text)} - included
+        assert found <= set(given)
+        included, new = included | found, {given[name] for name in found}
+    assert "ptx.cuh" in included and count == len(given)
 
 
 def test_instructions_of_one_architecture_are_asked_for(calls):

@@ -79,6 +79,7 @@ print(json.dumps([vllm_quantspec.__file__, find("vllm_quantspec.kernels.decode_a
 DATA = [
     "barriers.cuh",
     "decode_attention.cu",
+    "decode_attention_layout.cuh",
     "int4_codes.cuh",
     "int4_experts.cu",
     "int4_linear.cu",

@@ -23,7 +23,9 @@ from selection_tools import (
 
 from vllm_quantspec.kernels import cpu_page_selection as twin
 from vllm_quantspec.kernels import page_selection
-from vllm_quantspec.kernels.page_selection import plan_selection, reduce_scores, select_pages
+from vllm_quantspec.kernels import reduce_scores as reduction
+from vllm_quantspec.kernels.page_selection import plan_selection, select_pages
+from vllm_quantspec.kernels.reduce_scores import reduce_scores
 
 pytest.importorskip("triton")
 
@@ -38,8 +40,8 @@ def test_in_the_interpreter():
 @pytest.fixture(autouse=True)
 def large_ctas(monkeypatch):
     if INTERPRETED:  # each costs milliseconds
-        monkeypatch.setattr(page_selection, "REDUCE_PAGES", 128)
-        monkeypatch.setattr(page_selection, "REDUCE_ELEMENTS", 1 << 14)
+        monkeypatch.setattr(reduction, "REDUCE_PAGES", 128)
+        monkeypatch.setattr(reduction, "REDUCE_ELEMENTS", 1 << 14)
 
 
 SEEDS = range(200 if LARGE else 16)
@@ -255,7 +257,7 @@ KERNELS = ["_reduce_scores", "_plan_selection", "_select_pages"]
 
 @pytest.fixture
 def compiled(monkeypatch):
-    with compile_only(monkeypatch, [page_selection], KERNELS) as names:
+    with compile_only(monkeypatch, [reduction, page_selection], KERNELS) as names:
         yield names
 
 

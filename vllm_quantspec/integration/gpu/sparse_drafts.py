@@ -4,8 +4,9 @@
     head of the drafts' graph      `choose`: how many pages, and which, of every request, layer and KV head
     a draft step, in every layer   decode attention reads the layer's list
 
-Everything is decided on the device (design rule 6); `page_selection` has the kernels. A step's scores are used by the
-drafts that follow it and by nothing else: no request keeps any (SnapKV's choice, a baseline, is kept by the request's row).
+Everything is decided on the device (design rule 6); `reduce_scores` and `page_selection` are the kernels. A step's scores
+are used by the drafts that follow it and by nothing else: no request keeps any (SnapKV's choice, a baseline, is kept by the
+request's row).
 
 Memory (design rule 5): one slot for each page that the step's requests read, of all together. There are no more slots than
 the pool can hold pages, and all are allocated before vLLM measures what is left for the pool. Where requests share
@@ -32,7 +33,7 @@ from vllm_quantspec.integration.cache.metadata import LayerSettings, QuantSpecMe
 from vllm_quantspec.integration.draft.model import DraftModel
 from vllm_quantspec.integration.draft.read_share import ReadShare, labels_of
 from vllm_quantspec.integration.draft.sparse import log_budget, may_pay, min_pages_of_batch, number_layers, tell_layers
-from vllm_quantspec.kernels import cpu_page_selection, page_selection, snapkv
+from vllm_quantspec.kernels import cpu_page_selection, page_selection, reduce_scores, snapkv
 from vllm_quantspec.kernels.cpu_page_selection import PageSelection
 from vllm_quantspec.kernels.decode_attention import ScoresOut, raw_rows
 from vllm_quantspec.kernels.scored_pages import scored_pages
@@ -158,7 +159,7 @@ class SparseDrafts:
 
     def reduce(self, md: QuantSpecMetadata, layer: int) -> None:
         n, out = md.num_decodes, self.scores_out
-        page_selection.reduce_scores(
+        reduce_scores.reduce_scores(
             out.raw,
             out.flags,
             out.lse,
