@@ -30,8 +30,6 @@ from vllm_quantspec.kernels.workspace import Workspace
 SOURCE = Path(__file__).with_suffix(".cu")
 GROUP_SIZES = (32, 64, 128)
 MIDDLE = 8
-# Up to so many tokens; not measured yet, see benchmarks/NOTES.md.
-MAX_TOKENS = 32
 # Outputs of a strip; input channels of a warp's unit.
 STRIP, UNIT = 64, 64
 # Codes that are unpacked at a time while a weight is brought into this order.

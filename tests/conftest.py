@@ -118,12 +118,6 @@ def books_30m() -> str:
     return str(shared_path("models/books-30m"))
 
 
-@pytest.fixture(scope="session", params=["dracula", "emma", "martin-eden"])
-def novel(request) -> str:
-    """The text of a novel that neither model was trained on; a test with this fixture runs once for each of three."""
-    return shared_path(f"data/books/{request.param}.txt").read_text(encoding="utf-8")
-
-
 @pytest.fixture(scope="session")
 def passage() -> str:
     """The passage that ships with the package, about 8,000 tokens of books-4m."""

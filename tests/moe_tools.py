@@ -27,12 +27,20 @@ MIXTURES = {
 }
 
 
-def save_mixture(name: str, folder: Path, dtype: torch.dtype) -> nn.Module:
-    """Save a model of that architecture, of random weights, in ``folder``, and return it."""
+def save_mixture(name: str, folder: Path, dtype: torch.dtype, every_expert: bool = False) -> nn.Module:
+    """Save a model of that architecture, of random weights, in ``folder``, and return it.
+
+    With ``every_expert`` a token takes all of them. Where the last one that it takes is nearly tied with another, rounding
+    decides, and on a GPU that depends on the shape of the batch: in 16 bits the answer then differs by far more than a
+    near-tie of two tokens.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = AutoConfig.for_model(name, **(SIZES | MIXTURES[name]))
+    sizes = SIZES | MIXTURES[name]
+    if every_expert:
+        sizes["num_experts_per_tok"] = sizes.get("num_experts") or sizes["num_local_experts"]
+    config = AutoConfig.for_model(name, **sizes)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.save_pretrained(folder)
     return model.eval()

@@ -27,6 +27,7 @@ METHODS = [MarlinExpertsMethod, Wna16ExpertsMethod]
 SHAPES = [
     (8, 256, 128, 2, 128),
     (4, 512, 448, 2, 32),
+    (8, 256, 192, 8, 128),
     (60, 2048, 1408, 4, 128),
     (128, 2048, 768, 8, 128),
     (8, 4096, 1792, 2, 64),
@@ -123,7 +124,7 @@ def test_a_kernel_says_what_it_does_not_take(rank):
 @pytest.mark.parametrize("name", MIXTURES)
 def test_mixtures(name, weight_rounding, tmp_path):
     """Experts of 96 channels are not Marlin's; the shared expert runs beside the others, on a stream of its own."""
-    save_mixture(name, tmp_path, torch.bfloat16)
+    save_mixture(name, tmp_path, torch.bfloat16, every_expert=True)
     prompts = [torch.randint(3, 1000, (length,)).tolist() for length in LENGTHS]
     with engine(str(tmp_path), **ENGINE, **QUANTSPEC_CACHE) as llm:
         expected = generate(llm, prompts, 60)
@@ -144,7 +145,7 @@ def test_mixtures(name, weight_rounding, tmp_path):
 
 def test_new_weights_reach_the_graphs(tmp_path):
     """The drafts of an engine whose weights were loaded again are accepted as often as before."""
-    save_mixture("mixtral", tmp_path, torch.bfloat16)
+    save_mixture("mixtral", tmp_path, torch.bfloat16, every_expert=True)
     prompts = [torch.randint(3, 1000, (length,)).tolist() for length in LENGTHS]
     with engine(str(tmp_path), **ENGINE, **quantspec(3, draft_experts="int4")) as llm:
         expected, counts = generate(llm, prompts, 60), speculation_counts(llm)

@@ -251,7 +251,7 @@ def test_many_tokens_where_marlin_runs(monkeypatch):
     packed, _ = marlin_linear.pack(torch.randint(0, 16, (OUT, IN), dtype=torch.uint8), torch.ones(OUT, 4).bfloat16()), None
     seen = {}
     monkeypatch.setattr(marlin_linears, "apply_gptq_marlin_linear", lambda **given: seen.update(given))
-    marlin_linears.one_copy_linear(torch.randn(marlin_linear.MAX_TOKENS + 1, IN).bfloat16(), *packed, None, True)
+    marlin_linears.one_copy_linear(torch.randn(marlin_linears.MAX_TOKENS + 1, IN).bfloat16(), *packed, None, True)
     assert seen["weight"] is packed.codes and seen["weight_scale"] is packed.scales and seen["weight_zp"].numel() == 0
     assert seen["wtype"] == scalar_types.uint4b8
     assert (seen["output_size_per_partition"], seen["input_size_per_partition"]) == (OUT, IN)

@@ -85,39 +85,31 @@ def test_a_mixture_of_experts(tmp_path):
     assert accepted[0] > 0.1 * drafts
 
 
-def test_workers_agree_on_rounded_weights(books_4m, expected, tmp_path, monkeypatch):
+def test_workers_agree_on_rounded_weights_and_on_their_bits(books_4m, expected, tmp_path, monkeypatch):
     """Each keeps its own half. One whose file is gone cannot write texts alone: both round again."""
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    options = {"weight_rounding": "gptq", "draft_weights": "mixed", "weight_bits": 6.0}
 
-    def start() -> dict[str, int]:
+    def start() -> tuple[dict[str, int], dict[str, int]]:
+        """(when each worker's file was written, bits of each linear)"""
         prompts, answers = expected
-        with engine(books_4m, tensor_parallel_size=2, **quantspec(weight_rounding="gptq")) as llm:
-            actual = generate(llm, prompts[:1], MAX_TOKENS)
-            drafts, accepted = speculation_counts(llm)
-        assert_same_or_tied(answers[:1], actual, TIE)
-        assert accepted[0] > drafts / 2
-        return {path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("rank_*.safetensors")}
-
-    first = start()
-    assert sorted(first) == ["rank_0.safetensors", "rank_1.safetensors"]
-    assert start() == first
-    next(tmp_path.rglob("rank_1.safetensors")).unlink()
-    again = start()
-    assert sorted(again) == sorted(first) and again["rank_0.safetensors"] > first["rank_0.safetensors"]
-
-
-def test_workers_choose_the_same_linears_for_8_bits(books_4m, expected, tmp_path, monkeypatch):
-    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
-    prompts, answers = expected
-    for _ in range(2):  # as measured, and as kept on disk
-        with engine(books_4m, tensor_parallel_size=2, **quantspec(draft_weights="mixed", weight_bits=6.0)) as llm:
+        with engine(books_4m, tensor_parallel_size=2, **quantspec(**options)) as llm:
             actual = generate(llm, prompts[:1], MAX_TOKENS)
             drafts, accepted = speculation_counts(llm)
             choices = llm.collective_rpc(widths_of_draft)
         assert_same_or_tied(answers[:1], actual, TIE)
         assert accepted[0] > drafts / 2
         assert choices[0] == choices[1] and set(choices[0].values()) == {4, 8}
-    assert len(list(tmp_path.rglob("losses.json"))) == 1
+        assert len(list(tmp_path.rglob("losses.json"))) == 1
+        return {path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("rank_*.safetensors")}, choices[0]
+
+    first, bits = start()
+    assert sorted(first) == ["rank_0.safetensors", "rank_1.safetensors"]
+    assert start() == (first, bits)
+    next(tmp_path.rglob("rank_1.safetensors")).unlink()
+    again, bits_again = start()
+    assert sorted(again) == sorted(first) and again["rank_0.safetensors"] > first["rank_0.safetensors"]
+    assert bits_again == bits
 
 
 def widths_of_draft(worker) -> dict[str, int]:

@@ -2,8 +2,8 @@
 
 With the option ``one_copy`` vLLM chooses `MarlinLinearKernel` for these linears (`startup/one_copy.py`), whatever the
 checkpoint's format, and two of its methods are replaced: weights are brought into Marlin's order by tensor operations, as
-vLLM's kernel for it does not run everywhere, and up to `marlin_linear.MAX_TOKENS` tokens of a step run on our kernel. More
-run on vLLM's, which reads the same tensors. Where that does not run on this GPU, ours goes on to `MAX_TOKENS_ALONE`, and
+vLLM's kernel for it does not run everywhere, and up to `MAX_TOKENS` tokens of a step run on our kernel. More run on vLLM's,
+which reads the same tensors. Where that does not run on this GPU, ours goes on to `MAX_TOKENS_ALONE`, and
 beyond them a step dequantizes the weight of one linear at a time.
 
 The draft shares these linears with the target (`draft/one_copy.py`): its weights are the same 4 bits.
@@ -41,6 +41,8 @@ from vllm_quantspec.kernels.marlin_linear import MarlinWeight
 
 logger = init_logger("vllm.quantspec.linears")
 
+# As fast as Marlin with 16 tokens; with 32 it takes half as long again (results/marlin_linear.json).
+MAX_TOKENS = 16
 # Where Marlin does not run: reading 4 bits once per 32 tokens is less than writing and reading 16. Not measured yet.
 MAX_TOKENS_ALONE = 160
 _OURS = "quantspec_has_marlin"  # an attribute of vLLM's kernel object: whether Marlin takes many tokens
@@ -60,7 +62,7 @@ def one_copy_linear(
 
     One operator, because torch.compile must not see a choice that depends on the number of tokens.
     """
-    if x.shape[0] <= (marlin_linear.MAX_TOKENS if has_marlin else MAX_TOKENS_ALONE):
+    if x.shape[0] <= (MAX_TOKENS if has_marlin else MAX_TOKENS_ALONE):
         return marlin_linear.marlin_linear(x, codes, scales, zeros, bias)
     if not has_marlin:
         weight = marlin_dequantize(MarlinWeight(codes, scales, zeros))
@@ -119,7 +121,7 @@ def _in_tensor_operations(process_weights_after_loading):
         problem = marlin_problem()
         setattr(self, _OURS, problem is None)
         mark(layer)
-        most = MAX_TOKENS_ALONE if problem else marlin_linear.MAX_TOKENS
+        most = MAX_TOKENS_ALONE if problem else MAX_TOKENS
         more = f"their dequantized weights ({problem})" if problem else "vLLM's Marlin kernel"
         logger.info_once("4-bit linears run on this package's GPU kernel up to %d tokens, beyond on %s.", most, more)
 
@@ -191,7 +193,7 @@ def try_marlin(device: int) -> None:
     out_features, in_features = 128, 256
     codes = torch.randint(0, 16, (out_features, in_features), dtype=torch.uint8, device="cuda")
     scales = torch.full((out_features, in_features // 64), 0.01, dtype=torch.bfloat16, device="cuda")
-    x = torch.randn(marlin_linear.MAX_TOKENS + 1, in_features, dtype=torch.bfloat16, device="cuda")
+    x = torch.randn(MAX_TOKENS + 1, in_features, dtype=torch.bfloat16, device="cuda")
     one_copy_linear(x, *marlin_linear.pack(codes, scales), None, True)
     torch.cuda.synchronize()
 
