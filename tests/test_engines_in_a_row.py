@@ -8,7 +8,7 @@ from engine_tools import QUANTSPEC_CACHE, assert_same_or_tied, engine, generate,
 def test_engines_in_a_row(books_4m, passage):
     prompts = [list(range(5, 300)), list(range(40, 180))]
     plain = []
-    for arguments in ({}, quantspec(3), {}, QUANTSPEC_CACHE, quantspec(4, group_size=64), {}):
+    for arguments in ({}, quantspec(3), QUANTSPEC_CACHE, quantspec(4, group_size=64), {}):
         with engine(books_4m, max_model_len=1024, **arguments) as llm:
             answers = generate(llm, prompts, 8)
             runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
@@ -17,7 +17,6 @@ def test_engines_in_a_row(books_4m, passage):
         if not arguments:
             plain.append(answers)
     assert_same_or_tied(plain[0], plain[1], 0.0)
-    assert_same_or_tied(plain[0], plain[2], 0.0)
 
 
 def test_an_engine_that_failed_fails_at_once_afterwards(books_4m, monkeypatch):

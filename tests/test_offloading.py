@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="refused on a 
 G = 128
 TIE = 2e-3  # float32, as in test_lossless.py
 INT4 = {"kv_cache_dtype": "quantspec_int4"}
-ENGINES = {"cache": QUANTSPEC_CACHE, "int4": INT4, "speculation": quantspec(4, draft_weights="target")}
+ENGINES = {"int4": INT4, "speculation": quantspec(4, draft_weights="target")}
 
 
 @pytest.fixture(scope="module", autouse=True)
