@@ -11,7 +11,11 @@ A window of k groups of G tokens: position p reads exact from (p // G - (k - 1))
 k * G tokens. k = 2 is QuantSpec. Target and draft have the same window. Reported against the target: greedy agreement,
 acceptance when sampling at temperature 1 (sum of min(p, q)), and KL of the draft from the target in nats.
 
+Attention sinks lie in the first page: --first-page compares ways to read it more exactly, with the target's own weights,
+against an exact cache instead of one in 8 bits.
+
     python benchmarks/ablations.py [--model DIR] [--text DIR] [--contexts 4096 16384 32768] [--variants NAME ...]
+    python benchmarks/ablations.py --first-page --contexts 2048 --model CHAT_MODEL
     python benchmarks/ablations.py --plot        # the plot again, from the JSON
 """
 
@@ -52,6 +56,23 @@ def read_quantized(keys: torch.Tensor, values: torch.Tensor, group: int, bits: i
     k = dequantize_keys(k_upper, k_lower, k_scale, k_min)
     v = dequantize_values(v_upper, v_lower, v_scale, v_min)
     return k.flatten(1, 2), v.flatten(1, 2)
+
+
+def read_first_page(
+    exact: tuple[torch.Tensor, torch.Tensor], old: tuple[torch.Tensor, torch.Tensor], way: str, group: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``old`` with its first page read in a ``way`` of `FIRST_PAGE`; keys and values [heads, tokens, head size]."""
+    bits, tokens, spared = FIRST_PAGE[way]
+    page = [x[:, :group].float() for x in exact]
+    rounded = page
+    if spared:  # ranges are those of the other tokens: one of these stands in the place of each that is exact
+        rounded = [torch.cat([x[:, tokens : tokens + 1].expand(-1, tokens, -1), x[:, tokens:]], 1) for x in page]
+    rounded = read_quantized(*rounded, group, bits)
+    keys, values = (
+        torch.cat([x[:, :tokens], y[:, tokens:], rest[:, group:]], 1)
+        for x, y, rest in zip(page, rounded, old, strict=True)
+    )
+    return keys, values
 
 
 def attend(
@@ -113,11 +134,13 @@ class Excerpt:
         model.hidden_states(ids, model.linears, attend=record)
         self.quantized: dict[tuple[int, str], list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
-    def log_probabilities(self, linears: dict, bits: int, group: int, groups: int) -> torch.Tensor:
-        """[scored, vocabulary], with ``linears`` and old tokens read with 4 or 8 bits."""
-        if (group, bits) not in self.quantized:
+    def log_probabilities(self, linears: dict, bits: int, group: int, groups: int, first_page: str = "") -> torch.Tensor:
+        """[scored, vocabulary], with ``linears`` and old tokens read with 4, 8 or (exactly) 16 bits."""
+        if (group, bits) not in self.quantized and bits < 16:
             self.quantized = {(group, bits): [read_quantized(k, v, group, bits) for k, v in self.exact]}  # one: memory
-        old = self.quantized[group, bits]
+        old = self.quantized[group, bits] if bits < 16 else [None] * len(self.exact)
+        if first_page:
+            old = [read_first_page(e, o, first_page, group) for e, o in zip(self.exact, old, strict=True)]
 
         def decode(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             own = k.bfloat16().float(), v.bfloat16().float()
@@ -132,12 +155,14 @@ class Excerpt:
 
 @dataclass(frozen=True)
 class Variant:
-    """One draft. ``weights``: None (the target's own), or symmetry, rounding method and group size."""
+    """One draft. ``weights``: None (the target's own), or symmetry, rounding method and group size. ``first_page``: one of
+    `FIRST_PAGE`."""
 
     kv: str = "int4"
     weights: tuple[str, str, int] | None = ("asymmetric", "search", 128)
     group: int = 128
     window: int = 2
+    first_page: str = ""
 
     @property
     def name(self) -> str:
@@ -145,7 +170,8 @@ class Variant:
         if self.weights:
             symmetry, method, group = self.weights
             weights = f"INT4 {symmetry} {method} g{group}"
-        return f"{self.kv} KV g{self.group} window {self.window}G, {weights}"
+        first_page = f", first page {self.first_page}" if self.first_page else ""
+        return f"{self.kv} KV g{self.group} window {self.window}G{first_page}, {weights}"
 
 
 QUANTSPEC = Variant()
@@ -156,6 +182,17 @@ VARIANTS = [
     *(replace(v, group=g, window=k) for v in (QUANTSPEC, KV_ONLY) for g in (128, 64) for k in (1, 2, 4)),
     *(replace(v, weights=w) for v in (QUANTSPEC, WEIGHTS_ONLY) for w in WEIGHTS if (v, w) != (QUANTSPEC, QUANTSPEC.weights)),
 ]
+
+
+# {way to read the first page: (bits, tokens at its start that are exact, whether ranges are those of the others)}
+FIRST_PAGE = {
+    "": (4, 0, False),
+    "in 8 bits": (8, 0, False),
+    "exact": (4, 128, False),
+    **{f"but {n} exact tokens": (4, n, False) for n in (1, 4, 16, 64)},
+    **{f"but {n} exact tokens, ranges without them": (4, n, True) for n in (1, 4, 16, 64)},
+}
+FIRST_PAGES = [replace(KV_ONLY, first_page=way) for way in FIRST_PAGE]
 
 
 def round_symmetric(weight: torch.Tensor, group_size: int, method: str, dtype: torch.dtype) -> torch.Tensor:
@@ -224,10 +261,12 @@ def main() -> None:
     parser.add_argument("--excerpts", type=int, default=2, help="of each text")
     parser.add_argument("--scored", type=int, default=2048, help="positions at the end of each excerpt")
     parser.add_argument("--variants", nargs="+", choices=[v.name for v in VARIANTS], help="default: all", metavar="NAME")
+    parser.add_argument("--first-page", action="store_true", help="compare ways to read the first page")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", action="store_true", help="only draw the plot from the JSON")
     args = parser.parse_args()
-    path = args.json or ROOT / f"benchmarks/results/ablations-{args.model.name}.json"
+    name = "first_page" if args.first_page else "ablations"
+    path = args.json or ROOT / f"benchmarks/results/{name}-{args.model.name}.json"
     if args.plot:
         return plot(path)
 
@@ -240,8 +279,9 @@ def main() -> None:
     tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
     texts = [tokenizer.encode(text, add_special_tokens=False).ids for text in read_texts(args.text).values()]
     # In this order the quantized cache of an excerpt is made once for each group size and reading.
+    every = FIRST_PAGES if args.first_page else VARIANTS
     variants = sorted(
-        (v for v in VARIANTS if not args.variants or v.name in args.variants), key=lambda v: (v.group, v.kv != "int4")
+        (v for v in every if not args.variants or v.name in args.variants), key=lambda v: (v.group, v.kv != "int4")
     )
     linears = {w: draft_linears(model, w) for w in {v.weights for v in variants}}
     rows = []
@@ -251,18 +291,20 @@ def main() -> None:
         for ids in (e for text in texts for e in excerpts(text, context, args.excerpts)):
             excerpt = Excerpt(model, torch.tensor(ids, device=device), min(args.scored, context))
             windows = {(v.group, v.window) for v in variants}
-            targets = {w: excerpt.log_probabilities(model.linears, 8, *w) for w in sorted(windows)}
+            target_bits = 16 if args.first_page else 8
+            targets = {w: excerpt.log_probabilities(model.linears, target_bits, *w) for w in sorted(windows)}
             for v in variants:
                 bits = 4 if v.kv == "int4" else 8
-                draft = excerpt.log_probabilities(linears[v.weights], bits, v.group, v.window)
+                draft = excerpt.log_probabilities(linears[v.weights], bits, v.group, v.window, v.first_page)
                 sums[v] += compare(targets[v.group, v.window], draft)
             tokens += min(args.scored, context)
             print(f"{context}: {tokens} positions, {time.perf_counter() - started:.0f} s", flush=True)
-        for v in VARIANTS:
+        for v in every:
             if v in sums:
                 greedy, acceptance, kl = (sums[v] / tokens).tolist()
                 row = {"context": context, "variant": v.name, "kv": v.kv, "weights": v.weights, "group": v.group}
-                row |= {"window": v.window, "positions": tokens, "greedy": greedy, "acceptance": acceptance, "kl": kl}
+                row |= {"window": v.window, "first_page": v.first_page, "positions": tokens}
+                row |= {"greedy": greedy, "acceptance": acceptance, "kl": kl}
                 rows.append(row)
                 print(f"{context:6d}  {v.name:60s} {greedy:.4f} {acceptance:.4f} {kl:.5f}", flush=True)
     write_json(path, rows, model=args.model.name, dtype="float32", excerpts=args.excerpts, scored=args.scored)

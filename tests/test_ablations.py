@@ -72,6 +72,27 @@ def test_window(group):
         assert (exact.min(), exact.max()) == ((k - 1) * group + 1, k * group)
 
 
+@pytest.mark.parametrize("way", ablations.FIRST_PAGE)
+def test_ways_to_read_the_first_page(way, group=128):
+    """Tokens that are exact are so, other pages are as before, and without a sink's range the others lose far less."""
+    torch.manual_seed(0)
+    exact = tuple(torch.randn(2, 3 * group, 64).bfloat16() for _ in range(2))
+    for x in exact:
+        x[:, 0] *= 50  # a sink
+    old = ablations.read_quantized(*exact, group, 4)
+    read = ablations.read_first_page(exact, old, way, group)
+    bits, tokens, spared = ablations.FIRST_PAGE[way]
+    for x, before, after in zip(exact, old, read, strict=True):
+        assert torch.equal(after[:, group:], before[:, group:])
+        assert torch.equal(after[:, :tokens], x[:, :tokens].float())
+    keys, before, after = exact[0][:, tokens:group].float(), old[0][:, tokens:group], read[0][:, tokens:group]
+    errors = [(y - keys).square().sum() for y in (before, after)]
+    if bits == 8 or spared:  # the keys of a page share their ranges
+        assert errors[1] < 0.01 * errors[0]
+    else:
+        assert torch.equal(before, after)
+
+
 def test_symmetric_weights():
     torch.manual_seed(0)
     weight = torch.randn(16, 256) + 0.3
