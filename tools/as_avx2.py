@@ -1,8 +1,8 @@
 """Run a command as on an x86 CPU that has AVX2 and no AVX-512: ``python tools/as_avx2.py make demo``.
 
 vLLM ships a library of its own for such CPUs (``_C_AVX2``), which has fewer operators, and PyTorch, oneDNN, MKL, Numba and
-NumPy run other code there. The command and all of its child processes are told not to use AVX-512 or AMX; what a compiler
-makes with ``-march=native`` (torch.compile) still may. Standard library only.
+NumPy run other code there. The command and all of its child processes are told not to use AVX-512 or AMX, the compiler
+behind torch.compile among them. Standard library only.
 """
 
 import os
@@ -28,6 +28,7 @@ def environment(base: dict[str, str] | None = None) -> dict[str, str]:
         "ONEDNN_MAX_CPU_ISA": "AVX2",
         "MKL_ENABLE_INSTRUCTIONS": "AVX2",
         "NPY_DISABLE_CPU_FEATURES": "AVX512F AVX512CD AVX512_SKX AVX512_CLX AVX512_CNL AVX512_ICL",
+        "TORCHINDUCTOR_CPP_MARCH": "haswell",  # where "native" has AVX-512, code of both kinds is mixed, and wrong
         "NUMBA_CPU_NAME": "haswell",
         "NUMBA_CPU_FEATURES": "+avx2,+fma,+f16c,+bmi,+bmi2",
     }
