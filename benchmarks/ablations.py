@@ -44,12 +44,18 @@ def window_start(position: int, group: int, groups: int = 2) -> int:
     return max(0, (position // group - (groups - 1)) * group)
 
 
-def read_quantized(keys: torch.Tensor, values: torch.Tensor, group: int, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The full groups of keys and values [heads, tokens, head size], read with 4 or 8 bits."""
+def read_quantized(
+    keys: torch.Tensor, values: torch.Tensor, group: int, bits: int, sink: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The full groups of keys and values [heads, tokens, head size], read with 4 or 8 bits.
+
+    Without ``sink`` the first page is as any other.
+    """
     heads, tokens, dim = keys.shape
     fmt = PageFormat(heads, dim, group)
     k, v = (x[:, : tokens // group * group].unflatten(1, (-1, group)) for x in (keys, values))
-    k_upper, k_lower, k_scale, k_min = quantize_keys(k)
+    is_first = (torch.arange(k.shape[1], device=k.device) == 0).expand(heads, -1)
+    k_upper, k_lower, k_scale, k_min = quantize_keys(k, is_first if sink else None)
     v_upper, v_lower, v_scale, v_min = quantize_values(v, fmt.value_group_size)
     if bits == 4:
         k_lower = v_lower = None
@@ -62,12 +68,12 @@ def read_first_page(
     exact: tuple[torch.Tensor, torch.Tensor], old: tuple[torch.Tensor, torch.Tensor], way: str, group: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``old`` with its first page read in a ``way`` of `FIRST_PAGE`; keys and values [heads, tokens, head size]."""
-    bits, tokens, spared = FIRST_PAGE[way]
+    bits, tokens, spared, sink = FIRST_PAGE[way]
     page = [x[:, :group].float() for x in exact]
     rounded = page
     if spared:  # ranges are those of the other tokens: one of these stands in the place of each that is exact
         rounded = [torch.cat([x[:, tokens : tokens + 1].expand(-1, tokens, -1), x[:, tokens:]], 1) for x in page]
-    rounded = read_quantized(*rounded, group, bits)
+    rounded = read_quantized(*rounded, group, bits, sink)
     keys, values = (
         torch.cat([x[:, :tokens], y[:, tokens:], rest[:, group:]], 1)
         for x, y, rest in zip(page, rounded, old, strict=True)
@@ -184,13 +190,15 @@ VARIANTS = [
 ]
 
 
-# {way to read the first page: (bits, tokens at its start that are exact, whether ranges are those of the others)}
+# {way to read the first page: (bits, tokens at its start that are exact, whether ranges are those of the others, whether
+# the first key is on a code)}
 FIRST_PAGE = {
-    "": (4, 0, False),
-    "in 8 bits": (8, 0, False),
-    "exact": (4, 128, False),
-    **{f"but {n} exact tokens": (4, n, False) for n in (1, 4, 16, 64)},
-    **{f"but {n} exact tokens, ranges without them": (4, n, True) for n in (1, 4, 16, 64)},
+    "": (4, 0, False, True),
+    "as any other": (4, 0, False, False),
+    "in 8 bits": (8, 0, False, False),
+    "exact": (4, 128, False, False),
+    **{f"but {n} exact tokens": (4, n, False, False) for n in (1, 4, 16, 64)},
+    **{f"but {n} exact tokens, ranges without them": (4, n, True, False) for n in (1, 16)},
 }
 FIRST_PAGES = [replace(KV_ONLY, first_page=way) for way in FIRST_PAGE]
 

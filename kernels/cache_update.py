@@ -388,7 +388,7 @@ def _quantize(
                 W,
             )
             if page_id > 0:  # not earlier: the reads above need not wait for it
-                quantize_keys(keys, out, piece, D, G, DRAFT_BYTES, PAGE_BITS)
+                quantize_keys(keys, out, piece, page == 0, D, G, DRAFT_BYTES, PAGE_BITS)
         else:
             column = piece - D // 32
             channel = tl.arange(0, DP)[None, :]

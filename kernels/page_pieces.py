@@ -21,6 +21,17 @@ def _divide(x, divisor, reciprocal):
 
 
 @jit
+def _on_a_code(x, scale, minimum):
+    """The minimum moved by up to half a step, so that `x` fp32, one per scale, is on a code: see `format.quantize_keys`."""
+    MAGIC: tl.constexpr = 12582912.0  # as in `_codes`
+    s, z = scale.to(tl.float32), minimum.to(tl.float32)
+    divisor = tl.where(s == 0, 1.0, s)
+    residual = tl.minimum(tl.maximum(x - z, 0.0), s * 15.0)
+    code = (_divide(residual, divisor, tl.div_rn(1.0, divisor)) + MAGIC) - MAGIC
+    return tl.minimum(tl.maximum(x - code * s, -65504.0), 65504.0).to(tl.float16)
+
+
+@jit
 def _codes(x, scale, minimum):
     """16 * upper + lower code as uint8, of x fp32 and the stored scale and minimum, which are broadcast to it."""
     MAGIC: tl.constexpr = 12582912.0  # 1.5 * 2^23: adding it rounds to an integer, ties to even, which is in the low bits
@@ -46,9 +57,14 @@ def _pack(codes):
 
 
 @jit
-def quantize_keys(x, out, piece, D: tl.constexpr, G: tl.constexpr, DRAFT_BYTES: tl.constexpr, PAGE_BITS: tl.constexpr):
-    """Quantize 32 channels x [G, 32] of a page's head at `out`: column `piece` of the tiles."""
+def quantize_keys(
+    x, out, piece, is_first, D: tl.constexpr, G: tl.constexpr, DRAFT_BYTES: tl.constexpr, PAGE_BITS: tl.constexpr
+):
+    """Quantize 32 channels x [G, 32] of a page's head at `out`: column `piece` of the tiles. `is_first`: of a sequence."""
     scale, minimum = _scale_and_minimum(tl.min(x, axis=0), tl.max(x, axis=0))
+    if is_first:
+        sink = tl.sum(tl.where(tl.arange(0, G)[:, None] == 0, x, 0.0), axis=0)
+        minimum = _on_a_code(sink, scale, minimum)
     codes = _codes(x, scale[None, :], minimum[None, :])
 
     column = tl.arange(0, 32)  # par, b, t, e

@@ -25,10 +25,16 @@ from vllm_quantspec.format import (
 
 
 def quantize_pages(
-    fmt: PageFormat, pages: torch.Tensor, page_ids: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    fmt: PageFormat,
+    pages: torch.Tensor,
+    page_ids: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    is_first: torch.Tensor | None = None,
 ) -> None:
-    """Quantize exact keys and values [n, G, H, D] into the pages `page_ids` [n], every byte of them."""
-    pages[page_ids] = encode_pages(fmt, keys, values)
+    """Quantize exact keys and values [n, G, H, D] into the pages `page_ids` [n], every byte of them; `is_first` as of
+    `encode_pages`."""
+    pages[page_ids] = encode_pages(fmt, keys, values, is_first)
 
 
 def dequantize_pages(

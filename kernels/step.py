@@ -60,12 +60,14 @@ class StepPlan:
     """Shared by all layers of a step.
 
     ``window_slots`` [num_tokens] int64: slot of each token in the window pool, -1 where no exact copy is kept.
-    ``page_ids`` [n] int64: pages to quantize; ``token_index`` [n, group_size]: each of their tokens in the step's own
-    keys and values, or -1 for an earlier token, which is at ``slots`` [n, group_size] in the window pool.
+    ``page_ids`` [n] int64: pages to quantize, of which ``is_first`` [n] bool begin a sequence; ``token_index``
+    [n, group_size]: each of their tokens in the step's own keys and values, or -1 for an earlier token, which is at
+    ``slots`` [n, group_size] in the window pool.
     """
 
     window_slots: torch.Tensor
     page_ids: torch.Tensor
+    is_first: torch.Tensor
     token_index: torch.Tensor
     slots: torch.Tensor
 
@@ -100,8 +102,9 @@ def plan_step(
     token_slots = window_slots(fmt, window_block_table, request, first[request] + offset)
 
     empty = torch.zeros(0, dtype=torch.long, device=seq_lens.device)
+    nothing = StepPlan(token_slots, empty, empty.bool(), empty.view(0, group), empty.view(0, group))
     if not quantize:
-        return StepPlan(token_slots, empty, empty.view(0, group), empty.view(0, group))
+        return nothing
 
     exact = exact_start(fmt, window_block_table, first)
     low = torch.maximum((first - max_unverified).clamp_min(0) // group, -(-exact // group))
@@ -109,7 +112,7 @@ def plan_step(
     counts = torch.where(query_lens > 0, (high - low).clamp_min(0), 0)
     owner = torch.repeat_interleave(torch.arange(num_reqs, device=seq_lens.device), counts)
     if owner.numel() == 0:
-        return StepPlan(token_slots, empty, empty.view(0, group), empty.view(0, group))
+        return nothing
     page = torch.arange(owner.shape[0], device=owner.device) - (counts.cumsum(0) - counts)[owner] + low[owner]
     position = page[:, None] * group + torch.arange(group, device=page.device)
     token_index = position - first[owner, None] + starts[owner, None]
@@ -117,7 +120,7 @@ def plan_step(
     slots = window_slots(fmt, window_block_table, owner.repeat_interleave(group), position.flatten()).view_as(
         position
     )
-    return StepPlan(token_slots, block_table[owner, page].long(), token_index, slots)
+    return StepPlan(token_slots, block_table[owner, page].long(), page == 0, token_index, slots)
 
 
 def quantize_completed(
@@ -146,4 +149,4 @@ def quantize_completed(
         mask = fresh[..., None, None]
         keys = torch.where(mask, keys, old[..., : fmt.head_size])
         values = torch.where(mask, values, old[..., fmt.head_size :])
-    pages[plan.page_ids] = encode_pages(fmt, keys, values)
+    pages[plan.page_ids] = encode_pages(fmt, keys, values, plan.is_first)

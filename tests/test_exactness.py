@@ -87,7 +87,7 @@ class Oracle:
         group = next(n for n in range(self.group_size, 0, -16) if keys.shape[-1] % n == 0)
         read = []
         for quantize, dequantize, x in (
-            (quantize_keys, dequantize_keys, (keys,)),
+            (quantize_keys, dequantize_keys, (keys, torch.full(keys.shape[:1], block == 0))),
             (quantize_values, dequantize_values, (values, group)),
         ):
             upper, lower, scale, minimum = quantize(*x)

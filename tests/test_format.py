@@ -196,6 +196,26 @@ def test_dequantize_is_the_formula():
     torch.testing.assert_close(dequantize_values(upper, lower, s, z), (16 * upper + lower - 8) * wide_s / 16 + wide_z)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_first_key_of_a_sequence_is_on_a_code(dtype):
+    """Read in 4 bits it is itself, up to the minimum's fp16; the others are within half a step, and nothing else changes."""
+    torch.manual_seed(0)
+    x = torch.randn(6, 128, 64).to(dtype) * torch.rand(64) * 20
+    x[:, 0] *= 3
+    x[5, :, 3] = 1.5  # a channel without a range
+    is_first = torch.tensor([True, False, True, False, True, True])
+    upper, lower, scale, minimum = quantize_keys(x, is_first)
+    plain = quantize_keys(x)
+    assert torch.equal(scale, plain[2])
+    for mine, other in zip((upper, lower, minimum), (plain[0], plain[1], plain[3]), strict=True):
+        assert torch.equal(mine[~is_first], other[~is_first]) and not torch.equal(mine[is_first], other[is_first])
+    error = (dequantize_keys(upper, None, scale, minimum) - x.float()).abs()
+    assert (error[is_first][:, 0] <= minimum[is_first].float().abs() * 2**-11 + 1e-6).all()
+    assert (error <= 0.5 * scale.float()[:, None] + x.float().abs().amax() * 2**-10).all()
+    error = (dequantize_keys(upper, lower, scale, minimum) - x.float()).abs()
+    assert (error <= scale.float()[:, None] / 16 + minimum.float().abs()[:, None] * 2**-10).all()
+
+
 def test_constant_groups():
     """A group without a range has scale 0: codes 0 and 8, and reads as its (fp16) value."""
     x = torch.randn(2, 64, 64)

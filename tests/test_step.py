@@ -80,7 +80,8 @@ def test_plan_against_a_loop(seed):
         assert int(tables[r, page]) in written
         tokens = exact[r][page * G : (page + 1) * G]
         expected = torch.zeros(1, 2, FMT.head_bytes, dtype=torch.uint8)
-        reference.quantize_pages(FMT, expected, torch.tensor([0]), tokens[None, :, 0], tokens[None, :, 1])
+        exact_page = tokens[None, :, 0], tokens[None, :, 1]
+        reference.quantize_pages(FMT, expected, torch.tensor([0]), *exact_page, is_first=torch.tensor([page == 0]))
         assert torch.equal(pages[int(tables[r, page])], expected[0])
     for r, (first, _, _, hit) in enumerate(rows):
         for page in range(tables.shape[1]):

@@ -176,9 +176,15 @@ def window_blocks_per_request(group_size: int, window_block_size: int, num_specu
 # --- Quantization: x [..., G, D] -> upper, lower (codes, uint8 [..., G, D], 0..15), scale, minimum (fp16) -------------
 
 
-def quantize_keys(k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Quantize keys [..., G, D] per channel over the G tokens; scale and minimum are fp16 [..., D]."""
-    upper, lower, scale, minimum = _quantize(k, dim=-2)
+def quantize_keys(
+    k: torch.Tensor, is_first: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Quantize keys [..., G, D] per channel over the G tokens; scale and minimum are fp16 [..., D].
+
+    Of pages that begin a sequence (``is_first``, bool [...]; None: of no page) the minimum is moved by up to half a step, so
+    that the first token's key, an attention sink, is read as it is. The others are read within half a step as before.
+    """
+    upper, lower, scale, minimum = _quantize(k, dim=-2, is_first=is_first)
     return upper, lower, scale.squeeze(-2), minimum.squeeze(-2)
 
 
@@ -188,7 +194,9 @@ def quantize_values(v: torch.Tensor, value_group_size: int) -> tuple[torch.Tenso
     return upper.flatten(-2), lower.flatten(-2), scale.squeeze(-1), minimum.squeeze(-1)
 
 
-def _quantize(x: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _quantize(
+    x: torch.Tensor, dim: int, is_first: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     x = x.float()
     low, high = x.aminmax(dim=dim, keepdim=True)
     limit = torch.finfo(torch.float16).max
@@ -198,6 +206,12 @@ def _quantize(x: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor, to
     s, z = scale.float(), minimum.float()
     flat = s == 0
     divisor = torch.where(flat, 1.0, s)
+    if is_first is not None:
+        sink = x.narrow(dim, 0, 1)
+        code = ((sink - z) / divisor).round_().clamp_(0, 15)
+        moved = (sink - code * s).clamp(-limit, limit).half()
+        minimum = torch.where(is_first[..., None, None], moved, minimum)
+        z = minimum.float()
     residual = x - z
     upper = (residual / divisor).round_().clamp_(0, 15).masked_fill_(flat, 0)
     lower = ((residual - upper * s) / (divisor / 16)).round_().clamp_(-8, 7).masked_fill_(flat, 0)
@@ -299,9 +313,15 @@ def unpermute_value_scales(stored: torch.Tensor, group_size: int) -> torch.Tenso
 # --- Whole pages ------------------------------------------------------------------------------------------------------
 
 
-def encode_pages(fmt: PageFormat, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Exact keys and values [n, G, H, D] -> the bytes of their pages, uint8 [n, H, head_bytes]."""
-    k_upper, k_lower, k_scale, k_min = quantize_keys(keys.transpose(1, 2))
+def encode_pages(
+    fmt: PageFormat, keys: torch.Tensor, values: torch.Tensor, is_first: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Exact keys and values [n, G, H, D] -> the bytes of their pages, uint8 [n, H, head_bytes].
+
+    ``is_first``: bool [n], pages that begin a sequence (see `quantize_keys`); None: none does.
+    """
+    is_first = None if is_first is None else is_first[:, None].expand(-1, keys.shape[2])
+    k_upper, k_lower, k_scale, k_min = quantize_keys(keys.transpose(1, 2), is_first)
     v_upper, v_lower, v_scale, v_min = quantize_values(values.transpose(1, 2), fmt.value_group_size)
     fields = {
         "k_upper": pack_key_codes(k_upper),
