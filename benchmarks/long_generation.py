@@ -22,7 +22,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 from common import KV_HELP, TEXT_HELP, engine, excerpts, read_texts, small_model_on_gpu, write_json
-from quality import CACHES, DEFAULT_CACHES, ROOT, SHARED, agreement, token_scores
+from quality import CACHES, DEFAULT_CACHES, ROOT, SHARED, agreement, continuations, token_scores
 
 DRAFTS = 4
 WAYS = {name: CACHES[name] for name in DEFAULT_CACHES} | {
@@ -30,16 +30,6 @@ WAYS = {name: CACHES[name] for name in DEFAULT_CACHES} | {
 }
 PARTS = 4
 NGRAM = 4
-
-
-def write_on(llm, prompts: list[list[int]], tokens: int, temperature: float) -> list[list[int]]:
-    """``tokens`` more tokens of every prompt."""
-    from vllm import SamplingParams
-
-    sampling = {"temperature": temperature, "max_tokens": tokens, "ignore_eos": True, "detokenize": False}
-    params = [SamplingParams(seed=i if temperature else None, **sampling) for i in range(len(prompts))]
-    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-    return [list(output.outputs[0].token_ids) for output in outputs]
 
 
 def share_of_new(tokens: list[int]) -> float:
@@ -131,7 +121,7 @@ def main() -> None:
         try:
             with engine(args.model, longest, **arguments, **WAYS[cache]) as llm:
                 for temperature in args.temperatures:
-                    written[cache, temperature] = write_on(llm, prompts, args.tokens, temperature)
+                    written[cache, temperature] = continuations(llm, prompts, args.tokens, temperature)
                     print(f"{time.perf_counter() - started:.0f} s: {cache}, temperature {temperature:g}", flush=True)
         except Exception as error:  # a cache that this device does not have must not lose the others' numbers
             print(f"{cache}: {str(error).splitlines()[0]}", flush=True)

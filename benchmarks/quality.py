@@ -57,10 +57,12 @@ def prompt_scores(llm, prompts: list[list[int]], scored: int) -> list[tuple[floa
     ]
 
 
-def continuations(llm, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+def continuations(llm, prompts: list[list[int]], tokens: int, temperature: float = 0.0) -> list[list[int]]:
+    """``tokens`` more tokens of every prompt; where they are sampled, each with a seed of its own."""
     from vllm import SamplingParams
 
-    params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    sampling = {"temperature": temperature, "max_tokens": tokens, "ignore_eos": True, "detokenize": False}
+    params = [SamplingParams(seed=i if temperature else None, **sampling) for i in range(len(prompts))]
     outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs]
 

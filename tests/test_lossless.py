@@ -102,6 +102,7 @@ def test_compiled_engine(books_4m, prompts, expected):
         {"draft_weights": "target"},
         {"quantize_lm_head": False, "weight_rounding": "gptq", "weight_rotation": "hadamard"},
         {"draft_weights": "mixed", "weight_bits": 6.0, "weight_rotation": "hadamard"},
+        {"draft_weights": "int8"},
     ],
 )
 def test_options_change_the_draft_only(options, books_4m, prompts, expected):
