@@ -14,6 +14,7 @@ A configuration is an engine of its own, with torch.compile and CUDA graphs on:
 
     bf16, fp8   vLLM's KV cache in 16 and 8 bits (FlashAttention 3 on Hopper)
     marlin      as bf16, with vLLM's Marlin for a 4-bit checkpoint (bf16 has what vLLM chooses: Machete on Hopper)
+    int4_per_token_head, turboquant_4bit_nc, turboquant_k8v4, nvfp4     vLLM's other caches of fewer than 8 bits
     cache       the hierarchical cache alone
     cache-int4  the same in 4 bits (``--kv-cache-dtype quantspec_int4``)
     N           QuantSpec, N tokens drafted; "QuantSpec with γ searched" is the best N at each point

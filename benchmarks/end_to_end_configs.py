@@ -26,6 +26,9 @@ SPARSE = {
 }
 # Bytes of a token against BF16's, with 8 KV heads of 128 or more of either.
 CACHE_BYTES = {"bf16": 1.0, "marlin": 1.0, "fp8": 0.5, "cache-int4": 0.29, "int4": 0.29}
+# vLLM's other caches of fewer than 8 bits, by their --kv-cache-dtype, and what they take at most, measures of `CACHE_BYTES`.
+PEER_CACHES = {"int4_per_token_head": 0.3, "turboquant_4bit_nc": 0.3, "turboquant_k8v4": 0.42, "nvfp4": 0.3}
+CACHE_BYTES |= PEER_CACHES
 OUR_CACHE_BYTES = 0.54
 # QuantSpec that chooses the number of drafts, and of that engine's rows, those for which one was held.
 DRAFTS_AUTO, HELD = "drafts-auto", "held"
@@ -63,8 +66,8 @@ def engine_arguments(config: str, acceptance: float, quantspec: dict, folders: d
         return {}
     if config == "marlin":
         return {"linear_backend": "marlin"}
-    if config == "fp8":
-        return {"kv_cache_dtype": "fp8"}
+    if config == "fp8" or config in PEER_CACHES:
+        return {"kv_cache_dtype": config}
     if config == "cache":
         return {"attention_backend": "QUANTSPEC"}
     if config == "cache-int4":
@@ -88,7 +91,7 @@ def engine_arguments(config: str, acceptance: float, quantspec: dict, folders: d
 
 def one_copy(config: str, wanted: bool) -> dict:
     """LLM arguments of those configurations that read the hierarchical cache, to keep a 4-bit checkpoint's weights once."""
-    others = config in ("bf16", "fp8", "marlin") or drafter(config) in ("ngram", "draft", "self")
+    others = config in ("bf16", "fp8", "marlin", *PEER_CACHES) or drafter(config) in ("ngram", "draft", "self")
     return {"additional_config": {"quantspec": {"one_copy": True}}} if wanted and not others else {}
 
 

@@ -27,6 +27,7 @@ from moe_tools import (
 from test_draft_model import run
 from test_models import ENGINE, LENGTHS
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.fused_moe import get_moe_wna16_block_config
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.utils import marlin_utils, marlin_utils_test
@@ -125,6 +126,23 @@ def test_wna16_layout_reads_back():
             code = (codes[i, out, channels // 2] >> (channels % 2 * 4)) & 15
             zero = (zeros[i, out // 2, channels // 32] >> (out % 2 * 4)) & 15
             assert torch.equal((code.float() - zero.float()) * scales[i, out, channels // 32].float(), weight.dequantize())
+
+
+def test_blocks_that_moe_wna16_takes():
+    """Its kernel takes 1, 2, 4 or 8 groups; where vLLM chooses others, it is told."""
+    for group_size in (32, 64, 128):
+        refused = 0
+        for size in range(group_size, 4097, group_size):
+            blocks = experts.wna16_blocks([size, 4096], group_size)
+            arguments = True, 64, size, 2 * size, 8, group_size, 2, 16
+            chosen = {get_moe_wna16_block_config(blocks or {}, *arguments).get("BLOCK_SIZE_K")}
+            if blocks is not None:
+                assert chosen == {None}  # it keeps to what it is told
+                chosen = {blocks["BLOCK_SIZE_K"]}
+                plain = get_moe_wna16_block_config({}, *arguments)["BLOCK_SIZE_K"]
+                refused += plain // group_size not in (1, 2, 4, 8)
+            assert all(block // group_size in (1, 2, 4, 8) and size % block == 0 for block in chosen), (size, group_size)
+        assert (refused > 0) == (group_size == 32)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -49,11 +49,11 @@ def build(form: Format, dtype: torch.dtype, *, bias: bool = False, option: bool 
     current = get_current_vllm_config()
     current.model_config = SimpleNamespace(dtype=dtype)
     current.additional_config = {"quantspec": {"one_copy": option}}
+    tensors, weight = form.tensors(OUT, IN, dtype, torch.Generator().manual_seed(form.group_size + 2))
     with torch.device(DEVICE), set_default_torch_dtype(dtype):
         layer = ReplicatedLinear(
             IN, OUT, bias=bias, params_dtype=dtype, quant_config=config, prefix="model.layers.0.up_proj"
         )
-        tensors, weight = form.tensors(OUT, IN, dtype, torch.Generator().manual_seed(form.group_size + 2))
         for name, parameter in layer.named_parameters():
             value = torch.randn(OUT) if name == "bias" else tensors[name]
             assert parameter.shape == value.shape, name

@@ -14,6 +14,7 @@ on that GPU; where this layout does not take the shape, all of them on vLLM's ke
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 
@@ -211,6 +212,23 @@ def try_marlin(device: int) -> None:
     torch.cuda.synchronize()
 
 
+def wna16_blocks(in_features: list[int], group_size: int) -> dict[str, int] | None:
+    """The blocks that ``moe_wna16`` has to be told for weights of so many input channels; None where its own choice runs.
+
+    Its CUDA kernel takes blocks of 1, 2, 4 or 8 groups. Of groups of 32, vLLM chooses 16 for long inputs, and 3 for 96.
+    """
+    if group_size > 32:
+        return None
+    groups = next(n for n in (8, 4, 2, 1) if all(size % (n * group_size) == 0 for size in in_features))
+    return {
+        "BLOCK_SIZE_M": 16,
+        "BLOCK_SIZE_N": 128,
+        "BLOCK_SIZE_K": groups * group_size,
+        "GROUP_SIZE_M": 1,
+        "SPLIT_K": 1,
+    }
+
+
 class Wna16ExpertsMethod(Int4ExpertsMethod):
     """On vLLM's kernels of ``moe_wna16``: one in CUDA for few tokens, one in Triton for many."""
 
@@ -221,12 +239,14 @@ class Wna16ExpertsMethod(Int4ExpertsMethod):
         super().__init__(moe, shapes, dict.fromkeys(WEIGHTS, min(groups.values())))
         if shapes.dtype not in (torch.bfloat16, torch.float16):
             raise ValueError(f"vLLM's INT4 experts take bfloat16 or float16 activations, not {shapes.dtype}")
+        self.blocks = wna16_blocks([shapes.of(name)[1] for name in WEIGHTS], self.groups["w13"])
 
     def _pack(self, codes, scales, zeros, group):
         pairs = codes[..., 0::2] | codes[..., 1::2] << 4
         return pairs, scales, zeros[:, 0::2] | zeros[:, 1::2] << 4
 
     def apply(self, layer, x, topk_weights, topk_ids, shared_experts=None, shared_experts_input=None) -> torch.Tensor:
+        from vllm.model_executor.layers.fused_moe import override_config
         from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
 
         (w13, w13_scales, w13_zeros), (w2, w2_scales, w2_zeros) = (self.parts(layer, name) for name in WEIGHTS)
@@ -237,16 +257,17 @@ class Wna16ExpertsMethod(Int4ExpertsMethod):
             w2_zp=w2_zeros,
             block_shape=[0, self.groups["w13"]],
         )
-        return fused_experts(
-            hidden_states=x,
-            w1=w13,
-            w2=w2,
-            topk_weights=topk_weights,
-            topk_ids=topk_ids,
-            activation=layer.activation,
-            global_num_experts=self.shapes.number,
-            quant_config=config,
-        )
+        with override_config(self.blocks) if self.blocks else nullcontext():
+            return fused_experts(
+                hidden_states=x,
+                w1=w13,
+                w2=w2,
+                topk_weights=topk_weights,
+                topk_ids=topk_ids,
+                activation=layer.activation,
+                global_num_experts=self.shapes.number,
+                quant_config=config,
+            )
 
 
 class CpuExpertsMethod(Int4ExpertsMethod):
