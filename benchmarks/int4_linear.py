@@ -1,4 +1,4 @@
-"""INT4 and INT8 linears at decode sizes against BF16 (cuBLAS), Machete, Marlin and tinygemm. Needs a CUDA GPU.
+"""INT4 and INT8 linears at decode sizes against BF16 (cuBLAS), Machete, Marlin, W4A8 and tinygemm. Needs a CUDA GPU.
 
     python benchmarks/int4_linear.py --json OUT.json --plot OUT.png
     python benchmarks/int4_linear.py --methods bf16 ours int8 int8_rotated fp8 --json OUT.json      # 8-bit weights
@@ -27,7 +27,7 @@ LAYERS = 32
 SHAPES = {"qkv": (4096, 6144), "o": (4096, 4096), "gate_up": (4096, 28672), "down": (14336, 4096)}
 LM_HEAD = {"lm_head": (4096, 128256)}
 TOKENS = (1, 2, 4, 5, 8, 12, 16, 24, 32, 48, 64)
-PRINTED = ("bf16", "machete", "marlin", "tinygemm", "ours", "rotated", "rescored", "fp8", "int8", "int8_rotated")
+PRINTED = ("bf16", "machete", "marlin", "w4a8", "tinygemm", "ours", "rotated", "rescored", "fp8", "int8", "int8_rotated")
 
 
 def median(run, rep=60):
@@ -248,6 +248,29 @@ def join_group_of_one():
         initialize_model_parallel(1, 1)
 
 
+class W4A8:
+    """vLLM's CUTLASS kernel for Hopper: symmetric weights, inputs in FP8 with a scale per token; rounding them is timed."""
+
+    name = "w4a8"
+    bytes_per_weight = 0.5 + 1 / GROUP
+
+    def make(self, shape):
+        from vllm import _custom_ops as ops
+
+        channels, rows = shape
+        words = torch.randint(-(1 << 31), (1 << 31) - 1, (rows, channels // 8), dtype=torch.int32, device=DEVICE)
+        scales = torch.empty(channels // GROUP, rows, device=DEVICE).uniform_(1, 16).to(torch.float8_e4m3fn)
+        of_rows = torch.full((rows, 1), 1e-3, device=DEVICE)
+        return ops.cutlass_encode_and_reorder_int4b(words.t()), ops.cutlass_pack_scale_fp8(scales), of_rows
+
+    def __call__(self, x, weight):
+        from vllm import _custom_ops as ops
+
+        x, of_tokens = ops.scaled_fp8_quant(x, use_per_token_if_dynamic=True)
+        codes, scales, of_rows = weight
+        return ops.cutlass_w4a8_mm(x, codes, scales, GROUP, of_rows, of_tokens)
+
+
 class TinyGemm:
     name = "tinygemm"
     bytes_per_weight = 0.5 + 4 / GROUP
@@ -402,7 +425,7 @@ def plot(rows, gpu, path):
 
     rows = [r for r in rows if r["weights"] == "8B, 32 layers"]
     figure, axis = plt.subplots(figsize=(7, 4))
-    for name in ("ours", "machete", "marlin", "tinygemm"):
+    for name in ("ours", "machete", "marlin", "w4a8", "tinygemm"):
         points = [(r["tokens"], r["bf16_us"] / r[f"{name}_us"]) for r in rows if r.get(f"{name}_us")]
         if points:
             axis.plot(*zip(*points, strict=True), marker="o", label=name)
@@ -443,7 +466,7 @@ def main():
     bandwidth = copy_bandwidth()
     print(f"copy: {bandwidth / 1e12:.2f} TB/s")
     rows, kernels = {}, {}
-    methods = Bf16(), Ours(), Rotated(), Int8(), Int8Rotated(), Fp8(), Rescored(), Machete(), Marlin(), TinyGemm()
+    methods = Bf16(), Ours(), Rotated(), Int8(), Int8Rotated(), Fp8(), Rescored(), Machete(), Marlin(), W4A8(), TinyGemm()
     for method in methods:
         if args.methods and method.name not in args.methods:
             continue
