@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 
 from common import RESULTS
-from end_to_end_configs import DRAFTS_AUTO, SPARSE, drafted, drafter, is_held
+from end_to_end_configs import DRAFTS_AUTO, PEER_CACHES, SPARSE, drafted, drafter, is_held
 from model_shapes import SHAPES
 
 from vllm_quantspec.estimate import expected_tokens
@@ -25,6 +25,10 @@ ACCEPTANCES = (0.8, 0.9, 0.938, 0.97, 0.985)
 KINDS = {
     "bf16": ("BF16", "#555555", "s"),
     "fp8": ("FP8", "#e0a030", "s"),
+    "int4_per_token_head": ("int4_per_token_head", "#7a7a3a", "D"),
+    "turboquant_4bit_nc": ("turboquant_4bit_nc", "#8f6b4a", "D"),
+    "turboquant_k8v4": ("turboquant_k8v4", "#b58f6a", "D"),
+    "nvfp4": ("nvfp4", "#6a9a8a", "D"),
     "ngram": ("ngram", "#9bbf85", "v"),
     "draft": ("draft_model", "#8a6fb0", "v"),
     "self": ("self-draft", "#b07a8a", "v"),
@@ -254,7 +258,7 @@ def main() -> None:
     results = json.loads(path.read_text())
     best = best_rows(results["rows"])
     kinds = [kind for kind in KINDS if any(key[0] == kind for key in best)]
-    drafting = [kind for kind in kinds if kind not in ("bf16", "fp8", "cache", "cache-int4", DRAFTS_AUTO)]
+    drafting = [kind for kind in kinds if kind not in ("bf16", "fp8", *PEER_CACHES, "cache", "cache-int4", DRAFTS_AUTO)]
     for (kind, context, batch), row in best.items():
         quantspec = best.get(("quantspec", context, batch), {})
         if kind in ("ngram", "draft", "self") and "ms_per_step" in row and "ms_per_step" in quantspec:

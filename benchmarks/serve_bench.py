@@ -4,6 +4,7 @@
     python benchmarks/serve_bench.py                        # 8B shape: QuantSpec, then BF16 KV, one GPU
     python benchmarks/serve_bench.py --configs quantspec --seconds 60
     python benchmarks/serve_bench.py --configs drafts-auto quantspec bf16   # the number of drafts chosen, 4, and none
+    python benchmarks/serve_bench.py --configs cache-int4 fp8 bf16 --concurrency 64 --prompts 64 --input 16384
 
 For every configuration: a server is started, asked by the clients of serve_load.py (with their checks: as many tokens as
 asked for, stated and streamed; the text is that of the tokens; nothing left in the KV cache; memory), and then by `vllm
@@ -108,6 +109,8 @@ def serve(config: str, folder: Path, args) -> dict:
     log = Path(tempfile.gettempdir()) / f"serve_bench-{config}-{os.getpid()}.log"
     longest = max(args.max_prompt, args.input + args.output) + 128
     arguments = server_arguments(config, args.acceptance)
+    if args.gpu_memory_utilization:
+        arguments += ["--gpu-memory-utilization", str(args.gpu_memory_utilization)]
     process, url = start_server(str(folder), longest, args.concurrency, log, arguments)
     try:
         load = Load(url, tokens, 2 * args.concurrency, args.seconds, args.max_prompt, math.inf, process.pid)
@@ -151,6 +154,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=32, help="of `vllm bench serve`, and so on:")
     parser.add_argument("--input", type=int, default=8192)
     parser.add_argument("--output", type=int, default=512)
+    parser.add_argument("--gpu-memory-utilization", type=float, help="of the servers, e.g. to have a smaller GPU's memory")
     parser.add_argument("--json", type=Path, help="write the result here")
     args = parser.parse_args()
     path = args.json or RESULTS / f"serve_bench-{args.shape}.json"

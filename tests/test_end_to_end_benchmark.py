@@ -10,6 +10,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
+import capacity_report  # noqa: E402
 import end_to_end  # noqa: E402
 import end_to_end_configs as configs  # noqa: E402
 import end_to_end_report as report  # noqa: E402
@@ -158,6 +159,22 @@ def test_report(tmp_path, capsys, monkeypatch):
     assert "| 32k, 4 | 36.0 | 36.0 | 36.0 |" in lines
     assert "| 32k, 4 | 1.10, 2.45 of 6 | 2.10 of 6 |" in lines
     assert "| 32k, 4 | 1.76x | 2.23x | 2.45x | 2.65x | 2.75x |" in lines
+
+
+def test_capacity_against_speed(tmp_path, capsys, monkeypatch):
+    """Over BF16 in the same file: a cache of half the bytes holds twice the tokens."""
+    rows = [dict(BF16), BF16 | {"config": "cache-int4", "kv_gib": 4.0, "ms_per_step": 5.0}]
+    rows.append(BF16 | {"config": "fp8", "batch": 64})  # with nothing to compare it with
+    end_to_end.add_derived(rows, 0.9)
+    path = tmp_path / "end_to_end-8b.json"
+    path.write_text(json.dumps({"machine": {"gpu": "a GPU"}, "rows": rows}))
+    monkeypatch.setattr(sys, "argv", ["capacity_report.py", str(path)])
+    drawn = []
+    monkeypatch.setattr(capacity_report, "plot", lambda *args: drawn.append(args))
+    capacity_report.main()
+    assert "| 32k, 4 | cache alone, 4 bits | 4.00x | 2.00x |" in capsys.readouterr().out.splitlines()
+    assert drawn[0][0] == tmp_path / "end_to_end-8b-capacity.png"
+    assert drawn[0][1] == {(32768, 4): {"bf16": (1, 1), "cache-int4": (pytest.approx(4), pytest.approx(2))}}
 
 
 def test_speed_against_the_budget(tmp_path, capsys, monkeypatch):
