@@ -118,7 +118,7 @@ def _in_tensor_operations(process_weights_after_loading):
             logger.warning_once("quantspec: a 4-bit linear stays with vLLM's kernel, and drafts with a copy: %s", reason)
             return process_weights_after_loading(self, layer)
         bring_into_order(self, layer)
-        problem = marlin_problem()
+        problem = marlin_problem(self.config.act_type, self.config.zero_points)
         setattr(self, _OURS, problem is None)
         mark(layer)
         most = MAX_TOKENS_ALONE if problem else MAX_TOKENS
@@ -176,15 +176,19 @@ def bring_into_order(kernel: MarlinLinearKernel, layer: torch.nn.Module) -> None
 
 
 @cache
-def marlin_problem() -> str | None:
-    """Why vLLM's Marlin kernel for linears does not run on this process's GPU; None if it does."""
+def marlin_problem(dtype: torch.dtype = torch.bfloat16, zero_points: bool = False) -> str | None:
+    """Why vLLM's Marlin kernel for linears does not run on this process's GPU; None if it does.
+
+    Each dtype of activations and each kind of weights has machine code of its own.
+    """
     if not hasattr(torch.ops._C, "marlin_gemm"):
         return "this vLLM has no Marlin kernel for linears"
-    return problem_of(try_marlin, "vLLM's Marlin kernel for linears")
+    name = f"vLLM's Marlin kernel for {str(dtype).removeprefix('torch.')} linears{' with zero points' * zero_points}"
+    return problem_of(try_marlin, name, str(dtype).removeprefix("torch."), zero_points)
 
 
-def try_marlin(device: int) -> None:
-    """Run vLLM's Marlin kernel once on a small linear.
+def try_marlin(device: int, dtype: str = "bfloat16", zero_points: bool = False) -> None:
+    """Run vLLM's Marlin kernel once on a small linear. ``dtype``: the name of torch's.
 
     Raises:
         RuntimeError: it does not run.
@@ -192,9 +196,10 @@ def try_marlin(device: int) -> None:
     torch.cuda.set_device(device)
     out_features, in_features = 128, 256
     codes = torch.randint(0, 16, (out_features, in_features), dtype=torch.uint8, device="cuda")
-    scales = torch.full((out_features, in_features // 64), 0.01, dtype=torch.bfloat16, device="cuda")
-    x = torch.randn(MAX_TOKENS + 1, in_features, dtype=torch.bfloat16, device="cuda")
-    one_copy_linear(x, *marlin_linear.pack(codes, scales), None, True)
+    scales = torch.full((out_features, in_features // 64), 0.01, dtype=getattr(torch, dtype), device="cuda")
+    zeros = torch.full_like(scales, 7, dtype=torch.uint8) if zero_points else None
+    x = torch.randn(MAX_TOKENS + 1, in_features, dtype=scales.dtype, device="cuda")
+    one_copy_linear(x, *marlin_linear.pack(codes, scales, zeros), None, True)
     torch.cuda.synchronize()
 
 

@@ -9,12 +9,12 @@ from collections.abc import Callable
 import torch
 
 
-def problem_of(trial: Callable[[int], None], what: str) -> str | None:
-    """Why ``trial(device)``, a function of a module, fails on the current GPU; None if it does not.
+def problem_of(trial: Callable[..., None], what: str, *arguments: str | bool) -> str | None:
+    """Why ``trial(device, *arguments)``, a function of a module, fails on the current GPU; None if it does not.
 
     In a process of its own, as an error of CUDA may leave the process that met it without a GPU. ``what`` begins the answer.
     """
-    call = f"{trial.__name__}({torch.cuda.current_device()})"
+    call = f"{trial.__name__}({', '.join(map(repr, (torch.cuda.current_device(), *arguments)))})"
     script = f"from {trial.__module__} import {trial.__name__}; {call}"
     try:
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
