@@ -418,7 +418,6 @@ def test_a_model_with_sliding_layers(tmp_path, capsys):
     assert run(tmp_path, GEMMA_3_27B, "--gpu-memory", "141", "--context", "32768") == 0
     text = capsys.readouterr().out
     assert "speculation does not support models with sliding-window layers beside full ones yet" in text
-    assert supported.untried_on_gpu(supported.SOME_SLIDING) in text
     assert "52 of 62 layers, 1024 tokens, 16 bits" in text
     model = estimate.model_from(GEMMA_3_27B, "gemma")
     m = estimate.memory(model, 140 * estimate.GIB, 0.9, 1, 128, 0)

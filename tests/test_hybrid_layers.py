@@ -21,7 +21,7 @@ from vllm_quantspec.integration.cache.backend import QuantSpecBackend
 from vllm_quantspec.integration.cache.specs import make_specs
 from vllm_quantspec.integration.cache.window import RecentWindow
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="refused on a GPU until it has run there")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu_layers.py is for GPUs")
 
 L, F = "linear_attention", "full_attention"
 G = 128

@@ -18,7 +18,7 @@ from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
 from vllm_quantspec import register
 from vllm_quantspec.integration.startup import offloading
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="refused on a GPU until it has run there")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu_layers.py is for GPUs")
 
 G = 128
 TIE = 2e-3  # float32, as in test_lossless.py

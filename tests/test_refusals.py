@@ -392,26 +392,6 @@ def test_a_gpu_that_has_it_all(config, monkeypatch):
     checks.check_gpu(config, Gpu())
 
 
-@pytest.mark.parametrize(
-    ("change", "what"),
-    [
-        ({}, None),
-        ({"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}, supported.SOME_SLIDING),
-        ({"is_hybrid": True}, supported.SOME_RECURRENT),
-        ({"kv_transfer_config": object()}, supported.OFFLOADED),
-    ],
-)
-def test_what_has_run_on_the_cpu_engine_alone(change, what):
-    text = PretrainedConfig(**{key: value for key, value in change.items() if key in ("layer_types", "sliding_window")})
-    model = SimpleNamespace(hf_text_config=text, is_hybrid=change.get("is_hybrid", False))
-    config = SimpleNamespace(model_config=model, kv_transfer_config=change.get("kv_transfer_config"))
-    if what is None:
-        return checks.check_tried_on_gpu(config)
-    with pytest.raises(ValueError, match="quantspec: ") as error:
-        checks.check_tried_on_gpu(config)
-    assert str(error.value) == supported.untried_on_gpu(what) and what in str(error.value)
-
-
 def test_a_gpu_without_the_kernel_compiler(config, monkeypatch):
     monkeypatch.setattr(checks, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="cuda-bindings"):

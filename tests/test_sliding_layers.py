@@ -33,7 +33,7 @@ from vllm_quantspec.integration.cache.specs import make_specs
 from vllm_quantspec.integration.startup import layer_backends
 from vllm_quantspec.integration.startup.backend_name import quantspec_backend
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="refused on a GPU until it has run there")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu_layers.py is for GPUs")
 
 S, F = "sliding_attention", "full_attention"
 WINDOW = 200
@@ -56,11 +56,12 @@ def registered():
     register()
 
 
-def save_model(name: str, folder) -> str:
+def save_model(name: str, folder, initializer_range: float = SIZES["initializer_range"]) -> str:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
     sizes = SIZES | {"sliding_window": WINDOW, "tie_word_embeddings": False, "max_position_embeddings": LONG}
+    sizes |= {"initializer_range": initializer_range}
     sizes |= ARCHITECTURES[name] | {"num_hidden_layers": len(ARCHITECTURES[name]["layer_types"])}
     AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **sizes), dtype=torch.float32).save_pretrained(folder)
     return str(folder)

@@ -19,7 +19,6 @@ SINKS = "attention sinks"
 SOFT_CAP = "a logit soft-cap"
 SLIDING = "sliding-window attention in every layer"
 SOME_RECURRENT = "models with Mamba or linear-attention layers"
-OFFLOADED = "pages that are offloaded to host memory"
 SOME_SLIDING = "models with sliding-window layers beside full ones"
 CHUNKED = "chunked local attention"
 STREAMED_INPUT = "audio that arrives while the model answers"
@@ -61,14 +60,6 @@ def wrong_head_size(model: str, head_size: int) -> str:
     return (
         f"quantspec: {model} has heads of size {head_size}, but the hierarchical KV cache has "
         f"{', '.join(map(str, HEAD_SIZES))}; run it without quantspec."
-    )
-
-
-def untried_on_gpu(what: str) -> str:
-    """The sentence for what has run on the CPU engine alone: a wrong answer on a GPU would not be noticed."""
-    return (
-        f"quantspec: {what} ran with the hierarchical KV cache on vLLM's CPU engine alone so far, and are refused on a GPU "
-        "until their output is proven there; run without quantspec."
     )
 
 

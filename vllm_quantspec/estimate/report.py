@@ -12,7 +12,7 @@ from vllm_quantspec.estimate.cost_model import Speed, speed
 from vllm_quantspec.estimate.draft_weights import INT4_BITS, share_in_8_bits
 from vllm_quantspec.estimate.gpu_memory import GIB, Memory, default_max_num_seqs, memory
 from vllm_quantspec.estimate.sizes import Model, model_from, read_config
-from vllm_quantspec.supported import SOME_SLIDING, towers_of, undrafted, untried_on_gpu
+from vllm_quantspec.supported import towers_of, undrafted
 
 
 @dataclass(frozen=True)
@@ -133,8 +133,6 @@ def introduction(e: Estimate) -> Iterator[str]:
     yield f"{e.model.name}: supported, as far as its configuration shows"
     if e.no_drafts:
         yield f"but its cache alone; with drafts an engine would stop with this: {e.no_drafts}"
-    if e.model.sliding_layers:
-        yield f"and on a GPU an engine would stop with this, for now: {untried_on_gpu(SOME_SLIDING)}"
     num_gpus = e.arguments.tensor_parallel_size
     yield f"on {num_gpus} GPU{'s' * (num_gpus > 1)} with {e.arguments.gpu_memory:g} GiB each"
 

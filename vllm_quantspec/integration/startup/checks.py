@@ -102,7 +102,6 @@ def check_config(config: VllmConfig) -> None:
         check_cpu_runner(config.use_v2_model_runner)
     else:
         check_gpu(config, current_platform)
-        check_tried_on_gpu(config)
     if model.is_hybrid:
         check_hybrid(config)
     if config.speculative_config is not None:
@@ -189,18 +188,6 @@ def check_gpu(config: VllmConfig, platform) -> None:
     ):
         if missing:
             raise ValueError(f"quantspec: it needs {what}; {remedy}.")
-
-
-def check_tried_on_gpu(config: VllmConfig) -> None:
-    """What has run on the CPU engine alone."""
-    model = config.model_config
-    for present, what in (
-        (supported.sliding_layers(model.hf_text_config.to_dict()) == "some", supported.SOME_SLIDING),
-        (model.is_hybrid, supported.SOME_RECURRENT),
-        (config.kv_transfer_config is not None, supported.OFFLOADED),
-    ):
-        if present:
-            raise ValueError(supported.untried_on_gpu(what))
 
 
 def check_speculation(config: VllmConfig) -> None:
