@@ -360,7 +360,7 @@ int4_linear_wide(const __grid_constant__ Params p) {
           }
           wgmma_fence();
 #pragma unroll
-          for (int s = 0; s < 4; s++) wgmma(acc[i], a[s], columns + (h * X_HALF + s * 32) / 16);
+          for (int s = 0; s < 4; s++) wgmma<NT>(acc[i][0], a[s], columns + (h * X_HALF + s * 32) / 16);
           wgmma_commit();
           wgmma_wait<1>();  // so the fragments before these can be replaced
           if (i == 0 && h == 0 && lane == 0 && c > 0) arrive(used);
@@ -400,7 +400,7 @@ int4_linear_wide(const __grid_constant__ Params p) {
 #if WGMMA
   wgmma_wait<0>();
 #pragma unroll
-  for (int i = 0; i < T; i++) hold(acc[i]);
+  for (int i = 0; i < T; i++) hold<NT>(acc[i][0]);
 #endif
 #if CLUSTER
   wait_for_consumers();
