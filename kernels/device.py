@@ -8,9 +8,10 @@ from functools import cache
 import torch
 
 # The oldest GPUs that the kernels run on (Ampere), and the oldest on which a launch may begin under the end of the one
-# before it (programmatic dependent launch).
+# before it (programmatic dependent launch). The only ones with products of warp groups (Hopper).
 MIN_CAPABILITY = (8, 0)
 OVERLAP_CAPABILITY = (9, 0)
+WGMMA_CAPABILITY = (9, 0)
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ class Device:
     def overlaps(self) -> bool:
         """Whether a launch may begin under the end of the one before it."""
         return self.capability >= OVERLAP_CAPABILITY
+
+    @property
+    def has_wgmma(self) -> bool:
+        """Whether kernels may use ``wgmma``; NVRTC's name of the architecture then needs an "a" behind it."""
+        return self.capability == WGMMA_CAPABILITY and not self.from_ptx
 
 
 # Overrides what the driver says of every GPU; see `emulate`.

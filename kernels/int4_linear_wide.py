@@ -14,8 +14,6 @@ SOURCE = Path(__file__).with_suffix(".cu")
 CHUNK = 128
 # Tiles of 8 tokens that a kernel is compiled for.
 TOKEN_TILES = (2, 4, 6, 8)
-# The only compute capability with warp group products (`wgmma`); NVRTC's name for it ends in "a".
-WGMMA_CAPABILITY = (9, 0)
 # A cluster is on one of the parts of a Hopper GPU that have this many multiprocessors, or two more.
 CLUSTER_MULTIPROCESSORS = 16
 
@@ -115,7 +113,7 @@ def plan_of(
 
     ``cluster``: whether CTAs that share channels are to be a cluster, where there are such.
     """
-    wgmma = device.capability == WGMMA_CAPABILITY and not device.from_ptx
+    wgmma = device.has_wgmma
     cluster = cluster and wgmma and splits > 1
     sms = device.num_multiprocessors
     if cluster:  # how many multiprocessors clusters find room on

@@ -9,7 +9,7 @@ from vllm_quantspec import levels
 from vllm_quantspec.kernels import int4_linear as module
 from vllm_quantspec.kernels.device import device_properties
 from vllm_quantspec.kernels.int4_linear import PackedLinear, int4_linear, pack, reference, supported, unpack
-from vllm_quantspec.kernels.int4_linear_wide import TOKEN_TILES, WGMMA_CAPABILITY, WidePlan
+from vllm_quantspec.kernels.int4_linear_wide import TOKEN_TILES, WidePlan
 from vllm_quantspec.rotation import rotate_inputs
 from vllm_quantspec.weights import QuantizedWeight, quantize_weight
 
@@ -228,7 +228,7 @@ def plans_at_random(seed: int, tiles: int, chunks: int, tokens: int, wgmma: bool
 @pytest.mark.parametrize("seed", range(12))
 def test_more_than_8_tokens_with_random_plans(seed, wgmma):
     device = device_properties(torch.cuda.current_device())
-    if wgmma and (device.capability != WGMMA_CAPABILITY or device.from_ptx):
+    if wgmma and not device.has_wgmma:
         pytest.skip("needs a Hopper GPU")
     draw = random.Random(100 + seed)
     group, tokens = draw.choice((32, 64, 128)), draw.randint(9, 70)
