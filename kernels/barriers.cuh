@@ -4,6 +4,7 @@
 #include "ptx.cuh"
 
 DEV void barrier_init(u32 a, int count) { asm volatile("mbarrier.init.shared.b64 [%0],%1;" ::"r"(a), "r"(count)); }
+DEV void barrier_end(u32 a) { asm volatile("mbarrier.inval.shared.b64 [%0];" ::"r"(a) : "memory"); }
 DEV void arrive(u32 a) {
   asm volatile("{.reg .b64 t;\n mbarrier.arrive.shared.b64 t,[%0];}" ::"r"(a) : "memory");
 }
@@ -22,6 +23,18 @@ DEV void wait_for(u32 a, u32 parity) {
 }
 // A stage is full when the copies of all lanes are there.
 DEV void arrive_copied(u32 full) { asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(full) : "memory"); }
+#if __CUDA_ARCH__ >= 900
+// An arrival, and so many bytes that are still to be copied.
+DEV void arrive_expecting(u32 a, u32 bytes) {
+  asm volatile("{.reg .b64 t;\n mbarrier.arrive.expect_tx.shared.b64 t,[%0],%1;}" ::"r"(a), "r"(bytes) : "memory");
+}
+// A multiple of 16 bytes; the barrier counts them when they are there.
+DEV void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1],%2,[%3];" ::"r"(to), "l"(from),
+               "r"(bytes), "r"(barrier)
+               : "memory");
+}
+#endif
 // Until as many threads have come here: those that multiply, without those that fill the ring.
 template <int THREADS>
 DEV void meet() {

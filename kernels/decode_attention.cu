@@ -21,9 +21,10 @@
 // the wait, so that a kernel that runs ahead finds all but its direct predecessor complete.
 //
 // Macros: HEAD_SIZE GROUP_SIZE VALUE_GROUP_SIZE WINDOW_BLOCK CODE_BITS (4 or 8, read of each code) IS_BF16 WARPS STAGES
-//         TEAM (warps that share slices: 1, 2 or 4) QUERY_GROUP (query heads per KV head) ROW_TILES (of 8 rows, in one pass)
-//         PASSES (row tiles' passes) PAGES_MAY_CHANGE (the kernel before this one may write pages)
-//         SCORES (leave the attention mass of every old page, see `emit`), LISTS (read chosen pages only, see `page_id`)
+//         TEAM (warps that share slices: 1, 2 or 4) WGMMA (a team is a warp group: Hopper) QUERY_GROUP (query heads per KV
+//         head) ROW_TILES (of 8 rows, in one pass) PASSES (row tiles' passes) PAGES_MAY_CHANGE (the kernel before this one
+//         may write pages) SCORES (leave the attention mass of every old page, see `emit`) LISTS (read chosen pages only, see
+//         `page_id`)
 //
 // Here is the course of a CTA; the headers decode_attention_*.cuh have what it consists of:
 //     layout                 bytes of a page and of shared memory, parameters
@@ -32,7 +33,11 @@
 //     softmax                running sums
 //     reads                  query rows, pages and the window, and where a row's tokens end
 //     warp, warp_products    a warp's part of a segment, and what it computes of a slice
-//     team, team_products    the same of a team
+//     team                   the same of a team
+//     team_products          pages with mma.m16n8k16, on every GPU
+//     team_wgmma             or with the products of a warp group
+//     team_exact             exact tokens
+//     team_sync, team_sums   how its warps meet, and what they have to add up
 //     merge                  sums to output
 
 #include "decode_attention_merge.cuh"

@@ -62,11 +62,13 @@ class RowPlan(NamedTuple):
     passes: over the cache.
     tiles: of 8 rows, in one pass.
     team: warps that share a slice of the cache, and hold the sums of a part of its channels each; or one that does it all.
+    wgmma: a team of four multiplies as a warp group (Hopper).
     """
 
     passes: int
     tiles: int
     team: int = 1
+    wgmma: bool = False
 
     @property
     def rows(self) -> int:
@@ -76,7 +78,7 @@ class RowPlan(NamedTuple):
 
 def raw_rows(head_size: int, group_size: int, query_rows: int) -> int:
     """Rows that a launch on any GPU may write of a KV head and request with ``query_rows``: padded to the kernel's tiles."""
-    return max(plan.rows for plan in row_plans(head_size, group_size, query_rows))
+    return max(plan.rows for wgmma in (False, True) for plan in row_plans(head_size, group_size, query_rows, wgmma))
 
 
 def decode_attention(
@@ -236,43 +238,65 @@ def _check_sparse(fmt, scores, selection, query, requests: int, rows: int) -> No
 TEAM_TILES = {32: 8, 64: 5, 128: 3}
 
 
-def row_plans(head_size: int, group_size: int, rows: int) -> list[RowPlan]:
-    """Ways to read for ``rows`` query rows per KV head, the one with the fewest passes first; the last is one warp's."""
+# What a pass of a team takes, in passes of one warp's three tiles, without and with wgmma.
+TEAM_PASS = {False: 1.6, True: 1.0}
+
+
+def row_plans(head_size: int, group_size: int, rows: int, wgmma: bool = False) -> list[RowPlan]:
+    """Ways to read for ``rows`` query rows per KV head, the one with the fewest passes first; the last is one warp's.
+
+    ``wgmma``: those of a GPU that has it.
+    """
     tiles = -(-rows // 8)
 
-    def plan(most: int, team: int) -> RowPlan:
+    def plan(most: int, team: int, wgmma: bool = False) -> RowPlan:
         passes = -(-tiles // most)
-        return RowPlan(passes, -(-tiles // passes), team)
+        return RowPlan(passes, -(-tiles // passes), team, wgmma)
 
     alone = plan(max(1, min(5, 384 // head_size)), 1)
-    # A pass of a team takes about 1.6 times as long as one of a warp's three tiles.
     team = next((n for n in (4, 2) if head_size // 32 % n == 0 and group_size // 32 % n == 0), 1)
-    plans = [plan(TEAM_TILES[head_size // team], team)] if team > 1 and head_size // team in TEAM_TILES else []
-    return [better for better in plans if 1.6 * better.passes < alone.passes] + [alone]
+    plans = []
+    if team > 1 and head_size // team in TEAM_TILES:
+        plans = [plan(TEAM_TILES[head_size // team], team)]
+        if wgmma and takes_wgmma(head_size, group_size):
+            plans.insert(0, plans[0]._replace(wgmma=True))
+    return [better for better in plans if TEAM_PASS[better.wgmma] * better.passes < alone.passes] + [alone]
+
+
+def takes_wgmma(head_size: int, group_size: int) -> bool:
+    """A page is a step of four warps' slices, and has one scale per token; two teams fit into shared memory."""
+    return head_size == group_size == 128
 
 
 def _bytes_per_team(fmt: PageFormat, bits: int, plan: RowPlan, stages: int) -> int:
     """Shared memory of one team: as in the kernel, its ring, its query fragments and what its warps tell each other."""
-    dim, planes, (_, tiles, team) = fmt.head_size, bits // 4, plan
-    stage = planes * 32 * dim + 128 * fmt.num_value_groups + 4 * dim
-    ring = max(stages * stage, 2 * team * 16 * (4 * dim + 16), 32 * tiles * (dim + 4))
-    query, probabilities = 16 * dim * tiles, 512 * tiles * fmt.num_value_groups
+    dim, planes, tiles, team = fmt.head_size, bits // 4, plan.tiles, plan.team
+    query, groups = 16 * dim * tiles, fmt.num_value_groups
+    least = max(2 * team * 16 * (4 * dim + 16), 32 * tiles * (dim + 4))
+    if plan.wgmma:
+        pages = stages * planes * 32 * dim + 4 * (4 * dim + 4 * groups * fmt.group_size)
+        probabilities = (2 if tiles <= 6 else 1) * 64 * tiles * 8 * team
+        beside = query + probabilities + 32 * tiles * team + 16 * (stages // team)
+        return sum(-(-x // 1024) * 1024 for x in (max(pages, least), beside))
+    stage = planes * 32 * dim + 128 * groups + 4 * dim
+    ring, probabilities = max(stages * stage, least), 512 * tiles * groups
     if team == 1:
         return ring + query
     return ring + 2 * query + 64 * tiles * team + (0 if probabilities <= planes * 16 * dim else team * probabilities)
 
 
-def _static_bytes(warps: int, tiles: int) -> int:
+def _static_bytes(plan: RowPlan, warps: int) -> int:
     """An upper bound of the kernel's static shared memory, for a GPU's limit."""
-    return 5632 + warps * (768 + 160 * tiles)
+    teams = warps // plan.team
+    needed = 5632 + teams * (768 + 160 * plan.tiles) + 768 * (warps - teams)
+    return needed if not plan.wgmma else -(-(5632 + teams * (64 + 160 * plan.tiles)) // 1024) * 1024
 
 
 def _shape(fmt: PageFormat, bits: int, plan: RowPlan, device: Device) -> tuple[int, int] | None:
     """Warps per CTA (one CTA per multiprocessor), as many as registers allow, and the ring stages that fit; or None."""
     for warps in (8, 4, 2, 1):
         for steps in (3, 2):
-            needed = warps // plan.team * _bytes_per_team(fmt, bits, plan, steps * plan.team)
-            needed += _static_bytes(warps // plan.team, plan.tiles) + 768 * (warps - warps // plan.team)
+            needed = warps // plan.team * _bytes_per_team(fmt, bits, plan, steps * plan.team) + _static_bytes(plan, warps)
             if warps % plan.team == 0 and needed <= device.shared_memory_per_block:
                 return warps, steps * plan.team
     return None
@@ -284,12 +308,12 @@ def _configuration(fmt: PageFormat, bits: int, rows: int, device: Device) -> tup
     Raises:
         RuntimeError: if none fits.
     """
-    plans = row_plans(fmt.head_size, fmt.group_size, rows)
+    plans = row_plans(fmt.head_size, fmt.group_size, rows, device.has_wgmma)
     shapes = [(plan, shape) for plan in plans if (shape := _shape(fmt, bits, plan, device))]
     if shapes:
         most = max(warps for _, (warps, _) in shapes)
         return next((plan, shape) for plan, shape in shapes if shape[0] == most)
-    needed = _bytes_per_team(fmt, bits, plans[-1], 2) + _static_bytes(1, plans[-1].tiles)
+    needed = _bytes_per_team(fmt, bits, plans[-1], 2) + _static_bytes(plans[-1], 1)
     raise RuntimeError(
         f"attention with heads of size {fmt.head_size} in groups of {fmt.group_size} needs {-(-needed // 1024)} KiB of "
         f"shared memory per block, but {device.name} has {device.shared_memory_per_block // 1024}"
@@ -300,10 +324,11 @@ def _configuration(fmt: PageFormat, bits: int, rows: int, device: Device) -> tup
 def _launch_plan(
     fmt: PageFormat, bits: int, rows: int, device: int, plan: RowPlan | None, warps_and_stages: tuple[int, int] | None
 ) -> tuple[RowPlan, tuple[int, int]]:
+    properties = device_properties(device)
     if plan is None and warps_and_stages is None:
-        return _configuration(fmt, bits, rows, device_properties(device))
-    plan = plan or row_plans(fmt.head_size, fmt.group_size, rows)[0]
-    return plan, warps_and_stages or _shape(fmt, bits, plan, device_properties(device))
+        return _configuration(fmt, bits, rows, properties)
+    plan = plan or row_plans(fmt.head_size, fmt.group_size, rows, properties.has_wgmma)[0]
+    return plan, warps_and_stages or _shape(fmt, bits, plan, properties)
 
 
 def check_shapes(fmt: PageFormat, num_heads: int, max_query_len: int, bits: int, device: int, scores: bool = False) -> None:
@@ -343,6 +368,7 @@ def _kernel(
         "PASSES": plan.passes,
         "ROW_TILES": plan.tiles,
         "TEAM": plan.team,
+        "WGMMA": int(plan.wgmma),
         "WARPS": warps,
         "STAGES": stages,
         "IS_BF16": int(fmt.dtype == torch.bfloat16),
@@ -354,7 +380,14 @@ def _kernel(
     shared_bytes = teams * _bytes_per_team(fmt, bits, plan, stages)
     grid, rows = properties.num_multiprocessors, 8 * plan.tiles
     kernel = nvrtc.load(
-        SOURCE, macros, device, grid=(grid, 1), threads=32 * warps, shared_bytes=shared_bytes, overlap=overlap
+        SOURCE,
+        macros,
+        device,
+        grid=(grid, 1),
+        threads=32 * warps,
+        shared_bytes=shared_bytes,
+        overlap=overlap,
+        features="a" if plan.wgmma else "",
     )
     sizes = grid * 2 * rows * (fmt.head_size + 2), grid * teams * rows * (fmt.head_size + 4)
     return kernel, teams, sizes

@@ -19,19 +19,38 @@ constexpr int PLANE = 512 * J, PLANES = CODE_BITS / 4;
 constexpr int ST_V = PLANES * PLANE, ST_VS = 2 * PLANES * PLANE, ST_KS = ST_VS + 128 * NVG, STAGE = ST_KS + 4 * D;
 constexpr int WIN_ROW = 4 * D + 16, WIN_STAGE = 16 * WIN_ROW;  // 16 exact tokens; the padding avoids bank conflicts
 constexpr int PART = 4 * ROWS * (D + 4);  // a warp's unnormalized output
+constexpr int QUERY = 16 * D * NT;  // fp16 query
+#if WGMMA
+// A team's ring: keys and values apart, as those of a step are used at different times, whole pages of each plane; and the
+// scales of both. Then what shared memory has of a team beside its ring. The query and the probabilities are columns of
+// wgmma's B: they begin at multiples of 1024.
+constexpr int STEPS = S / TEAM, PAGE_PLANE = TEAM * PLANE, PAGE_CODES = PLANES * PAGE_PLANE;
+constexpr int PAGE_SCALES = 4 * D + 4 * NVG * G, SCALE_STEPS = 4;
+constexpr int RING_V = STEPS * PAGE_CODES, RING_SCALES = 2 * RING_V;
+constexpr int RING_PAGES = RING_SCALES + SCALE_STEPS * PAGE_SCALES, RING_WINDOW = 2 * TEAM * WIN_STAGE;
+constexpr int RING_LEAST = RING_PAGES > RING_WINDOW ? RING_PAGES : RING_WINDOW;
+constexpr int RING = ((RING_LEAST > PART ? RING_LEAST : PART) + 1023) / 1024 * 1024;
+constexpr int PROB = 2 * ROWS * 32 * TEAM, PROB_BUFFERS = NT <= 6 ? 2 : 1;  // of a step; as many as two teams have room for
+constexpr int TEAM_PROB = QUERY, TEAM_HIGH = TEAM_PROB + PROB_BUFFERS * PROB, TEAM_BARRIERS = TEAM_HIGH + 4 * ROWS * TEAM;
+constexpr int TEAM_EXACT = TEAM_PROB;  // probabilities of exact tokens
+constexpr int TEAM_SHARED = (TEAM_BARRIERS + 16 * STEPS + 1023) / 1024 * 1024;
+#define SHARED_ALIGNMENT 1024
+#else
 constexpr int RING_MIN = 2 * TEAM * WIN_STAGE > PART ? 2 * TEAM * WIN_STAGE : PART,
               RING = S * STAGE > RING_MIN ? S * STAGE : RING_MIN;
 constexpr int WIN_STAGES = RING >= 3 * WIN_STAGE ? 3 : 2;
-constexpr int QUERY = 16 * D * NT;  // fp16 query fragments
 // What a team shares beside its ring: fragments of the scaled query, its products with minima, a slice's largest scores and
 // probabilities.
 constexpr int TEAM_SCALED = QUERY, TEAM_START = TEAM_SCALED + QUERY, TEAM_HIGH = TEAM_START + 4 * ROWS * TEAM,
               TEAM_PROB = TEAM_HIGH + 4 * ROWS * TEAM;
+constexpr int TEAM_EXACT = TEAM_SCALED;  // probabilities of exact tokens
 constexpr bool PROB_IN_RING = NVG * NT * 512 <= PLANES * PLANE;
 constexpr int TEAM_SHARED = TEAM_PROB + (PROB_IN_RING ? 0 : TEAM * NVG * NT * 512);
+#define SHARED_ALIGNMENT 128
+#endif
 constexpr int TEAM_BYTES = RING + (TEAM == 1 ? QUERY : TEAM_SHARED);
 
-extern __shared__ __align__(128) unsigned char smem[];
+extern __shared__ __align__(SHARED_ALIGNMENT) unsigned char smem[];
 
 struct Params {
   const u16* query;

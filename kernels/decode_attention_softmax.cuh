@@ -34,6 +34,12 @@ DEV float max_of_rows(float x) {
   return fmaxf(x, __shfl_xor_sync(ALL, x, 16));
 }
 
+DEV float sum_of_rows(float x) {
+  x += __shfl_xor_sync(ALL, x, 4);
+  x += __shfl_xor_sync(ALL, x, 8);
+  return x + __shfl_xor_sync(ALL, x, 16);
+}
+
 // A row tile's `top`, where its largest score is above it by more than the headroom.
 DEV void rescale(State& st, int n, const float (&high)[2]) {
   float factor[2];

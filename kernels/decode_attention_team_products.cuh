@@ -1,64 +1,12 @@
-// What a team of warps computes in a step: each warp scores of a slice of its own, and sums of all slices' values. Part
-// of decode_attention.cu, for TEAM > 1; decode_attention_team.cuh says how a team works.
+// A team's part of a segment's pages, with mma.m16n8k16 (every GPU): each warp scores a slice of its own, and sums all
+// slices' values. Part of decode_attention.cu, for TEAM > 1 without WGMMA; decode_attention_team.cuh says how a team works.
 #pragma once
 
-#include "decode_attention_reads.cuh"
-#include "decode_attention_softmax.cuh"
+#include "decode_attention_team_sums.cuh"
 
 constexpr int OWN_J = J / TEAM, STEPS = S / TEAM;
-static_assert(NW % TEAM == 0 && J % TEAM == 0 && PER % TEAM == 0 && S % TEAM == 0 && STEPS >= 2, "a step is of one page");
-static_assert(TEAM * 256 * NT <= QUERY, "probabilities of exact tokens lie where the scaled query was");
+static_assert(J % TEAM == 0 && PER % TEAM == 0 && STEPS >= 2, "a step is of one page");
 
-DEV void team_sync(const Member& me) { asm volatile("bar.sync %0,%1;" ::"r"(1 + me.team), "n"(32 * TEAM) : "memory"); }
-DEV bool team_any(const Member& me, bool x) {
-  u32 r;
-  asm volatile("{.reg .pred p,q;\n setp.ne.u32 p,%1,0;\n bar.red.or.pred q,%2,%3,p;\n selp.u32 %0,1,0,q;}"
-               : "=r"(r)
-               : "r"((u32)x), "r"(1 + me.team), "n"(32 * TEAM)
-               : "memory");
-  return r;
-}
-DEV u32 fma_f16x2(u32 a, u32 b, u32 c) {
-  u32 r;
-  asm("fma.rn.f16x2 %0,%1,%2,%3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
-  return r;
-}
-DEV float2 lds_float2(u32 a) {
-  float2 r;
-  asm volatile("ld.shared.v2.f32 {%0,%1},[%2];" : "=f"(r.x), "=f"(r.y) : "r"(a));
-  return r;
-}
-DEV void sts_float2(u32 a, float x, float y) {
-  asm volatile("st.shared.v2.f32 [%0],{%1,%2};" ::"r"(a), "f"(x), "f"(y) : "memory");
-}
-DEV void sts64(u32 a, u32 x, u32 y) { asm volatile("st.shared.v2.u32 [%0],{%1,%2};" ::"r"(a), "r"(x), "r"(y) : "memory"); }
-
-// One `top` for the team, which nobody raises alone. `has`: this warp has scores. Ends with all warps in step.
-template <int N>
-DEV void raise_team_top(State& st, const float (&s)[NT][N][4], float scale, bool has, u32 shared, const Member& me,
-                        int lane) {
-  float high[NT][2];
-  if (!team_any(me, above_top(high, st, s, scale, has))) return;
-  const u32 mine = shared + TEAM_HIGH + (lane & 3) * 8;
-#pragma unroll
-  for (int n = 0; n < NT; n++) {
-    const float x = max_of_rows(high[n][0]), y = max_of_rows(high[n][1]);
-    if (lane < 4) sts_float2(mine + (me.index * ROWS + n * 8) * 4, x, y);
-  }
-  team_sync(me);
-#pragma unroll
-  for (int n = 0; n < NT; n++) {
-    float x[2] = {NEVER, NEVER};
-#pragma unroll
-    for (int w = 0; w < TEAM; w++) {
-      const float2 y = lds_float2(mine + (w * ROWS + n * 8) * 4);
-      x[0] = fmaxf(x[0], y.x), x[1] = fmaxf(x[1], y.y);
-    }
-    rescale(st, n, x);
-  }
-}
-
-// ---- A slice of a page ----------------------------------------------------------------------------------------------
 // The query times a page's key scales, and its products with the minima: each warp for its share of the channels.
 DEV void scale_team_query(u32 stage, u32 shared, const Member& me, int lane) {
   const int t = lane & 3;
@@ -190,53 +138,70 @@ DEV void add_values(State& st, u32 stages, u32 shared, int slice, const Member& 
   }
 }
 
-// ---- 16 exact tokens of each warp -----------------------------------------------------------------------------------
-DEV void score_window(float (&s)[NT][1][4], u32 stage, const Params& p, const Segment& seg, int token, int exact_start,
-                      int lane) {
-  const u32 key = stage + (lane & 15) * WIN_ROW + (lane >> 4) * 16;
-  u32 a[MT][4];
+DEV void attend_pages(State& st, const Params& p, const Segment& seg, const Part& part, Pages& r, u32 ring, u32 shared,
+                      const Member& me, int lane) {
+  const int slice_b = part.slice_b, slice_e = r.slice_e;
+  const unsigned char* pool = p.pages + seg.head * p.head_stride;
+  const int step_b = slice_b / TEAM, step_e = (slice_e + TEAM - 1) / TEAM;
+  int loaded = step_b;
+  auto load_next = [&](int half) {
+    const int slice = loaded * TEAM + me.index;
+    if (loaded < step_e && slice >= slice_b && slice < slice_e) {
+      const int of_page = slice & (PER - 1);
+      const unsigned char* page = pool + r.ids.next(p, seg, slice / PER, lane) * p.page_stride;
+      load_slice(ring + (half * TEAM + me.index) * STAGE, page, of_page, of_page == 0 || slice == slice_b, lane);
+    }
+    loaded++;
+    end_batch();
+  };
+  team_sync(me);
+#if SCORES
+  const int scored_at = p.num_scored[seg.request] > 0 ? p.begin[seg.request] : -1;
+#endif
 #pragma unroll
-  for (int x = 0; x < MT; x++) load_matrices(a[x], key + x * 32);
-#pragma unroll
-  for (int n = 0; n < NT; n++) {
+  for (int i = 0; i < STEPS - 1; i++) load_next(i);
+  for (int n = me.index; n < NT; n += TEAM) {
     u32 q[MT][2];
     load_query_tile(q, n, p, seg, lane);
-#pragma unroll
-    for (int i = 0; i < 4; i++) s[n][0][i] = 0.f;
-#pragma unroll
-    for (int x = 0; x < MT; x++) mma_exact(s[n][0], a[x][0], a[x][1], a[x][2], a[x][3], q[x][0], q[x][1]);
-    mask_window(s[n][0], n, seg, token, exact_start, lane);
+    keep_query_tile(q, n, seg, shared, lane);
   }
-}
-
-DEV u32 exact_probabilities(u32 shared, int tile, int n) { return shared + TEAM_SCALED + (tile * NT + n) * 256; }
-
-DEV void leave_exact_probabilities(State& st, const float (&s)[NT][1][4], u32 shared, float scale, const Member& me,
-                                   int lane) {
-  constexpr float SHIFT = CODE_BITS == 4 ? 0.f : 4.f;  // everything that ends up in acc is in units of 1 / CODE_SCALE
-  const u32 unit = pack_exact(1.f / CODE_SCALE, 1.f / CODE_SCALE);
+  const float scale = p.scale / CODE_SCALE;
+  int half = 0;
+  for (int step = step_b; step < step_e; step++) {
+    const int first = max(step * TEAM, slice_b), last = min(step * TEAM + TEAM, slice_e), slice = step * TEAM + me.index;
+    const u32 stages = ring + half * TEAM * STAGE, stage = stages + me.index * STAGE;
+    wait_for_batches<STEPS - 2>();
+    team_sync(me);
+    load_next(half == 0 ? STEPS - 1 : half - 1);
+    if (first == slice_b || first % PER == 0) {
+      scale_team_query(stages + (first - step * TEAM) * STAGE, shared, me, lane);
+      team_sync(me);
+    }
+    const bool has = slice >= first && slice < last;
+    float s[NT][2][4];
+    if (has) {
+      score_slice(s, stage, shared, lane);
+      // Of the list: a smaller one than it has, and read by every row as well.
+      const int token = (slice + part.skipped) * 32;
+      if (token + 32 > r.low) mask_slice(s, seg, token, r.exact_start, lane);
+    }
+    raise_team_top(st, s, scale, has, shared, me, lane);
+    if (has) leave_probabilities(st, s, stages, shared, scale, me, lane);
+    team_sync(me);
+    if (last - first == TEAM) {
 #pragma unroll
-  for (int n = 0; n < NT; n++) {
-    u32 prob[2];
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-      prob[i] = transpose8x8(pack_exact(exp2_fast(fmaf(s[n][0][2 * i], scale, SHIFT - st.top[n][0])),
-                                        exp2_fast(fmaf(s[n][0][2 * i + 1], scale, SHIFT - st.top[n][1]))));
-    mma_exact(st.sums[n][0], 0, unit, 0, unit, prob[0], prob[1]);
-    sts64(exact_probabilities(shared, me.index, n) + lane * 8, prob[0], prob[1]);
+      for (int i = 0; i < TEAM; i++) add_values(st, stages, shared, i, me, lane);
+    } else {
+      for (int i = first - step * TEAM; i < last - step * TEAM; i++) add_values(st, stages, shared, i, me, lane);
+    }
+#if SCORES
+    const int page = first / PER, page_b = max(slice_b, page * PER), page_e = min(slice_e, page * PER + PER);
+    if (last == page_e && page_b < part.plain && scored_at >= 0) {
+      const bool whole = page_e == page * PER + PER;
+      emit(st, p, seg, scored_at + page, slice_b > page * PER, (slice_b == page * PER) | whole << 1, shared, me, lane);
+    }
+#endif
+    half = half == STEPS - 1 ? 0 : half + 1;
   }
-}
-
-DEV void add_exact_values(State& st, u32 stage, u32 shared, int tile, const Member& me, int lane) {
-  const u32 value =
-      stage + 2 * D + me.index * OWN_MT * 32 + ((lane & 7) + (lane >> 4) * 8) * WIN_ROW + ((lane >> 3) & 1) * 16;
-  u32 a[OWN_MT][4];
-#pragma unroll
-  for (int mt = 0; mt < OWN_MT; mt++) ldmatrix_trans(a[mt], value + mt * 32);
-#pragma unroll
-  for (int n = 0; n < NT; n++) {
-    const uint2 q = lds64(exact_probabilities(shared, tile, n) + lane * 8);
-#pragma unroll
-    for (int mt = 0; mt < OWN_MT; mt++) mma_exact(st.acc[n][mt], a[mt][0], a[mt][1], a[mt][2], a[mt][3], q.x, q.y);
-  }
+  wait_for_batches<0>();
 }

@@ -12,10 +12,12 @@ pytest.importorskip("cuda.bindings", reason="needs cuda.bindings, which comes wi
 
 from vllm_quantspec.kernels.decode_attention import (  # noqa: E402
     PageSelection,
+    RowPlan,
     ScoresOut,
     decode_attention,
     raw_rows,
 )
+from vllm_quantspec.kernels.device import device_properties  # noqa: E402
 from vllm_quantspec.kernels.scored_pages import scored_pages  # noqa: E402
 
 DEVICE = "cuda"
@@ -140,6 +142,25 @@ def test_shapes(head_size, group_size, heads, query_heads, dtype, bits):
 def test_query_tokens(group, query_len):
     lengths = [query_len, 4000, 128 * 6 + 3, 128 * 6 + query_len - 1, 128 * 20, 300]
     Case(PageFormat(2, 128), 2 * group, lengths, [query_len] * len(lengths)).check(8)
+
+
+@pytest.mark.parametrize("warps_and_stages", [(8, 8), (4, 8), (4, 12)])
+@pytest.mark.parametrize("tiles", range(2, 9))
+@pytest.mark.parametrize("wgmma", [False, True])
+def test_teams_of_four(wgmma, tiles, warps_and_stages):
+    """Requests that end in the middle of a page, and one that teams share; all rows in one pass."""
+    if wgmma and not device_properties(torch.cuda.current_device()).has_wgmma:
+        pytest.skip("needs a Hopper GPU")
+    lengths = [tiles, 70_000, 128 * 6 + 3, 128 * 6 + tiles - 1, 128 * 20, 2500]
+    case = Case(PageFormat(2, 128), 2 * 8, lengths, [tiles] * len(lengths), hits=[0, 0, 0, 0, 0, 128 * 19])
+    case.check(8, plan=RowPlan(1, tiles, 4, wgmma), warps_and_stages=warps_and_stages)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_chosen_pages_of_many_rows(bits):
+    lengths = [40 * 128 + 3, 2 * 128 + 7, 5 * 128 + 17, 133 * 128 + 5, 5, 9 * 128 + 8]
+    case = Case(PageFormat(2, 128), 2 * 8, lengths, [5] * len(lengths), hits=[0, 0, 4 * 128, 0, 0, 0])
+    case.check(bits, selection=case.choose(0.5))
 
 
 @pytest.mark.parametrize("query_len", [1, 5, 9])

@@ -1,6 +1,7 @@
 """Every launch fits the shared memory of the GPUs that people have; on a Hopper GPU the plans are the measured ones."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from emulated_gpus import GPUS, KIB
 from vllm_quantspec.config import HEAD_SIZES, MAX_SPECULATIVE_TOKENS
 from vllm_quantspec.format import GROUP_SIZES, PageFormat
 from vllm_quantspec.kernels import decode_attention, int4_experts, int4_linear, int4_linear_wide, marlin_linear
+from vllm_quantspec.kernels.decode_attention import RowPlan
 from vllm_quantspec.kernels.device import Device
 from vllm_quantspec.levels import BITS
 from vllm_quantspec.weights import WEIGHT_GROUP_SIZES
@@ -143,28 +145,49 @@ def test_plans_on_a_hopper_gpu_are_those_that_were_measured(on):
     on(H200)
     plan = int4_linear.choose_plan(4096 // 16, 112, 1, 1, 0)
     assert isinstance(plan, int4_linear.Plan) and (plan.tiles, plan.splits, plan.blocks) == (2, 1, 132)
-    assert decode_attention._configuration(PageFormat(8, 128), 4, 8, H200) == ((1, 1, 1), (8, 3))
-    assert decode_attention._configuration(PageFormat(8, 128), 8, 20, H200) == ((1, 3, 1), (8, 2))
-    assert decode_attention._configuration(PageFormat(8, 128), 8, 40, H200) == ((1, 5, 4), (8, 8))
+    assert decode_attention._configuration(PageFormat(8, 128), 4, 8, H200) == (RowPlan(1, 1), (8, 3))
+    assert decode_attention._configuration(PageFormat(8, 128), 8, 20, H200) == (RowPlan(1, 3), (8, 2))
+    assert decode_attention._configuration(PageFormat(8, 128), 8, 40, H200) == (RowPlan(1, 5, 4, wgmma=True), (8, 8))
+    assert decode_attention._configuration(PageFormat(8, 128), 8, 72, H200)[0] == RowPlan(2, 5, 4, wgmma=True)
+    assert decode_attention._configuration(PageFormat(8, 256), 8, 40, H200)[0] == RowPlan(1, 5, 4)
 
 
+def test_warp_groups_multiply_on_hopper_only():
+    others = [replace(H200, capability=(8, 9)), replace(H200, capability=(12, 0)), replace(H200, from_ptx=True)]
+    for gpu in (H200, *others):
+        plan, _ = decode_attention._configuration(PageFormat(8, 128), 8, 40, gpu)
+        assert plan == RowPlan(1, 5, 4, wgmma=gpu is H200)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("rows", range(25, 90))
+def test_two_teams_fit_on_a_hopper_gpu(rows, bits):
+    fmt = PageFormat(8, 128, bits=bits)
+    plan, (warps, stages) = decode_attention._configuration(fmt, bits, rows, H200)
+    assert plan.wgmma and (warps, plan.team) == (8, 4) and stages // plan.team in (2, 3)
+    needed = 2 * decode_attention._bytes_per_team(fmt, bits, plan, stages)
+    assert needed % 1024 == 0 and needed + 6144 + 1024 * (plan.tiles > 5) <= H200.shared_memory_per_block
+
+
+@pytest.mark.parametrize("wgmma", [False, True])
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
-def test_row_plans(head_size, group_size):
+def test_row_plans(head_size, group_size, wgmma):
     """Every row is in one pass, none is empty; a team's plan is there where it saves passes."""
     for rows in range(1, 300):
-        *teams, alone = decode_attention.row_plans(head_size, group_size, rows)
+        *teams, alone = decode_attention.row_plans(head_size, group_size, rows, wgmma)
         assert alone.team == 1
         for plan in (*teams, alone):
             assert (plan.passes - 1) * plan.tiles * 8 < rows <= plan.rows
             assert decode_attention.raw_rows(head_size, group_size, rows) >= plan.rows
         for plan in teams:
             assert plan.passes < alone.passes and head_size // 32 % plan.team == group_size // 32 % plan.team == 0
-    assert decode_attention.row_plans(128, 128, 64) == [(1, 8, 4), (3, 3, 1)]
+            assert not plan.wgmma or (wgmma and plan.team == 4)
+    assert decode_attention.row_plans(128, 128, 64) == [RowPlan(1, 8, 4), RowPlan(3, 3)]
 
 
 def test_a_gpu_with_less_shared_memory_takes_more_passes(on):
-    assert decode_attention._configuration(PageFormat(8, 128), 8, 40, GPUS["rtx4090"])[0] == (2, 3, 1)
+    assert decode_attention._configuration(PageFormat(8, 128), 8, 40, GPUS["rtx4090"])[0] == RowPlan(2, 3)
 
 
 def test_int4_linears_of_many_tokens_use_all_of_a_hopper_gpu(on):

@@ -115,8 +115,9 @@ def speed(
         cache_bytes, tiles, passes = context * bytes_per_token * (share if kind == "draft" else 1), 1, 1
         if kind != "exact":
             cache_bytes += WINDOW_READ_GROUPS * group_size * exact_bytes
-            passes, tiles, team = row_plans(model.head_size, group_size, query_rows)[0]  # every pass reads the cache
-            cache_bytes *= TEAM if team > 1 else 1
+            plan = row_plans(model.head_size, group_size, query_rows)[0]
+            passes, tiles = plan.passes, plan.tiles  # every pass reads the cache
+            cache_bytes *= TEAM if plan.team > 1 else 1
         read = read_ms(batch * cache_bytes, READ) * (1 + ROW_TILE * (tiles - 1)) + ROW_TILE_US * (tiles - 1) / 1e3
         rest = TOKEN_US * num_tokens + (2 * ALL_REDUCE_US[kind] if tp > 1 else 0)
         full = (model.num_layers - model.sliding_layers) * (passes * read + (LAYER_US[kind] + rest) / 1e3)

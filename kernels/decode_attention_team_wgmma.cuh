@@ -1,0 +1,349 @@
+// A team's part of a segment's pages, with wgmma (Hopper): a team is a warp group. Part of decode_attention.cu, for WGMMA;
+// decode_attention_team.cuh says how a team works.
+//
+// A step is a page. Codes become A fragments in registers, floats that no scale of a channel is missing from: keys are
+// complete, values lack the scales of tokens, which the probabilities have. B, what all rows of the query bring, is never
+// loaded: the tensor cores read it from shared memory, where it lies as rows of 64 channels or tokens (wgmma.cuh).
+//
+//     scores   A: 16 tokens of each warp's own slice, twice    B: the query, once per segment
+//     values   A: 16 of each warp's own channels, twice        B: probabilities of all tokens of the page
+//
+// The warps meet once per step, with the probabilities of a step and the scores of the next:
+//
+//     scores of step i | all meet: does one raise `top`? | values of step i - 1 | (`top`) probabilities of step i
+//
+// After the meeting the keys of step i and the values of step i - 2 are done with: each warp asks for a plane of the page
+// that comes into their place in the ring (the copy engine brings it). Sums of probabilities are each lane's own, of 4 of a
+// slice's tokens, in fp32.
+#pragma once
+
+#include "barriers.cuh"
+#include "decode_attention_team_sums.cuh"
+#define FACTORS "f16.f16"
+#include "wgmma.cuh"
+
+constexpr int OWN_J = J / TEAM;
+static_assert(TEAM == 4 && PER == TEAM && J % TEAM == 0, "a step is a page, one slice for each of four warps");
+static_assert(STEPS == 2 || STEPS == 3, "scales of values have four stages");
+static_assert(NVG == 1, "a token has one scale");
+
+DEV void sts128_trans(u32 a, u32 x, u32 y, u32 z, u32 w) {  // as load_matrices, each matrix transposed
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0],{%1,%2,%3,%4};" ::"r"(a), "r"(x), "r"(y), "r"(z), "r"(w)
+               : "memory");
+}
+// (a & mask) | (b & ~mask)
+DEV u32 bits_of(u32 a, u32 b, u32 mask) {
+  u32 r;
+  asm("lop3.b32 %0,%1,%2,%3,0xe4;" : "=r"(r) : "r"(a), "r"(b), "r"(mask));
+  return r;
+}
+// One of a pair of fp16.
+DEV float half_of(u32 pair, int which) {
+  float r;
+  asm("{.reg .b16 l,h;\n mov.b32 {l,h},%1;\n cvt.f32.f16 %0,l;}" : "=f"(r) : "r"(pair >> 16 * which));
+  return r;
+}
+
+// ---- The query -------------------------------------------------------------------------------------------------------
+// Lane 4*g+t multiplies channels of tile j ^ t/2 (of 32 channels) in product j, so that the four lanes of a row find the
+// scales of their channels in different banks; the query's channels are in this order, too.
+// All rows of the query in fp16, 64 channels after another; rows that are not there are 0.
+DEV void load_team_query(u32 query, const Params& p, const Segment& seg, const Member& me, int lane) {
+  constexpr int PIECES = D / 8;
+#pragma unroll 1
+  for (int i = me.index * 32 + lane; i < ROWS * PIECES; i += 32 * TEAM) {
+    const int row = i / PIECES, piece = i % PIECES;
+    uint4 x = make_uint4(0, 0, 0, 0);
+    if (row < seg.rows) x = __ldg((const uint4*)(p.query + row_offset(p, seg, row, p.query_stride)) + piece);
+    const u32 to = query + piece / 8 * (128 * ROWS) + row * 128, at = (piece ^ row) & 7;
+    sts64(to + at * 16, exact_to_f16(x.x), exact_to_f16(x.y));
+    sts64(to + (at ^ 4) * 16 + 8, exact_to_f16(x.z), exact_to_f16(x.w));
+  }
+}
+
+// ---- Products -------------------------------------------------------------------------------------------------------
+// As `expand_raw`: the codes of a word, plus constants.
+DEV void expand_codes(u32 (&x)[4], u32 w, u32 lower) {
+#if CODE_BITS == 4
+  expand_raw(x, w, lower);
+#else
+  const u32 low = bits_of(w << 4, lower, 0xf0f0f0f0), high = bits_of(w, lower >> 4, 0xf0f0f0f0);
+  x[0] = __byte_perm(low, 0x64646464, 0x4240);
+  x[1] = __byte_perm(high, 0x64646464, 0x4240);
+  x[2] = __byte_perm(low, 0x64646464, 0x4341);
+  x[3] = __byte_perm(high, 0x64646464, 0x4341);
+#endif
+}
+// Keys: complete.
+DEV void expand_keys(u32 (&x)[4], u32 w, u32 lower, const uint4& scale, const uint4& minimum) {
+  expand_codes(x, w, lower);
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+#if CODE_BITS == 4
+    x[i] = add_f16x2(x[i], i & 1 ? 0xd400d400 : 0xe400e400);  // - 64, - 1024
+#else
+    x[i] = fma_f16x2(x[i], 0x2c002c00, 0xd408d408);  // (x - 1024 - 8) / 16
+#endif
+    x[i] = fma_f16x2(x[i], word(scale, i), word(minimum, i));
+  }
+}
+// Values: half the codes' range below 0 (see `expand_v`), without the token's scale.
+DEV void expand_values(u32 (&x)[4], u32 w, u32 lower) {
+  expand_codes(x, w, lower);
+#pragma unroll
+  for (int i = 0; i < 4; i++) x[i] = add_f16x2(x[i], i & 1 ? CENTRE1 : CENTRE0);
+}
+
+// What a lane reads for one round of products: codes of 32 rows and 32 columns, of both planes.
+struct Codes {
+  uint4 upper, lower;
+  DEV void load(u32 at) { upper = lds128(at), lower = PLANES == 2 ? lds128(at + PAGE_PLANE) : upper; }
+};
+// [tile of 16 rows][product of 16 columns]
+typedef u32 Fragments[2][2][4];
+
+// Scores of this warp's slice. They are there after a wait.
+DEV void multiply_keys(float (&s)[NT][2][4], u32 keys, u32 scales, u32 columns, int lane) {
+  const int t = lane & 3, odd = t / 2;
+  const u32 mine = keys + lane * 16, run = scales + t * (D / 2);
+  Codes next;
+  uint4 next_scale, next_minimum;
+  auto load = [&](int j) {
+    const int tile = j % 2 ? j - odd : j + odd;  // j ^ odd
+    next.load(mine + tile * 512), next_scale = lds128(run + tile * 16), next_minimum = lds128(run + tile * 16 + 2 * D);
+  };
+  load(0);
+#pragma unroll
+  for (int j = 0; j < J; j++) {
+    const Codes codes = next;
+    const uint4 scale = next_scale, minimum = next_minimum;
+    if (j + 1 < J) load(j + 1);
+    Fragments a;
+#pragma unroll
+    for (int y = 0; y < 4; y++) {
+      u32 x[4];
+      expand_keys(x, word(codes.upper, y), word(codes.lower, y), scale, minimum);
+#pragma unroll
+      for (int i = 0; i < 4; i++) a[y / 2][i / 2][i % 2 * 2 + y % 2] = x[i];
+    }
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+      const int product = 2 * j + k;
+      const u32 from = columns + (product / 4 * (128 * ROWS) + product % 4 * 32) / 16;
+#pragma unroll
+      for (int m = 0; m < 2; m++) {
+        if (product == 0) wgmma<NT, 8, false>(s[0][m], a[m][k], from);
+        else wgmma<NT, 8>(s[0][m], a[m][k], from);
+      }
+    }
+    wgmma_commit();
+    wgmma_wait<1>();  // so the fragments before these can be replaced
+  }
+}
+
+// The values of a page, those of this warp's channels (`mine`). `next` has the codes of the first slice. The sums are there
+// after a wait.
+DEV void multiply_values(State& st, Codes next, u32 mine, u32 columns) {
+  static_assert(OWN_J == 1, "a warp has 32 channels");
+#pragma unroll
+  for (int i = 0; i < TEAM; i++) {
+    const Codes codes = next;
+    if (i + 1 < TEAM) next.load(mine + (i + 1) * PLANE);
+    Fragments a;
+#pragma unroll
+    for (int y = 0; y < 4; y++) {
+      u32 x[4];
+      expand_values(x, word(codes.upper, y), word(codes.lower, y));
+#pragma unroll
+      for (int e = 0; e < 4; e++) a[y / 2][e / 2][e % 2 * 2 + y % 2] = x[e];
+    }
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < 2; k++)
+#pragma unroll
+      for (int m = 0; m < 2; m++)
+        wgmma<NT, 4 * OWN_MT>(st.acc[0][m], a[m][k], columns + (i / 2 * (128 * ROWS) + (i % 2 * 2 + k) * 32) / 16);
+    wgmma_commit();
+    wgmma_wait<1>();
+  }
+}
+
+DEV void finish_scores(float (&s)[NT][2][4]) {
+  wgmma_wait<0>();
+#pragma unroll
+  for (int m = 0; m < 2; m++) hold<NT, 8>(s[0][m]);
+}
+DEV void finish_values(State& st) {
+  wgmma_wait<0>();
+#pragma unroll
+  for (int m = 0; m < OWN_MT; m++) hold<NT, 4 * OWN_MT>(st.acc[0][m]);
+}
+
+// What a lane needs of its warp's slice beside scores, for tokens 8*i + g; zeros where the warp has no slice.
+struct Tokens {
+  u32 scale[4];  // twice
+  float constant[4];  // what a code of 0 stands for after centring
+  DEV void load(u32 scales, bool has, int lane) {
+    const int g = lane >> 2;
+    const u32 at = scales + g / 2 * (G / 2);
+    const uint4 none = make_uint4(0, 0, 0, 0), s = has ? lds128(at) : none, z = has ? lds128(at + 2 * G) : none;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      scale[i] = __byte_perm(word(s, i), 0, g % 2 ? 0x3232 : 0x1010);
+      constant[i] = half_of(fma_f16x2(HALF_RANGE, word(s, i), word(z, i)), g % 2);
+    }
+  }
+};
+
+// Scores of this warp's slice to probabilities, with the scales of its tokens.
+DEV void leave_probabilities(State& st, const float (&s)[NT][2][4], const Tokens& tokens, u32 prob, float scale,
+                             const Member& me, int lane) {
+  const int piece = me.index % 2 * 4 + (lane >> 3);
+  const u32 to = prob + me.index / 2 * (128 * ROWS) + (lane & 7) * 128 + ((piece ^ lane) & 7) * 16;
+#pragma unroll
+  for (int n = 0; n < NT; n++) {
+    u32 x[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      float p[2];
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        p[e] = exp2_fast(fmaf(s[n][i / 2][i % 2 * 2 + e], scale, -st.top[n][e]));
+        st.sums[n][0][2 + e] += p[e];
+        st.sums[n][0][e] = fmaf(p[e], tokens.constant[i], st.sums[n][0][e]);
+      }
+      x[i] = mul_f16x2(pack_f16(p[0], p[1]), tokens.scale[i]);
+    }
+    sts128_trans(to + n * 1024, x[0], x[1], x[2], x[3]);
+  }
+}
+
+// Whether one of a lane's scores is above `top` by more than the headroom (`above_top`); `inverse` of the scores' scale.
+DEV bool exceeds_top(const State& st, const float (&s)[NT][2][4], float inverse) {
+  bool raise = false;
+#pragma unroll
+  for (int n = 0; n < NT; n++)
+#pragma unroll
+    for (int e = 0; e < 2; e++)
+      raise |= fmaxf(fmaxf(s[n][0][e], s[n][0][e + 2]), fmaxf(s[n][1][e], s[n][1][e + 2])) >
+               fmaf(st.top[n][e], inverse, 2 * HEADROOM * inverse);
+  return raise;
+}
+
+// ---- The pages of a segment -----------------------------------------------------------------------------------------
+DEV void attend_pages(State& st, const Params& p, const Segment& seg, const Part& part, Pages& r, u32 ring, u32 shared,
+                      const Member& me, int lane) {
+  const int slice_b = part.slice_b, slice_e = r.slice_e, step_b = slice_b / TEAM, step_e = (slice_e + TEAM - 1) / TEAM;
+  const unsigned char* pool = p.pages + seg.head * p.head_stride;
+#if SCORES
+  const int scored_at = p.num_scored[seg.request] > 0 ? p.begin[seg.request] : -1;
+#endif
+  const u32 keys = ring + me.index * PLANE, values = ring + RING_V + me.index * 512 + lane * 16;
+  const u32 barriers = shared + TEAM_BARRIERS;  // of each stage, its keys' and its values'
+  auto scales_of = [&](int step) { return ring + RING_SCALES + step % SCALE_STEPS * PAGE_SCALES; };
+
+  // A warp asks for one of the planes of a page: of keys, two steps before those of the same page's values, or of values.
+  // What a page lacks at the segment's ends stays what it was, codes of any numbers.
+  const bool of_values = me.index >= TEAM / 2, asks = lane == 0 && (PLANES == 2 || me.index % 2 == 0);
+  const u32 to = ring + (of_values ? RING_V : 0) + me.index % 2 * PAGE_PLANE;
+  const unsigned char* from = pool + (me.index % 2 ? K_LOWER : K_UPPER) + (of_values ? V_UPPER - K_UPPER : 0);
+  static_assert(V_LOWER - K_LOWER == V_UPPER - K_UPPER, "planes of values follow those of keys");
+  int asked = step_b;  // the next page that this warp asks for
+  auto ask = [&](int stage, int id) {
+    if (!asks || asked >= step_e) return;
+    const u32 barrier = barriers + stage * 16 + of_values * 8;
+    const int first = max(slice_b - asked * TEAM, 0) * PLANE, bytes = min(slice_e - asked * TEAM, TEAM) * PLANE - first;
+    const unsigned char* page = from + id * p.page_stride;
+    arrive_expecting(barrier, bytes + (me.index == 0 ? PAGE_SCALES : 0));
+    copy_bulk(to + stage * PAGE_CODES + first, page + first, bytes, barrier);
+    if (me.index == 0) copy_bulk(scales_of(asked), page + K_SCALE - K_UPPER, PAGE_SCALES, barrier);
+    asked++;
+  };
+
+  fence_shared();  // what was written to the ring is there before copies are
+  team_sync(me);
+  if (me.index == 0 && lane == 0) {
+#pragma unroll
+    for (int i = 0; i < 2 * STEPS; i++) barrier_init(barriers + i * 8, PLANES);
+    fence_shared();
+  }
+  team_sync(me);
+#pragma unroll
+  for (int i = 0; i < STEPS; i++) {
+    const int id = __shfl_sync(ALL, r.ids.ids, i);
+    if (!of_values || i < STEPS - 2) ask(i, id);
+  }
+  int id = __shfl_sync(ALL, r.ids.ids, of_values ? STEPS - 2 : STEPS);  // of the next page
+  load_team_query(shared, p, seg, me, lane);
+  fence_shared();
+  team_sync(me);
+
+  int stage = 0, before = STEPS - 1;  // of this step, of the one before
+  u32 parity = 0, parity_before = 0;
+  const u32 query = __shfl_sync(ALL, columns_at(shared), 0);
+  const float inverse = 1.f / p.scale;
+  u32 buffer = 0;
+#pragma unroll 1
+  for (int step = step_b; step <= step_e; step++) {
+    const int slice = step * TEAM + me.index;
+    const bool has = slice >= slice_b && slice < slice_e;  // this warp has a slice of this step
+    float s[NT][2][4];
+    bool raise = false;
+    if (step < step_e) {
+      wait_for(barriers + stage * 16, parity);
+      multiply_keys(s, keys + stage * PAGE_CODES, scales_of(step), query, lane);
+    }
+    // What can be read already is, while products are computed.
+    Codes codes;
+    if (step > step_b) {
+      wait_for(barriers + before * 16 + 8, parity_before);
+      codes.load(values + before * PAGE_CODES);
+    }
+    if (step < step_e) {
+      finish_scores(s);
+      const int token = has ? (slice + part.skipped) * 32 : 1 << 29;
+      if (token + 32 > r.low) mask_slice(s, seg, token, r.exact_start, lane);
+      raise = exceeds_top(st, s, inverse);
+    }
+    fence_shared();
+    raise = team_any(me, raise);
+    ask(of_values ? (before == 0 ? STEPS - 1 : before - 1) : stage, id);
+    if (asks) id = page_id(p, seg, r.ids.table, asked, r.ids.last_page);
+    Tokens tokens;
+    if (step > step_b) {
+      // Descriptors are the same in all lanes, which the compiler sees by where they come from.
+      const u32 prob = __shfl_sync(ALL, columns_at(shared + TEAM_PROB + (PROB_BUFFERS - 1 - buffer) * PROB), 0);
+      multiply_values(st, codes, values + before * PAGE_CODES, prob);
+    }
+    tokens.load(scales_of(step) + 4 * D + me.index * 16, has, lane);
+    finish_values(st);
+    if (PROB_BUFFERS == 1) team_sync(me);
+    if (step < step_e) {
+      if (raise) {
+        float high[NT][2];
+        above_top(high, st, s, p.scale);
+        raise_together(st, high, shared, me, lane);
+      }
+      leave_probabilities(st, s, tokens, shared + TEAM_PROB + buffer * PROB, p.scale, me, lane);
+#if SCORES
+      const int page_b = max(slice_b, step * TEAM), page_e = min(slice_e, step * TEAM + TEAM);
+      if (page_b < part.plain && scored_at >= 0) {
+        const bool whole = page_e == step * TEAM + TEAM;
+        emit(st, p, seg, scored_at + step, slice_b > step * TEAM, (slice_b == step * TEAM) | whole << 1, shared, me, lane);
+      }
+#endif
+    }
+    before = stage, parity_before = parity;
+    if (++stage == STEPS) stage = 0, parity ^= 1;
+    buffer = PROB_BUFFERS - 1 - buffer;
+  }
+  team_sync(me);
+  if (me.index == 0 && lane == 0)
+#pragma unroll
+    for (int i = 0; i < 2 * STEPS; i++) barrier_end(barriers + i * 8);
+#pragma unroll
+  for (int n = 0; n < NT; n++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) st.sums[n][0][i] = sum_of_rows(st.sums[n][0][i]);
+}
