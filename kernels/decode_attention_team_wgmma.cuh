@@ -10,7 +10,7 @@
 //
 // The warps meet once per step, with the probabilities of a step and the scores of the next:
 //
-//     scores of step i | all meet: does one raise `top`? | values of step i - 1 | (`top`) probabilities of step i
+//     scores of step i | all meet: does one raise `top`? | values of step i - 1 and probabilities of step i
 //
 // After the meeting the keys of step i and the values of step i - 2 are done with: each warp asks for a plane of the page
 // that comes into their place in the ring (the copy engine brings it). Sums of probabilities are each lane's own, of 4 of a
@@ -196,11 +196,16 @@ struct Tokens {
   }
 };
 
+// Where a lane has 8 tokens of its warp's slice in the probabilities: piece lane / 8, row lane % 8 of each row tile.
+DEV u32 own_probabilities(u32 prob, const Member& me, int lane) {
+  const int piece = me.index % 2 * 4 + (lane >> 3);
+  return prob + me.index / 2 * (128 * ROWS) + (lane & 7) * 128 + ((piece ^ lane) & 7) * 16;
+}
+
 // Scores of this warp's slice to probabilities, with the scales of its tokens.
 DEV void leave_probabilities(State& st, const float (&s)[NT][2][4], const Tokens& tokens, u32 prob, float scale,
                              const Member& me, int lane) {
-  const int piece = me.index % 2 * 4 + (lane >> 3);
-  const u32 to = prob + me.index / 2 * (128 * ROWS) + (lane & 7) * 128 + ((piece ^ lane) & 7) * 16;
+  const u32 to = own_probabilities(prob, me, lane);
 #pragma unroll
   for (int n = 0; n < NT; n++) {
     u32 x[4];
@@ -217,6 +222,28 @@ DEV void leave_probabilities(State& st, const float (&s)[NT][2][4], const Tokens
     }
     sts128_trans(to + n * 1024, x[0], x[1], x[2], x[3]);
   }
+}
+
+// A larger `top` (`raise_together`), when probabilities that are relative to the one before wait for their values.
+DEV void raise_under_probabilities(State& st, const float (&s)[NT][2][4], float scale, u32 prob, u32 shared,
+                                   const Member& me, int lane) {
+  float high[NT][2], top[NT][2];
+  above_top(high, st, s, scale);
+#pragma unroll
+  for (int n = 0; n < NT; n++) top[n][0] = st.top[n][0], top[n][1] = st.top[n][1];
+  raise_together(st, high, shared, me, lane);
+  const u32 at = own_probabilities(prob, me, lane);
+#pragma unroll
+  for (int n = 0; n < NT; n++) {
+    const float x = exp2_fast(top[n][0] - st.top[n][0]), y = exp2_fast(top[n][1] - st.top[n][1]);
+    const u32 both = __shfl_sync(ALL, pack_f16(x, y), (lane & 7) / 2);
+    const u32 factor = __byte_perm(both, 0, lane % 2 ? 0x3232 : 0x1010);
+    const uint4 q = lds128(at + n * 1024);
+    sts128(at + n * 1024,
+           make_uint4(mul_f16x2(q.x, factor), mul_f16x2(q.y, factor), mul_f16x2(q.z, factor), mul_f16x2(q.w, factor)));
+  }
+  fence_shared();
+  team_sync(me);
 }
 
 // Whether one of a lane's scores is above `top` by more than the headroom (`above_top`); `inverse` of the scores' scale.
@@ -276,68 +303,68 @@ DEV void attend_pages(State& st, const Params& p, const Segment& seg, const Part
   }
   int id = __shfl_sync(ALL, r.ids.ids, of_values ? STEPS - 2 : STEPS);  // of the next page
   load_team_query(shared, p, seg, me, lane);
+#pragma unroll
+  for (int n = 0; n < NT; n++)
+    sts128(own_probabilities(shared + TEAM_PROB + (PROB_BUFFERS - 1) * PROB, me, lane) + n * 1024, make_uint4(0, 0, 0, 0));
   fence_shared();
   team_sync(me);
 
   int stage = 0, before = STEPS - 1;  // of this step, of the one before
-  u32 parity = 0, parity_before = 0;
+  u32 parity = 0, parity_before = 0, prob = shared + TEAM_PROB, prob_before = prob + (PROB_BUFFERS - 1) * PROB;
   const u32 query = __shfl_sync(ALL, columns_at(shared), 0);
   const float inverse = 1.f / p.scale;
-  u32 buffer = 0;
+  Codes codes;
+  // Of step - 1, before the meeting and after it.
+  auto begin_values = [&] { codes.load(values + before * PAGE_CODES); };
+  auto values_of_step = [&] {
+    // A descriptor is the same in all lanes, which the compiler sees by where it comes from.
+    multiply_values(st, codes, values + before * PAGE_CODES, __shfl_sync(ALL, columns_at(prob_before), 0));
+  };
 #pragma unroll 1
-  for (int step = step_b; step <= step_e; step++) {
+  for (int step = step_b; step < step_e; step++) {
     const int slice = step * TEAM + me.index;
     const bool has = slice >= slice_b && slice < slice_e;  // this warp has a slice of this step
     float s[NT][2][4];
-    bool raise = false;
-    if (step < step_e) {
-      wait_for(barriers + stage * 16, parity);
-      multiply_keys(s, keys + stage * PAGE_CODES, scales_of(step), query, lane);
-    }
-    // What can be read already is, while products are computed.
-    Codes codes;
-    if (step > step_b) {
-      wait_for(barriers + before * 16 + 8, parity_before);
-      codes.load(values + before * PAGE_CODES);
-    }
-    if (step < step_e) {
-      finish_scores(s);
-      const int token = has ? (slice + part.skipped) * 32 : 1 << 29;
-      if (token + 32 > r.low) mask_slice(s, seg, token, r.exact_start, lane);
-      raise = exceeds_top(st, s, inverse);
-    }
+    wait_for(barriers + stage * 16, parity);
+    multiply_keys(s, keys + stage * PAGE_CODES, scales_of(step), query, lane);
+    // What can be read already is, while products are computed. Of what is before the first step probabilities are 0.
+    if (step > step_b) wait_for(barriers + before * 16 + 8, parity_before);
+    begin_values();
+    finish_scores(s);
+    const int token = has ? (slice + part.skipped) * 32 : 1 << 29;
+    if (token + 32 > r.low) mask_slice(s, seg, token, r.exact_start, lane);
     fence_shared();
-    raise = team_any(me, raise);
+    const bool raise = team_any(me, exceeds_top(st, s, inverse));
     ask(of_values ? (before == 0 ? STEPS - 1 : before - 1) : stage, id);
     if (asks) id = page_id(p, seg, r.ids.table, asked, r.ids.last_page);
+    if (raise) raise_under_probabilities(st, s, p.scale, prob_before, shared, me, lane);
     Tokens tokens;
-    if (step > step_b) {
-      // Descriptors are the same in all lanes, which the compiler sees by where they come from.
-      const u32 prob = __shfl_sync(ALL, columns_at(shared + TEAM_PROB + (PROB_BUFFERS - 1 - buffer) * PROB), 0);
-      multiply_values(st, codes, values + before * PAGE_CODES, prob);
-    }
     tokens.load(scales_of(step) + 4 * D + me.index * 16, has, lane);
-    finish_values(st);
-    if (PROB_BUFFERS == 1) team_sync(me);
-    if (step < step_e) {
-      if (raise) {
-        float high[NT][2];
-        above_top(high, st, s, p.scale);
-        raise_together(st, high, shared, me, lane);
-      }
-      leave_probabilities(st, s, tokens, shared + TEAM_PROB + buffer * PROB, p.scale, me, lane);
-#if SCORES
-      const int page_b = max(slice_b, step * TEAM), page_e = min(slice_e, step * TEAM + TEAM);
-      if (page_b < part.plain && scored_at >= 0) {
-        const bool whole = page_e == step * TEAM + TEAM;
-        emit(st, p, seg, scored_at + step, slice_b > step * TEAM, (slice_b == step * TEAM) | whole << 1, shared, me, lane);
-      }
-#endif
+    values_of_step();
+    if (PROB_BUFFERS == 1) {
+      finish_values(st);
+      team_sync(me);
     }
+    leave_probabilities(st, s, tokens, prob, p.scale, me, lane);
+    if (PROB_BUFFERS == 2) finish_values(st);
+#if SCORES
+    const int page_b = max(slice_b, step * TEAM), page_e = min(slice_e, step * TEAM + TEAM);
+    if (page_b < part.plain && scored_at >= 0) {
+      const bool whole = page_e == step * TEAM + TEAM;
+      emit(st, p, seg, scored_at + step, slice_b > step * TEAM, (slice_b == step * TEAM) | whole << 1, shared, me, lane);
+    }
+#endif
     before = stage, parity_before = parity;
     if (++stage == STEPS) stage = 0, parity ^= 1;
-    buffer = PROB_BUFFERS - 1 - buffer;
+    const u32 x = prob;
+    prob = prob_before, prob_before = x;
   }
+  wait_for(barriers + before * 16 + 8, parity_before);
+  begin_values();
+  fence_shared();
+  team_sync(me);
+  values_of_step();
+  finish_values(st);
   team_sync(me);
   if (me.index == 0 && lane == 0)
 #pragma unroll
