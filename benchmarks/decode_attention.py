@@ -206,6 +206,7 @@ def main():
     if args.plot:
         return plot(json.loads(RESULTS.with_suffix(".json").read_text()))
     from vllm_quantspec.kernels.decode_attention import row_plans
+    from vllm_quantspec.kernels.device import device_properties
 
     torch.manual_seed(0)
     rows = [ROWS[i] for i in args.rows] if args.rows else ROWS
@@ -214,20 +215,22 @@ def main():
         prepare(PageFormat(row[3], 128), row)[0]()
         return torch.cuda.synchronize()
     if args.tune:
+        has_wgmma = device_properties(torch.cuda.current_device()).has_wgmma
         for row in rows:
             options = [(7, 3), (8, 2), (8, 3), (8, 4), (10, 3), (12, 2), (12, 3), (14, 3), (16, 2)]
-            *teams, alone = row_plans(128, 128, row[1] * row[2] // row[3])
+            *teams, alone = row_plans(128, 128, row[1] * row[2] // row[3], has_wgmma)
             options = [(alone, *option) for option in options]
             options += [(plan, *option) for plan in teams for option in ((8, 8), (8, 12), (8, 16), (4, 8), (4, 12), (12, 8))]
             (run, sets), times = prepare(PageFormat(row[3], 128), row), {}
             for option in options:
                 try:
                     run(option)
-                except RuntimeError:  # does not fit
+                except RuntimeError:  # does not fit, or there is no such kernel
                     continue
                 times[option] = median(lambda run=run, option=option: run(option), sets)
             best = sorted(times, key=times.get)
-            print(name_of(row), " ".join(f"{p.team}/{w}x{s}:{times[p, w, s]:.1f}" for p, w, s in best), flush=True)
+            names = [f"{p.passes}x{p.tiles}/{p.team}{'w' * p.wgmma}/{w}x{s}:{times[p, w, s]:.1f}" for p, w, s in best]
+            print(name_of(row), " ".join(names), flush=True)
         return
     bandwidth = copy_bandwidth()
     results = {"gpu": torch.cuda.get_device_name(), "copy_bandwidth_tb_s": round(bandwidth / 1e12, 3), "rows": []}

@@ -37,6 +37,8 @@ DEV u32 bits_of(u32 a, u32 b, u32 mask) {
   asm("lop3.b32 %0,%1,%2,%3,0xe4;" : "=r"(r) : "r"(a), "r"(b), "r"(mask));
   return r;
 }
+// Not later, where it is used.
+DEV void compute_here(u32& x) { asm volatile("" : "+r"(x)); }
 // One of a pair of fp16.
 DEV float half_of(u32 pair, int which) {
   float r;
@@ -142,21 +144,33 @@ DEV void multiply_keys(float (&s)[NT][2][4], u32 keys, u32 scales, u32 columns, 
   }
 }
 
-// The values of a page, those of this warp's channels (`mine`). `next` has the codes of the first slice. The sums are there
+// Values of a slice, those of this warp's channels.
+DEV void expand_slice(Fragments& a, const Codes& codes) {
+#pragma unroll
+  for (int y = 0; y < 4; y++) {
+    u32 x[4];
+    expand_values(x, word(codes.upper, y), word(codes.lower, y));
+#pragma unroll
+    for (int e = 0; e < 4; e++) a[y / 2][e / 2][e % 2 * 2 + y % 2] = x[e];
+  }
+}
+
+// The values of a page, those of this warp's channels (`mine`); `first` are those of its first slice. The sums are there
 // after a wait.
-DEV void multiply_values(State& st, Codes next, u32 mine, u32 columns) {
+DEV void multiply_values(State& st, const Fragments& first, u32 mine, u32 columns) {
   static_assert(OWN_J == 1, "a warp has 32 channels");
+  Codes next;
+  next.load(mine + PLANE);
 #pragma unroll
   for (int i = 0; i < TEAM; i++) {
-    const Codes codes = next;
-    if (i + 1 < TEAM) next.load(mine + (i + 1) * PLANE);
     Fragments a;
+    if (i == 0) {
 #pragma unroll
-    for (int y = 0; y < 4; y++) {
-      u32 x[4];
-      expand_values(x, word(codes.upper, y), word(codes.lower, y));
-#pragma unroll
-      for (int e = 0; e < 4; e++) a[y / 2][e / 2][e % 2 * 2 + y % 2] = x[e];
+      for (int e = 0; e < 16; e++) a[e / 8][e / 4 % 2][e % 4] = first[e / 8][e / 4 % 2][e % 4];
+    } else {
+      const Codes codes = next;
+      if (i + 1 < TEAM) next.load(mine + (i + 1) * PLANE);
+      expand_slice(a, codes);
     }
     wgmma_fence();
 #pragma unroll
@@ -313,12 +327,18 @@ DEV void attend_pages(State& st, const Params& p, const Segment& seg, const Part
   u32 parity = 0, parity_before = 0, prob = shared + TEAM_PROB, prob_before = prob + (PROB_BUFFERS - 1) * PROB;
   const u32 query = __shfl_sync(ALL, columns_at(shared), 0);
   const float inverse = 1.f / p.scale;
-  Codes codes;
+  Fragments first;
   // Of step - 1, before the meeting and after it.
-  auto begin_values = [&] { codes.load(values + before * PAGE_CODES); };
+  auto begin_values = [&] {
+    Codes codes;
+    codes.load(values + before * PAGE_CODES);
+    expand_slice(first, codes);
+#pragma unroll
+    for (int e = 0; e < 16; e++) compute_here(first[e / 8][e / 4 % 2][e % 4]);
+  };
   auto values_of_step = [&] {
     // A descriptor is the same in all lanes, which the compiler sees by where it comes from.
-    multiply_values(st, codes, values + before * PAGE_CODES, __shfl_sync(ALL, columns_at(prob_before), 0));
+    multiply_values(st, first, values + before * PAGE_CODES, __shfl_sync(ALL, columns_at(prob_before), 0));
   };
 #pragma unroll 1
   for (int step = step_b; step < step_e; step++) {
