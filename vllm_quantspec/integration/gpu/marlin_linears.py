@@ -191,7 +191,7 @@ def try_marlin(device: int, dtype: str = "bfloat16", zero_points: bool = False) 
     """Run vLLM's Marlin kernel once on a small linear. ``dtype``: the name of torch's.
 
     Raises:
-        RuntimeError: it does not run.
+        RuntimeError: it does not run, or computes something else. A launch that fails may say so to the next one only.
     """
     torch.cuda.set_device(device)
     out_features, in_features = 128, 256
@@ -199,8 +199,10 @@ def try_marlin(device: int, dtype: str = "bfloat16", zero_points: bool = False) 
     scales = torch.full((out_features, in_features // 64), 0.01, dtype=getattr(torch, dtype), device="cuda")
     zeros = torch.full_like(scales, 7, dtype=torch.uint8) if zero_points else None
     x = torch.randn(MAX_TOKENS + 1, in_features, dtype=scales.dtype, device="cuda")
-    one_copy_linear(x, *marlin_linear.pack(codes, scales, zeros), None, True)
-    torch.cuda.synchronize()
+    weight = marlin_linear.pack(codes, scales, zeros)
+    out, expected = one_copy_linear(x, *weight, None, True), F.linear(x, marlin_dequantize(weight))
+    if not (out - expected).float().norm() < 0.01 * expected.float().norm():
+        raise RuntimeError("Error: its result is not that of the dequantized weight")
 
 
 def install() -> None:
