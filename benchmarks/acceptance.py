@@ -45,7 +45,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 import torch
-from common import KV_HELP, TEXT_HELP, engine, excerpts, read_texts, small_model_on_gpu, write_json
+from common import KV_HELP, QUANTSPEC, TEXT_HELP, engine, excerpts, read_texts, small_model_on_gpu, write_json
 from quality import CACHES
 
 from vllm_quantspec.config import DRAFT_SELECTIONS
@@ -159,7 +159,8 @@ def run_config(name: str, sparse: dict, novels: dict[str, list[int]], args) -> l
     longest = max(contexts) + args.tokens + 2 * drafted
     if args.chat:
         longest += max(len(p) for p in novels["chat"])
-    with engine(str(args.model), longest, **arguments, speculative_config={"method": "quantspec", **options}) as llm:
+    speculation = QUANTSPEC | options if seeded else options
+    with engine(str(args.model), longest, **arguments, speculative_config=speculation) as llm:
         print(f"{name}: engine ready in {time.perf_counter() - started:.0f} s", flush=True)
         for context in contexts:
             prompts = (
@@ -431,7 +432,7 @@ def main() -> None:
         novels = {name: tokenizer.encode(text) for name, text in read_texts(args.text).items()}
     rows = []
     if args.kl:
-        speculating = {"speculative_config": {"method": "quantspec", "num_speculative_tokens": 4}}
+        speculating = {"speculative_config": {**QUANTSPEC, "num_speculative_tokens": 4}}
         for novel, cache in itertools.product(novels, args.kl_caches):
             tokens, arguments = novels[novel], CACHES[cache]
             ways = [("prefill", args.kl_tokens, 512, arguments)]

@@ -16,7 +16,7 @@ from pathlib import Path
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 from acceptance import counts, rates
-from common import TEXT_HELP, engine, excerpts, read_texts, write_json
+from common import QUANTSPEC, TEXT_HELP, engine, excerpts, read_texts, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -66,7 +66,7 @@ def main() -> None:
     }
     rows, baseline = [], {}
     for gamma in (0, *args.num_speculative_tokens):
-        arguments = {"speculative_config": {"method": "quantspec", "num_speculative_tokens": gamma}} if gamma else {}
+        arguments = {"speculative_config": {**QUANTSPEC, "num_speculative_tokens": gamma}} if gamma else {}
         with engine(args.model, max(args.contexts) + args.tokens + 1, **size, **arguments) as llm:
             run(llm, [p[:512] for p in prompts[args.contexts[0]][: args.batch]], args.tokens, args.batch, args.temperature)
             for context in args.contexts:

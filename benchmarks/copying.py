@@ -34,7 +34,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import RESULTS, TEXT_HELP, read_texts, write_json
+from common import QUANTSPEC, RESULTS, TEXT_HELP, read_texts, write_json
 from end_to_end_engine import PREFILL_TOKENS
 from model_shapes import MAX_POSITIONS, SHAPES, model_config
 
@@ -49,8 +49,8 @@ LONGEST_EDIT = 8
 NAMED = {
     "bf16": {},
     "cache": {"attention_backend": "QUANTSPEC"},
-    "drafts-auto": {"speculative_config": {"method": "quantspec", "num_speculative_tokens": "auto"}},
-    "ngram-auto": {"speculative_config": {"method": "quantspec", "num_speculative_tokens": "auto", "ngram": "auto"}},
+    "drafts-auto": {"speculative_config": {**QUANTSPEC, "num_speculative_tokens": "auto"}},
+    "ngram-auto": {"speculative_config": {**QUANTSPEC, "num_speculative_tokens": "auto", "ngram": "auto"}},
     "vllm-ngram": {
         "speculative_config": {
             "method": "ngram_gpu",
@@ -73,7 +73,7 @@ def drafted(config: str) -> tuple[int, ...]:
 def engine_arguments(config: str, more: dict, on_gpu: bool) -> dict:
     """LLM arguments of a configuration; ``more``: options of ngram-auto."""
     if config.isdigit():
-        return {"speculative_config": {"method": "quantspec", "num_speculative_tokens": int(config)}}
+        return {"speculative_config": {**QUANTSPEC, "num_speculative_tokens": int(config)}}
     arguments = copy.deepcopy(NAMED[config])
     if config == "ngram-auto":
         arguments["speculative_config"] |= more

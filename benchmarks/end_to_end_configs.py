@@ -1,5 +1,7 @@
 """The configurations that end_to_end.py names: the arguments of their engines, and how often their drafts are accepted."""
 
+from common import QUANTSPEC
+
 from vllm_quantspec.config import AUTO_NUMBERS
 from vllm_quantspec.estimate import GIB
 
@@ -74,15 +76,15 @@ def engine_arguments(config: str, acceptance: float, quantspec: dict, folders: d
         return {"kv_cache_dtype": "quantspec_int4"}
     gamma = drafted(config)
     methods = {
-        **{name: {"method": "quantspec", **quantspec, **options} for name, options in SPARSE.items()},
-        "": {"method": "quantspec", **quantspec},
-        "int4": {"method": "quantspec", **quantspec},
+        **{name: {**QUANTSPEC, **quantspec, **options} for name, options in SPARSE.items()},
+        "": {**QUANTSPEC, **quantspec},
+        "int4": {**QUANTSPEC, **quantspec},
         "ngram": {"method": "ngram_gpu"},
         "draft": {"method": "draft_model", "model": folders["draft"]},
         "self": {"method": "draft_model", "model": folders["self"]},
     }
     if config == DRAFTS_AUTO:
-        options = {**synthetic(config, acceptance), "method": "quantspec", **quantspec, "num_speculative_tokens": "auto"}
+        options = {**synthetic(config, acceptance), **QUANTSPEC, **quantspec, "num_speculative_tokens": "auto"}
         return {"speculative_config": options}
     options = {"num_speculative_tokens": gamma, **synthetic(config, acceptance), **methods[drafter(config)]}
     cache = {"kv_cache_dtype": "quantspec_int4"} if drafter(config) == "int4" else {}

@@ -21,12 +21,12 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # engines start fa
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
-from common import KV_HELP, TEXT_HELP, engine, excerpts, read_texts, small_model_on_gpu, write_json
+from common import KV_HELP, QUANTSPEC, TEXT_HELP, engine, excerpts, read_texts, small_model_on_gpu, write_json
 from quality import CACHES, DEFAULT_CACHES, ROOT, SHARED, agreement, continuations, token_scores
 
 DRAFTS = 4
 WAYS = {name: CACHES[name] for name in DEFAULT_CACHES} | {
-    "quantspec, drafts": {"speculative_config": {"method": "quantspec", "num_speculative_tokens": DRAFTS}}
+    "quantspec, drafts": {"speculative_config": {**QUANTSPEC, "num_speculative_tokens": DRAFTS}}
 }
 PARTS = 4
 NGRAM = 4

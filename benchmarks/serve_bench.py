@@ -31,7 +31,7 @@ import tempfile
 import urllib.parse
 from pathlib import Path
 
-from common import RESULTS, write_json
+from common import QUANTSPEC, RESULTS, write_json
 from end_to_end_configs import DRAFTS_AUTO, synthetic
 from model_shapes import SHAPES, model_config
 from serve_load import VLLM, Load, start_server, stop_server
@@ -72,7 +72,7 @@ def server_arguments(config: str, acceptance: float) -> list[str]:
     if config in DRAFTING:
         number = DRAFTING[config]
         rates = synthetic(DRAFTS_AUTO if number == "auto" else str(number), acceptance)
-        options = {"method": "quantspec", "num_speculative_tokens": number, **rates}
+        options = {**QUANTSPEC, "num_speculative_tokens": number, **rates}
         arguments += ["--speculative-config", json.dumps(options)]
     return arguments
 

@@ -45,7 +45,7 @@ def test_texts_of_a_context():
 
 def test_configurations():
     arguments = {c: copying.engine_arguments(c, {"prompt_lookup_min": 2}, on_gpu=True) for c in (*copying.NAMED, "6")}
-    assert arguments["6"]["speculative_config"] == {"method": "quantspec", "num_speculative_tokens": 6}
+    assert arguments["6"]["speculative_config"] == copying.QUANTSPEC | {"num_speculative_tokens": 6}
     ours = arguments["ngram-auto"]["speculative_config"]
     assert ours["ngram"] == "auto" and ours["prompt_lookup_min"] == 2
     assert "prompt_lookup_min" not in copying.NAMED["ngram-auto"]["speculative_config"]

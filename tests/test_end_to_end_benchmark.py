@@ -41,6 +41,10 @@ def test_configurations():
         return configs.engine_arguments(config, 0.9, {"group_size": 64}, folders)["speculative_config"]
 
     assert speculative("4")["method"] == "quantspec" and speculative("4")["group_size"] == 64
+    assert speculative("4")["draft_context"] == speculative("drafts-auto")["draft_context"] == "all"
+    assert speculative("auto-4")["draft_context"] == "auto" and speculative("sparse8-4")["draft_context"] == 1 / 8
+    overridden = configs.engine_arguments("4", 0.9, {"draft_context": 0.5}, folders)
+    assert overridden["speculative_config"]["draft_context"] == 0.5
     assert speculative("ngram-5")["method"] == "ngram_gpu" and speculative("ngram-5")["num_speculative_tokens"] == 5
     assert [speculative(c)["model"] for c in ("draft-3", "self-3")] == ["/small", "/target"]
     assert configs.engine_arguments("bf16", 0.9, {}, folders) == {}
@@ -62,6 +66,7 @@ def test_server_arguments():
     assert drafting == ["quantspec", "drafts-auto", "int4"]
     options = [json.loads(serve_bench.server_arguments(c, 0.9)[-1]) for c in ("quantspec", "drafts-auto")]
     assert [o["num_speculative_tokens"] for o in options] == [4, "auto"]
+    assert {o["draft_context"] for o in options} == {"all"}
 
 
 def test_what_a_server_answered_over_bf16():

@@ -87,6 +87,7 @@ REFUSED = {
 }
 LLAMA_2_7B = LLAMA_8B | {"intermediate_size": 11008, "num_key_value_heads": 32, "vocab_size": 32000}
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+DENSE = {"draft_context": "all"}  # measured so where the results name no option
 
 
 def test_sizes_of_a_known_model():
@@ -150,7 +151,7 @@ def test_speed_of_other_shapes_is_what_was_measured(name):
     for row in rows:
         drafts = int(row["config"]) if row["config"].isdigit() else 1
         s = estimate.speed(
-            model, 4.26e12, row["context"], row["batch"], 1, 128, results["acceptance"], drafts, **results["options"]
+            model, 4.26e12, row["context"], row["batch"], 1, 128, results["acceptance"], drafts, **DENSE | results["options"]
         )
         predicted = s.exact if row["config"] == "bf16" else s.cycle
         assert predicted == pytest.approx(row["ms_per_step"], rel=0.05), row
@@ -210,7 +211,15 @@ def test_speed_is_what_was_measured(name, config, points):
         if (drafts + 1) * config["num_attention_heads"] // config["num_key_value_heads"] > 24:
             continue  # measured when a verification of so many rows read the cache twice
         s = estimate.speed(
-            model, 4.26e12, row["context"], row["batch"], tp, 128, results["acceptance"], drafts, **results["options"]
+            model,
+            4.26e12,
+            row["context"],
+            row["batch"],
+            tp,
+            128,
+            results["acceptance"],
+            drafts,
+            **(DENSE | results["options"]),
         )
         predicted = {"bf16": s.exact, "cache": s.cache}.get(method, s.cycle)
         assert predicted == pytest.approx(row["ms_per_step"], rel=0.04), row
@@ -287,6 +296,7 @@ def test_weights_in_8_bits_are_counted(tmp_path, capsys):
 def test_draft_experts_are_chosen_as_in_the_engine():
     parser = cli.build_parser()
     assert parser.parse_args(["estimate", "x"]).draft_experts == QuantSpecOptions.draft_experts
+    assert parser.parse_args(["estimate", "x"]).draft_context == QuantSpecOptions.draft_context
     for name in ("target", "int4"):
         given = parser.parse_args(["estimate", "x", "--draft-experts", name]).draft_experts
         assert QuantSpecOptions(draft_experts=given).draft_experts == name
@@ -344,11 +354,17 @@ def test_report_of_sparse_drafts(tmp_path, capsys):
     text = capsys.readouterr().out
     assert re.search(r"a draft step reads +6\.3 % of the older tokens \(--draft-context 8192\)", text)
     assert "give what you measured as --acceptance" in text
-    assert run(tmp_path, LLAMA_8B, "--context", "2048", "--draft-context", "auto") == 0
+    for arguments in (["--context", "2048"], ["--context", "131072", "--draft-context", "all"]):
+        assert run(tmp_path, LLAMA_8B, *arguments) == 0
+        text = capsys.readouterr().out
+        assert "a draft step reads" not in text and "give what you measured" not in text
+        assert "at 0.93 accepted per token" in text
+    assert run(tmp_path, LLAMA_8B, "--context", "131072") == 0
     text = capsys.readouterr().out
-    assert "all of the older tokens (--draft-context auto)" in text and "give what you measured" not in text
-    assert run(tmp_path, LLAMA_8B) == 0
-    assert "a draft step reads" not in capsys.readouterr().out
+    assert re.search(r"a draft step reads +6\.3 % of the older tokens \(--draft-context auto\)", text)
+    assert "at 0.9 accepted per token" in text
+    assert run(tmp_path, LLAMA_8B, "--context", "131072", "--acceptance", "0.97") == 0
+    assert "at 0.97 accepted per token" in capsys.readouterr().out
 
 
 def test_report_of_experts(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """QuantSpec's options and the ways of asking for it: names, defaults, one sentence per mistake."""
 
 import json
+import logging
 import pickle
 
 import pytest
@@ -17,6 +18,7 @@ from vllm_quantspec.config import (
     NGRAM_SCHEDULE,
     QuantSpecOptions,
     is_quantspec,
+    named_options,
     parse_options,
 )
 from vllm_quantspec.integration.draft import scheduler, sparse_scheduler
@@ -34,7 +36,7 @@ def registered():
 def test_defaults():
     options, vllm_options = parse_options("quantspec")
     assert options == QuantSpecOptions(
-        4, 128, "int4", "target", "int4", 128, "search", "none", None, True, "all", "attention"
+        4, 128, "int4", "target", "int4", 128, "search", "none", None, True, "auto", "attention"
     )
     assert vllm_options == {}
 
@@ -122,7 +124,10 @@ def test_dashes_and_vllm_options_are_taken():
         ({"draft_context": "some"}, "must be 'auto', 'all' or a number, not 'some'"),
         ({"draft_selection": "quest"}, "must be 'attention' or 'window' or 'snapkv', not 'quest'"),
         ({"draft_selection": True, "draft_context": 1024}, "must be 'attention'"),
-        ({"draft_selection": "window"}, "draft_context is 'all', with which drafts read every page; set draft_context"),
+        (
+            {"draft_selection": "window", "draft_context": "all"},
+            "draft_context is 'all', with which drafts read every page; set draft_context",
+        ),
     ],
 )
 def test_mistakes_get_one_sentence(config, says):
@@ -180,8 +185,14 @@ def test_command_line_takes_the_names_of_the_cache():
         parser.parse_args(["--kv-cache-dtype", "quantspec_int5"])
 
 
+def test_what_a_user_has_named():
+    assert named_options("quantspec") == named_options({"method": "quantspec", "draft_sample_method": "greedy"}) == ()
+    given = {"method": "quantspec", "draft-context": "auto", "num_speculative_tokens": 4}
+    assert named_options(given) == ("draft_context", "num_speculative_tokens")
+
+
 def make(books_4m: str, **kwargs):
-    return EngineArgs(model=books_4m, max_model_len=2048, **kwargs).create_engine_config()
+    return EngineArgs(model=books_4m, **{"max_model_len": 2048} | kwargs).create_engine_config()
 
 
 def test_engine_config_of_each_way_to_ask(books_4m):
@@ -264,14 +275,44 @@ def test_auto_brings_a_scheduler_of_its_own(asynchronous, books_4m, monkeypatch)
 def test_an_automatic_draft_context_brings_one_too(number, asynchronous, books_4m, monkeypatch):
     if asynchronous:
         monkeypatch.setattr(type(current_platform), "check_and_update_config", classmethod(lambda cls, config: None))
-    auto = {"method": "quantspec", "num_speculative_tokens": number, "draft_context": "auto"}
-    config = pickle.loads(pickle.dumps(make(books_4m, speculative_config=auto, async_scheduling=asynchronous)))
-    cls = config.scheduler_config.get_scheduler_cls()
-    assert issubclass(cls, sparse_scheduler.SparseScheduler) and issubclass(cls, AsyncScheduler) == asynchronous
-    assert issubclass(cls, scheduler.DraftLengthScheduler) == (number == "auto")
-    for other in ({"draft_context": 1024}, {"draft_context": "auto", "draft_selection": "snapkv"}):
-        config = make(books_4m, speculative_config={"method": "quantspec", **other}, async_scheduling=asynchronous)
+    size = {"max_model_len": 8192, "async_scheduling": asynchronous}
+    for given in ({}, {"draft_context": "auto"}):
+        auto = {"method": "quantspec", "num_speculative_tokens": number, **given}
+        config = pickle.loads(pickle.dumps(make(books_4m, speculative_config=auto, **size)))
+        cls = config.scheduler_config.get_scheduler_cls()
+        assert issubclass(cls, sparse_scheduler.SparseScheduler) and issubclass(cls, AsyncScheduler) == asynchronous
+        assert issubclass(cls, scheduler.DraftLengthScheduler) == (number == "auto")
+    for other in ({"draft_context": 1024}, {"draft_context": "all"}, {"draft_context": "auto", "draft_selection": "snapkv"}):
+        config = make(books_4m, speculative_config={"method": "quantspec", **other}, **size)
         assert config.scheduler_config.scheduler_cls is None
+
+
+def test_vllm_warns_of_other_schedulers_alone(books_4m):
+    class Own(AsyncScheduler):
+        pass
+
+    said, logger, handler = [], logging.getLogger("vllm.config.scheduler"), logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger.addHandler(handler)
+    try:
+        config = make(books_4m, speculative_config="quantspec", max_model_len=8192)
+        config.scheduler_config.get_scheduler_cls()
+        assert not said
+        make(books_4m, scheduler_cls=Own).scheduler_config.get_scheduler_cls()
+    finally:
+        logger.removeHandler(handler)
+    assert len(said) == 1 and "Using custom scheduler class" in said[0]
+
+
+@pytest.mark.parametrize(("group", "longest"), [(128, 33 * 128), (64, 65 * 64)])
+def test_vllms_own_scheduler_where_no_request_can_be_long_enough(group, longest, books_4m):
+    """A request's window is not among the 4,096 old tokens that sparse drafts begin with."""
+    options = {"method": "quantspec", "group_size": group}
+    too_short, long_enough = (make(books_4m, speculative_config=options, max_model_len=n) for n in (longest - 1, longest))
+    assert too_short.scheduler_config.scheduler_cls is None and too_short.speculative_config.draft_context == "auto"
+    assert "SparseScheduler" in long_enough.scheduler_config.scheduler_cls
+    chosen = make(books_4m, speculative_config=options, max_model_len=longest - 1, scheduler_cls="some.Scheduler")
+    assert chosen.scheduler_config.scheduler_cls == "some.Scheduler"
 
 
 def test_a_draft_context_beyond_the_models_length_is_refused(books_4m):

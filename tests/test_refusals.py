@@ -31,6 +31,7 @@ LLAMA = {
     "torch_dtype": "bfloat16",
 }
 AUTO = {"method": "quantspec", "num_speculative_tokens": "auto"}
+OWN_SCHEDULER = {"scheduler_cls": "some.Scheduler", "max_model_len": 8192}
 MODELS = {
     "latent attention": {
         **LLAMA,
@@ -243,7 +244,12 @@ def test_audio_that_arrives_while_the_model_answers(architecture):
             "drop one of them",
         ),
         (
-            {"scheduler_cls": "some.Scheduler", "speculative_config": {"method": "quantspec", "draft_context": "auto"}},
+            OWN_SCHEDULER | {"speculative_config": {"method": "quantspec", "draft_context": "auto"}},
+            "draft_context 'auto' is chosen by a scheduler of its own",
+            "drop one of them",
+        ),
+        (
+            OWN_SCHEDULER | {"speculative_config": {"method": "quantspec", "draft_selection": "window"}},
             "draft_context 'auto' is chosen by a scheduler of its own",
             "drop one of them",
         ),
@@ -259,6 +265,53 @@ def test_audio_that_arrives_while_the_model_answers(architecture):
 def test_flags(kwargs, what, remedy, books_4m):
     sentence = refusal(books_4m, **kwargs)
     assert what in sentence and remedy in sentence
+
+
+@pytest.fixture
+def lines(monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(checks.logger, "info", lambda text, *values: said.append(text % values))
+    return said
+
+
+@pytest.mark.parametrize("options", [{}, {"draft_kv": "int8"}, {"weight_rounding": "gptq"}])
+def test_a_scheduler_of_the_users_own_is_not_refused_for_a_default(options, lines, books_4m):
+    speculation = {"method": "quantspec", **options}
+    arguments = OWN_SCHEDULER | {"skip_tokenizer_init": True, "speculative_config": speculation}
+    config = EngineArgs(model=books_4m, **arguments).create_engine_config()
+    assert config.scheduler_config.scheduler_cls == "some.Scheduler"
+    assert config.speculative_config.draft_context == "all" and "draft_context='all'" in repr(config.speculative_config)
+    assert lines == [
+        "Drafts read the whole cache: draft_context 'auto', the default, is chosen by a scheduler of its own, so it cannot "
+        "be combined with --scheduler-cls some.Scheduler"
+    ]
+    del lines[:]
+    for given in ({"draft_context": "all"}, {"draft_context": 1024}):
+        arguments["speculative_config"] = speculation | given
+        config = EngineArgs(model=books_4m, **arguments).create_engine_config()
+        assert config.speculative_config.draft_context == given["draft_context"] and not lines
+
+
+def test_more_pages_than_are_chosen_among_on_a_gpu(lines, books_4m, monkeypatch):
+    """By default drafts read everything there; a CPU has no such limit."""
+    config, asked = (
+        EngineArgs(model=books_4m, max_model_len=8192, speculative_config=given).create_engine_config()
+        for given in ("quantspec", {"method": "quantspec", "draft_context": 0.125})
+    )
+    for one in (config, asked):
+        monkeypatch.setattr(one.model_config, "max_model_len", 128 * checks.MAX_PAGES)
+        monkeypatch.setattr(one.scheduler_config, "scheduler_cls", None)
+    checks.settle_draft_context(config)
+    monkeypatch.setattr(checks, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    checks.settle_draft_context(config)
+    assert config.speculative_config.draft_context == "auto"
+    for one in (config, asked):
+        monkeypatch.setattr(one.model_config, "max_model_len", 128 * checks.MAX_PAGES + 1)
+    checks.settle_draft_context(config)
+    assert config.speculative_config.draft_context == "all"
+    assert len(lines) == 1 and "among at most 16384 pages of 128 tokens, but --max-model-len is 2097153" in lines[0]
+    with pytest.raises(ValueError, match="quantspec: draft_context 0.125 chooses among .*; set draft_context to 'all'"):
+        checks.settle_draft_context(asked)
 
 
 FP8_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}

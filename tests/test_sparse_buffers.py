@@ -138,6 +138,19 @@ def test_a_step_is_plain_where_the_device_would_choose_nothing(make, policy):
 
 
 @runs
+@pytest.mark.parametrize("policy", ["attention", "window", "snapkv"])
+def test_what_a_step_leaves_for_the_next_is_kept_while_an_engine_sleeps(make, policy):
+    """vLLM saves the buffers of the draft's modules, whose memory is then given away, and copies into them."""
+    sparse, model = make(policy), torch.nn.Linear(2, 2)
+    sparse.keep_with(model)
+    kept = dict(model.named_buffers())
+    assert kept["quantspec_num_scored"] is sparse.num_scored and kept["quantspec_reads_all"] is sparse.reads_all
+    assert ("quantspec_snap_pages" in kept) == (policy == "snapkv") and not model.state_dict().keys() & kept.keys()
+    large = max(x.numel() for x in kept.values())
+    assert large == len(sparse.count)  # a number for each request: nothing that takes long to save
+
+
+@runs
 def test_only_auto_has_plain_steps(make):
     sparse = make("attention")
     sparse.begin_step(["a"], np.array([3]), ())

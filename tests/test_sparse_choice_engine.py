@@ -61,7 +61,7 @@ def expected(books_4m, prompts):
 
 @pytest.fixture(scope="module")
 def llm(books_4m, expected):
-    with engine(books_4m, **SIZE, **quantspec(4, draft_context="auto")) as llm:
+    with engine(books_4m, **SIZE, **quantspec(4)) as llm:
         assert type(scheduler_of(llm)) is SparseScheduler
         yield llm
 
@@ -209,8 +209,9 @@ def test_a_model_that_the_cost_model_does_not_know(llm, tokens, monkeypatch):
     assert len(generate(llm, [tokens[:40]], 8)[0].tokens) == 8
 
 
-def test_any_choice_and_any_number_keep_the_output(books_4m, prompts, expected, kinds, monkeypatch):
-    """Random ones in every cycle: the workers do as they are told, in the order of their own batch."""
+@pytest.mark.parametrize("ngram", ["off", "auto"])
+def test_any_choice_and_any_number_keep_the_output(books_4m, prompts, expected, kinds, ngram, monkeypatch):
+    """Random ones in every cycle, and n-grams of some: the workers do as they are told, in the order of their own batch."""
     rng, told = random.Random(2), defaultdict(list)
 
     def choose(self, requests, tokens, scored, number):
@@ -219,9 +220,13 @@ def test_any_choice_and_any_number_keep_the_output(books_4m, prompts, expected, 
             told[name].append(name in whole)
         return whole, set(requests) - whole
 
+    def plan(self, requests, *more):
+        some = frozenset(name for name in requests if ngram == "auto" and rng.random() < 0.3)
+        return Plan(Drafts(rng.choice(AUTO_NUMBERS)), some)
+
     monkeypatch.setattr(SparseChoice, "choose", choose)
-    monkeypatch.setattr(DraftLength, "choose", lambda *args, **kwargs: Plan(Drafts(rng.choice(AUTO_NUMBERS))))
-    with engine(books_4m, **SIZE, **quantspec("auto", draft_context="auto")) as llm:
+    monkeypatch.setattr(DraftLength, "choose", plan)
+    with engine(books_4m, **SIZE, **quantspec("auto", ngram=ngram)) as llm:
         assert type(scheduler_of(llm)) is SparseDraftLengthScheduler
         assert_same_or_tied(expected, generate(llm, prompts, MAX_TOKENS), TIE)
     first, second, short = in_order(kinds)

@@ -50,8 +50,18 @@ def add_estimate(commands) -> None:
     names = ("quantspec_int8", "quantspec_int4")  # config.CACHE_DTYPES, which --help need not import torch for
     add("--kv-cache-dtype", choices=names, default=names[0], help=f"default: {names[0]}")
     add("--group-size", type=int, choices=(64, 128), default=128, help="default: 128")
-    add("--acceptance", type=probability, default=0.93, metavar="P", help="accepted drafts per token; default: 0.93")
-    add("--draft-context", default="all", metavar="D", help="as in the speculative config: all, auto, tokens or a fraction")
+    add(
+        "--acceptance",
+        type=probability,
+        metavar="P",
+        help="accepted drafts per token; default: 0.93, or 0.90 of drafts that read a part of the cache",
+    )
+    add(
+        "--draft-context",
+        default="auto",
+        metavar="D",
+        help="as in the speculative config: auto, all, tokens or a fraction; default: auto",
+    )
     add(
         "--draft-experts", choices=("target", "int4"), default="target", help="as in the speculative config; default: target"
     )

@@ -77,10 +77,10 @@ class QuantSpecOptions:
     and zero points counted. None: what the cost model finds fastest."""
     quantize_lm_head: bool = True
     """Whether the draft's output layer is INT4 as well; its largest logits are computed again exactly."""
-    draft_context: str | int | float = "all"
+    draft_context: str | int | float = "auto"
     """What a draft step reads of the tokens older than the exact window, per layer and KV head: ``all``; a number of tokens
     (rounded up to whole pages); a fraction of them, above 0 and up to 1; or ``auto``: a sixteenth, where that pays.
-    Numbers may be strings."""
+    Numbers may be strings. By default it is ``all`` where ``auto`` cannot be had (`checks.settle_draft_context`)."""
     draft_selection: str = "attention"
     """Which pages those are. ``attention``: those that the last verification attended to most. ``window``: the first page
     and the newest. ``snapkv``: those that the first verification after the prompt attended to most, and all newer ones."""
@@ -288,6 +288,15 @@ def is_quantspec(speculative_config: Any) -> bool:
     if isinstance(speculative_config, str):
         return speculative_config == METHOD
     return isinstance(speculative_config, dict) and speculative_config.get("method") == METHOD
+
+
+def named_options(speculative_config: str | dict[str, Any]) -> tuple[str, ...]:
+    """The options that a user's ``speculative_config`` names, as they are spelled here.
+
+    What one of them asks for is refused where it cannot be had; a default then means the next best.
+    """
+    given = () if isinstance(speculative_config, str) else speculative_config
+    return tuple(name for name in (key.replace("-", "_") for key in given) if name in OPTION_NAMES)
 
 
 def parse_options(speculative_config: str | dict[str, Any]) -> tuple[QuantSpecOptions, dict[str, Any]]:

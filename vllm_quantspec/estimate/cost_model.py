@@ -62,6 +62,7 @@ class Speed:
     cycle: float
     tokens_per_cycle: float
     draft_share: float  # of the old tokens, that a draft step reads
+    acceptance: float  # as of `speed`
 
     @property
     def quantspec(self) -> float:
@@ -86,7 +87,7 @@ def speed(
     *,
     quantize_lm_head: bool = True,
     page_bits: int = 8,
-    draft_context: str | int | float = "all",
+    draft_context: str | int | float = QuantSpecOptions.draft_context,
     draft_experts: str = QuantSpecOptions.draft_experts,
     wide_share: float = 0.0,
 ) -> Speed:
@@ -170,4 +171,5 @@ def speed(
         cycle=num_speculative_tokens * draft_step + verify,
         tokens_per_cycle=expected_tokens(acceptance, num_speculative_tokens),
         draft_share=share,
+        acceptance=acceptance,
     )

@@ -14,6 +14,10 @@ from vllm_quantspec.estimate.gpu_memory import GIB, Memory, default_max_num_seqs
 from vllm_quantspec.estimate.sizes import Model, model_from, read_config
 from vllm_quantspec.supported import towers_of, undrafted
 
+# Drafts that are accepted per token where nobody says: of those that read the whole cache, and a part of it. They differ by
+# what books-30m loses by a sixteenth (benchmarks/results/sparse_acceptance-books-30m.json: 0.938 and 0.91).
+ACCEPTED, ACCEPTED_SPARSE = 0.93, 0.90
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -62,23 +66,29 @@ def estimate(arguments: Namespace) -> Estimate:
     page_bits = CACHE_DTYPES[arguments.kv_cache_dtype]
     draft_context = parse_draft_context(arguments.draft_context, arguments.group_size)
     wide_share = share_in_8_bits(arguments.weight_bits)
-    speeds = {
-        number: speed(
+
+    def speed_of(number: int, accepted: float) -> Speed:
+        return speed(
             model,
             arguments.bandwidth * 1e12,
             arguments.context,
             arguments.batch,
             arguments.tensor_parallel_size,
             arguments.group_size,
-            arguments.acceptance,
+            accepted,
             number,
             page_bits=page_bits,
             draft_context=draft_context,
             draft_experts=arguments.draft_experts,
             wide_share=wide_share,
         )
+
+    speeds = {
+        number: speed_of(number, ACCEPTED if arguments.acceptance is None else arguments.acceptance)
         for number in arguments.num_speculative_tokens or range(1, 9)
     }
+    if arguments.acceptance is None:
+        speeds |= {n: speed_of(n, ACCEPTED_SPARSE) for n, s in speeds.items() if s.draft_share < 1}
     best = min(speeds, key=lambda number: speeds[number].quantspec)
     max_num_seqs = arguments.max_num_seqs or default_max_num_seqs(arguments.gpu_memory * GIB)
     held = memory(
@@ -202,11 +212,11 @@ def speed_with_drafts(e: Estimate) -> Iterator[str]:
     s = e.speed
     yield line(
         f"QuantSpec, {e.num_speculative_tokens} token{'s' * (e.num_speculative_tokens > 1)} drafted",
-        f"{s.quantspec:.2f}, {s.exact / s.quantspec:.2f}x at {e.arguments.acceptance:g} accepted per token "
+        f"{s.quantspec:.2f}, {s.exact / s.quantspec:.2f}x at {s.acceptance:g} accepted per token "
         f"({s.tokens_per_cycle:.2f} tokens per verification)",
     )
     yield line("one draft step", f"{s.draft_step:.2f}, {s.exact / s.draft_step:.2f}x less than a step in 16 bits")
-    if e.draft_context != "all":
+    if e.draft_context != "all" and (e.draft_context != "auto" or s.draft_share < 1):
         read = f"{100 * s.draft_share:.1f} % of the older tokens" if s.draft_share < 1 else "all of the older tokens"
         yield line("a draft step reads", f"{read} (--draft-context {e.draft_context})")
     if s.draft_share < 1:

@@ -21,7 +21,7 @@ def cycle_bytes(
     read, in_int4 = model.weights - model.embedding_weights, model.int4_weights(draft_experts)
     return sparse_policy.CycleBytes(
         draft_weight_bytes=(draft_bytes(model, draft_experts, wide_share) + (read - in_int4) * model.dtype.itemsize) / tp,
-        target_weight_bytes=read * model.dtype.itemsize / tp,
+        target_weight_bytes=(model.weight_bytes - model.embedding_weights * model.dtype.itemsize) / tp,
         draft_kv_bytes=model.num_layers * fmt.bytes_per_token(4),
         target_kv_bytes=model.num_layers * fmt.bytes_per_token(),
     )

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+
 from vllm.config import VllmConfig
 
 PATH = "vllm_quantspec.integration.draft."
+
+
+def _of_others(record: logging.LogRecord) -> bool:
+    return not (record.args and str(record.args[0]).startswith(PATH))
+
+
+def silence_warning() -> None:
+    """vLLM warns of schedulers that are not its own, as if the user had chosen one that might not fit: not of ours."""
+    logging.getLogger("vllm.config.scheduler").addFilter(_of_others)
 
 
 def use_scheduler(config: VllmConfig) -> None:

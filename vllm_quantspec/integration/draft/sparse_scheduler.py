@@ -9,6 +9,7 @@ counted for the kind of drafts that it is of. The number of drafts may be chosen
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
@@ -37,7 +38,12 @@ def make_choice(config: VllmConfig) -> SparseChoice | None:
         logger.info("Sparse drafts are chosen by length and batch alone, whatever is accepted of them: %s", error)
         return None
     group, tp = speculative.group_size, config.parallel_config.tensor_parallel_size
-    cycle = estimate.cycle_bytes(model, tp, group, page_bits(config), speculative.draft_experts)
+    wide = float(speculative.draft_weights == "int8")
+    cycle = estimate.cycle_bytes(model, tp, group, page_bits(config), speculative.draft_experts, wide)
+    if speculative.draft_weights == "target":
+        cycle = replace(cycle, draft_weight_bytes=cycle.target_weight_bytes)
+    if speculative.draft_kv == "int8":
+        cycle = replace(cycle, draft_kv_bytes=cycle.target_kv_bytes)
     return SparseChoice(cycle, draft_budget("auto", group), group, speculative.num_speculative_tokens)
 
 

@@ -53,9 +53,6 @@ class SparseDrafts:
 
     ``plain`` says of the present step, from `begin_step` on, that none of its requests has sparse drafts: its metadata then
     carry no page scores. Always False where not ``has_plain_steps``.
-
-    Raises:
-        ValueError: requests of this model's length have more pages than the selection can hold.
     """
 
     def __init__(
@@ -74,11 +71,6 @@ class SparseDrafts:
         group, heads, drafts = fmt.group_size, fmt.num_kv_heads, config.num_speculative_tokens
         requests, longest = vllm_config.scheduler_config.max_num_seqs, vllm_config.model_config.max_model_len
         self.max_pages = -(-longest // group)
-        if self.max_pages > page_selection.MAX_PAGES:
-            raise ValueError(
-                f"quantspec: draft_context {config.draft_context!r} chooses among at most {page_selection.MAX_PAGES} pages "
-                f"of {group} tokens, but --max-model-len is {longest}; set draft_context to 'all'."
-            )
         budget = draft_budget(config.draft_context, group)
         self.limits = budget._asdict() | {"min_total_pages": min_total_pages}
         self.share = ReadShare(labels)
@@ -113,11 +105,22 @@ class SparseDrafts:
             self.snap = zeros(num_layers, heads, requests, -(-self.max_pages // 32))
             self.snap_pages, self.snap_count, self.fresh = (zeros(requests) for _ in range(3))
             buffers += [self.snap]
+        names = ("begin", "num_scored", "num_rows", "count", "dense_from", "reads_all", "snap_pages", "snap_count", "fresh")
+        self._state = {name: getattr(self, name) for name in names if hasattr(self, name)}
         logger.debug(
             "Sparse drafts: %d MiB for %d pages per layer",
             sum(x.numel() * x.element_size() for x in buffers) // MIB,
             slots,
         )
+
+    def keep_with(self, model: nn.Module) -> None:
+        """Make what a step leaves for the next one buffers of ``model``, which vLLM brings through sleep level 2.
+
+        The memory of all else is given away then, and comes back with anything in it. Scores and lists are written before
+        they are read.
+        """
+        for name, tensor in self._state.items():
+            model.register_buffer(f"quantspec_{name}", tensor, persistent=False)
 
     def begin_step(self, requests: Sequence[str], most_tokens: np.ndarray, reading_all: Collection[str]) -> None:
         """Once per step, on the host, before its metadata are built and its graph is replayed.
@@ -275,5 +278,6 @@ def make(vllm_config: VllmConfig, target_model: nn.Module, draft: DraftModel, de
     if not pays:
         return None
     sparse = SparseDrafts(vllm_config, settings, num_layers, min_total, device, labels=labels)
+    sparse.keep_with(draft.model)
     tell_layers(draft, layers, sparse)
     return sparse

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from vllm import envs
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_quantspec import supported
@@ -16,10 +17,13 @@ from vllm_quantspec.integration.startup.offloading import check_connector
 from vllm_quantspec.integration.startup.version import check_version
 from vllm_quantspec.kernels.decode_attention import MAX_REQUESTS
 from vllm_quantspec.kernels.device import MIN_CAPABILITY
+from vllm_quantspec.kernels.page_selection import MAX_PAGES
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
+
+logger = init_logger("vllm.quantspec.checks")
 
 
 def check_backend(args: EngineArgs, what: str) -> None:
@@ -208,6 +212,7 @@ def check_speculation(config: VllmConfig) -> None:
             "(--max-model-len); make it smaller, or set it to 'all'."
         )
     check_own_scheduler(config)
+    settle_draft_context(config)
     slides = supported.sliding_layers(config.model_config.hf_text_config.to_dict()) == "some"
     for present, what, remedy in (
         (slides, supported.SOME_SLIDING, supported.ALONE),
@@ -234,21 +239,43 @@ def check_speculation(config: VllmConfig) -> None:
 
 
 def check_own_scheduler(config: VllmConfig) -> None:
-    """What is chosen while running is chosen by a scheduler of ours, one per engine."""
+    """The number of drafts is chosen while running by a scheduler of ours, one per engine."""
     speculative = config.speculative_config
-    option = "num_speculative_tokens" if speculative.chooses_number else "draft_context"
-    needs_scheduler = speculative.chooses_number or speculative.weighs_sparse_drafts
-    if needs_scheduler and config.scheduler_config.scheduler_cls is not None:
-        raise ValueError(
-            f"quantspec: {option} 'auto' is chosen by a scheduler of its own, so it cannot be combined with "
-            f"--scheduler-cls {config.scheduler_config.scheduler_cls}; drop one of them."
-        )
+    if speculative.chooses_number and config.scheduler_config.scheduler_cls is not None:
+        raise ValueError(f"quantspec: num_speculative_tokens 'auto' {another_scheduler(config)}; drop one of them.")
     if speculative.chooses_number and config.parallel_config.data_parallel_size > 1:
         raise ValueError(
             "quantspec: num_speculative_tokens 'auto' is chosen by each data-parallel rank for itself, and ranks that draft "
             "different numbers wait for each other for ever; set num_speculative_tokens to a number, or drop "
             "--data-parallel-size."
         )
+
+
+def another_scheduler(config: VllmConfig) -> str:
+    return (
+        "is chosen by a scheduler of its own, so it cannot be combined with --scheduler-cls "
+        f"{config.scheduler_config.scheduler_cls}"
+    )
+
+
+def settle_draft_context(config: VllmConfig) -> None:
+    """Sparse drafts that cannot be had are refused where the user asked for them; by default drafts read everything then."""
+    speculative = config.speculative_config
+    context, group, longest = speculative.draft_context, speculative.group_size, config.model_config.max_model_len
+    if context == "all":
+        return
+    problem = None
+    if speculative.weighs_sparse_drafts and config.scheduler_config.scheduler_cls is not None:
+        problem, remedy = another_scheduler(config), "drop one of them"
+    elif not current_platform.is_cpu() and longest > MAX_PAGES * group:
+        problem = f"chooses among at most {MAX_PAGES} pages of {group} tokens, but --max-model-len is {longest}"
+        remedy = "set draft_context to 'all'"
+    if problem is None:
+        return
+    if {"draft_context", "draft_selection"} & set(speculative.asked_for):
+        raise ValueError(f"quantspec: draft_context {context!r} {problem}; {remedy}.")
+    speculative.draft_context = "all"
+    logger.info("Drafts read the whole cache: draft_context %r, the default, %s", context, problem)
 
 
 def check_other_drafts(config: VllmConfig) -> None:

@@ -18,10 +18,12 @@ def register() -> None:
             fitting_vllm(),
         )
         return
+    from vllm_quantspec.integration.draft.scheduler_name import silence_warning
     from vllm_quantspec.integration.startup import engine_args, sampling_params
     from vllm_quantspec.integration.startup.backend_name import quantspec_backend
 
     quantspec_backend()
     engine_args.install()
     sampling_params.install()
+    silence_warning()
     logger.debug("vllm-quantspec is registered.")

@@ -8,7 +8,15 @@ from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
 from vllm.config.utils import config
 from vllm.logger import init_logger
 
-from vllm_quantspec.config import AUTO_SCHEDULE, METHOD, NGRAM_SCHEDULE, QuantSpecOptions, parse_options
+from vllm_quantspec.config import (
+    AUTO_SCHEDULE,
+    METHOD,
+    NGRAM_SCHEDULE,
+    QuantSpecOptions,
+    draft_budget,
+    named_options,
+    parse_options,
+)
 
 logger = init_logger("vllm.quantspec.speculative_config")
 
@@ -35,10 +43,11 @@ class QuantSpecConfig(SpeculativeConfig):
     weight_rotation: str = "none"
     weight_bits: float | None = None
     quantize_lm_head: bool = True
-    draft_context: str | int | float = "all"
+    draft_context: str | int | float = "auto"
     draft_selection: str = "attention"
     ngram: str = "off"
     chooses_number: bool = False  # of drafts in each step; num_speculative_tokens are the most then
+    asked_for: tuple[str, ...] = ()  # options that the user named: the others' defaults give way
 
     def __post_init__(self):
         # The draft is the target itself: the parent would read a draft model's configuration from disk here.
@@ -51,8 +60,14 @@ class QuantSpecConfig(SpeculativeConfig):
 
     @property
     def weighs_sparse_drafts(self) -> bool:
-        """Whether a request's drafts read everything where its sparse ones are accepted too rarely: SnapKV's are kept."""
-        return self.draft_context == "auto" and self.draft_selection != "snapkv"
+        """Whether a request's drafts read everything where its sparse ones are accepted too rarely: SnapKV's are kept.
+
+        And none of an engine has sparse drafts whose longest request is too short for them.
+        """
+        if self.draft_context != "auto" or self.draft_selection == "snapkv":
+            return False
+        longest = self.target_model_config.max_model_len // self.group_size - 1
+        return longest >= draft_budget("auto", self.group_size).min_scored_pages
 
     @property
     def max_num_new_slots_for_drafting(self) -> int:
@@ -103,6 +118,7 @@ def make_config(
         target_model_config=model_config,
         target_parallel_config=parallel_config,
         chooses_number=options.chooses_number,
+        asked_for=named_options(speculative_config),
         **ours,
         **vllm_options,
     )
