@@ -412,13 +412,13 @@ def test_target_weights(runner, build, monkeypatch):
     assert calls == list(draft.attention_layers)
 
 
-@pytest.mark.parametrize("draft_experts", ["target", "int4"])
-def test_int4_experts_without_a_mixture_are_said_to_have_no_effect(build, draft_experts, monkeypatch):
+@pytest.mark.parametrize(("draft_experts", "asked"), [("target", True), ("int4", True), ("int4", False)])
+def test_int4_experts_without_a_mixture_are_said_to_have_no_effect(build, draft_experts, asked, monkeypatch):
     lines = []
     monkeypatch.setattr(draft_model.logger, "warning", lambda message, *values: lines.append(message % values))
-    build(draft_experts=draft_experts)
+    build(draft_experts=draft_experts, experts_asked=asked)
     said = ["quantspec: draft_experts 'int4' has no effect: this model has no mixture of experts"]
-    assert lines == (said if draft_experts == "int4" else [])
+    assert lines == (said if draft_experts == "int4" and asked else [])
 
 
 def test_options_are_checked(build):

@@ -42,6 +42,7 @@ def test_configurations():
 
     assert speculative("4")["method"] == "quantspec" and speculative("4")["group_size"] == 64
     assert speculative("4")["draft_context"] == speculative("drafts-auto")["draft_context"] == "all"
+    assert speculative("4")["draft_experts"] == speculative("auto-4")["draft_experts"] == "target"
     assert speculative("auto-4")["draft_context"] == "auto" and speculative("sparse8-4")["draft_context"] == 1 / 8
     overridden = configs.engine_arguments("4", 0.9, {"draft_context": 0.5}, folders)
     assert overridden["speculative_config"]["draft_context"] == 0.5

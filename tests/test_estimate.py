@@ -87,7 +87,7 @@ REFUSED = {
 }
 LLAMA_2_7B = LLAMA_8B | {"intermediate_size": 11008, "num_key_value_heads": 32, "vocab_size": 32000}
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
-DENSE = {"draft_context": "all"}  # measured so where the results name no option
+MEASURED = {"draft_context": "all", "draft_experts": "target"}  # where the results name no option
 
 
 def test_sizes_of_a_known_model():
@@ -112,7 +112,7 @@ def test_sizes_of_known_mixtures_of_experts(config, all_weights, not_linear):
     heads = 2 * config["num_attention_heads"] + 2 * config["num_key_value_heads"]
     assert model.linear_weights == config["num_hidden_layers"] * 2048 * 128 * heads  # attention
     in_16, in_4 = (estimate.memory(model, 140 * estimate.GIB, 0.9, 1, 128, 0, draft_experts=e) for e in ("target", "int4"))
-    assert in_16 == estimate.memory(model, 140 * estimate.GIB, 0.9, 1, 128, 0)
+    assert in_4 == estimate.memory(model, 140 * estimate.GIB, 0.9, 1, 128, 0)
     assert in_16.weights == in_4.weights == 2 * model.weights
     assert in_16.int4_weights == (model.linear_weights + model.head_weights) * 4.25 / 8
     routers = model.experts.num_layers * model.experts.router_weights
@@ -151,7 +151,15 @@ def test_speed_of_other_shapes_is_what_was_measured(name):
     for row in rows:
         drafts = int(row["config"]) if row["config"].isdigit() else 1
         s = estimate.speed(
-            model, 4.26e12, row["context"], row["batch"], 1, 128, results["acceptance"], drafts, **DENSE | results["options"]
+            model,
+            4.26e12,
+            row["context"],
+            row["batch"],
+            1,
+            128,
+            results["acceptance"],
+            drafts,
+            **MEASURED | results["options"],
         )
         predicted = s.exact if row["config"] == "bf16" else s.cycle
         assert predicted == pytest.approx(row["ms_per_step"], rel=0.05), row
@@ -219,7 +227,7 @@ def test_speed_is_what_was_measured(name, config, points):
             128,
             results["acceptance"],
             drafts,
-            **(DENSE | results["options"]),
+            **(MEASURED | results["options"]),
         )
         predicted = {"bf16": s.exact, "cache": s.cache}.get(method, s.cycle)
         assert predicted == pytest.approx(row["ms_per_step"], rel=0.04), row
@@ -295,7 +303,7 @@ def test_weights_in_8_bits_are_counted(tmp_path, capsys):
 
 def test_draft_experts_are_chosen_as_in_the_engine():
     parser = cli.build_parser()
-    assert parser.parse_args(["estimate", "x"]).draft_experts == QuantSpecOptions.draft_experts
+    assert parser.parse_args(["estimate", "x"]).draft_experts is None and QuantSpecOptions.draft_experts == "int4"
     assert parser.parse_args(["estimate", "x"]).draft_context == QuantSpecOptions.draft_context
     for name in ("target", "int4"):
         given = parser.parse_args(["estimate", "x", "--draft-experts", name]).draft_experts
@@ -368,15 +376,24 @@ def test_report_of_sparse_drafts(tmp_path, capsys):
 
 
 def test_report_of_experts(tmp_path, capsys):
-    assert run(tmp_path, QWEN3_30B_A3B, "--num-speculative-tokens", "3") == 0
+    assert run(tmp_path, QWEN3_30B_A3B, "--num-speculative-tokens", "3", "--draft-experts", "target") == 0
     text = capsys.readouterr().out
     assert "8 of 128 per layer by a draft step, in 16 bits; 20 by a verification, in 16\n" in text
     assert "56.87 GiB" in text and "for the experts" not in text and "assumed" not in text
-    assert run(tmp_path, QWEN3_30B_A3B, "--num-speculative-tokens", "3", "--draft-experts", "int4") == 0
+    assert run(tmp_path, QWEN3_30B_A3B, "--num-speculative-tokens", "3") == 0
     text = capsys.readouterr().out
     for expected in ("56.87 GiB", "of it 14.34 GiB for the experts", "8 of 128 per layer by a draft step, in 4 bits; 20 by"):
         assert expected in text
     assert "assumed" not in text
+    small = ("--gpu-memory", "79.6", "--num-speculative-tokens", "3")  # of which weights leave 14 GiB
+    assert run(tmp_path, QWEN3_30B_A3B, *small) == 0
+    text = capsys.readouterr().out
+    assert "none of the experts: a copy of 14.3 GiB would take more than half" in text
+    assert "by a draft step, in 16 bits" in text
+    assert run(tmp_path, QWEN3_30B_A3B, *small, "--draft-experts", "int4") == 0
+    assert "The model does not fit" in capsys.readouterr().out
+    assert run(tmp_path, QWEN3_30B_A3B | {"quantization_config": {"quant_method": "fp8"}}) == 0
+    assert "none of the experts: they are quantized already" in capsys.readouterr().out
     assert run(tmp_path, QWEN3_30B_A3B, "--batch", "8") == 0
     assert "that requests choose theirs evenly is assumed" in capsys.readouterr().out
 

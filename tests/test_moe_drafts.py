@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -167,7 +168,7 @@ class Mixture:
     drafts: int
     accepted: list[int]
     layers_of_experts: int  # in INT4
-    by_default: list[Answer]  # with speculation and the target's experts
+    by_targets: list[Answer]  # with speculation and the target's experts
     runner: object  # of the engine of the cache alone, which runs
 
 
@@ -176,16 +177,17 @@ def mixture(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     model = save_mixture(request.param, folder, torch.float32)
     prompts = [torch.randint(3, 1000, (length,)).tolist() for length in LENGTHS]
-    with engine(str(folder), dtype="float32", **ENGINE, **quantspec(3, draft_experts="int4")) as llm:
+    with engine(str(folder), dtype="float32", **ENGINE, **quantspec(3)) as llm:
         actual, (drafts, accepted) = generate(llm, prompts, 40), speculation_counts(llm)
         layers = len(draft_of(llm).experts)
-    with engine(str(folder), dtype="float32", **ENGINE, **quantspec(3)) as llm:
-        by_default = generate(llm, prompts, 40)
+        assert llm.llm_engine.vllm_config.speculative_config.draft_experts == "int4"  # the default
+    with engine(str(folder), dtype="float32", **ENGINE, **quantspec(3, draft_experts="target")) as llm:
+        by_targets = generate(llm, prompts, 40)
         assert not draft_of(llm).experts
     with engine(str(folder), dtype="float32", **ENGINE, **QUANTSPEC_CACHE) as llm:
         expected = generate(llm, prompts, 40)
         runner = llm.llm_engine.collective_rpc(lambda worker: worker.model_runner)[0]
-        yield Mixture(model, expected, actual, drafts, accepted, layers, by_default, runner)
+        yield Mixture(model, expected, actual, drafts, accepted, layers, by_targets, runner)
 
 
 @pytest.fixture
@@ -201,7 +203,7 @@ def build(mixture):
 
     def build(**options):
         forget()
-        return build_draft_model(runner.vllm_config, runner.get_model(), **{"draft_experts": "int4"} | options)
+        return build_draft_model(runner.vllm_config, runner.get_model(), **options)
 
     yield build
     forget()
@@ -250,13 +252,13 @@ def why_shared(model: torch.nn.Module, draft: draft_model.DraftModel, part: str)
     return {draft.shared.get(name) if name not in draft.quantized else None for name in names}
 
 
-def test_the_targets_experts_by_default(mixture, tokens, build, monkeypatch):
+def test_the_targets_experts_where_asked(mixture, tokens, build, monkeypatch):
     """Nothing of them is copied, registered or warned about; attention has INT4 weights all the same."""
     runner, warnings = mixture.runner, []
     monkeypatch.setattr(draft_model.logger, "warning", lambda *line: warnings.append(line))
     target = runner.get_model()
     layers = runner.vllm_config.compilation_config.static_forward_context
-    assert QuantSpecOptions.draft_experts == build_draft_model.__kwdefaults__["draft_experts"] == "target"
+    assert QuantSpecOptions.draft_experts == build_draft_model.__kwdefaults__["draft_experts"] == "int4"
     draft = build(draft_experts="target", quantize_lm_head=False)
     assert not draft.experts and not warnings
     for name in (name for name, module in target.named_modules() if isinstance(module, MoERunner)):
@@ -272,7 +274,7 @@ def test_the_targets_experts_by_default(mixture, tokens, build, monkeypatch):
         expected = rounded(tokens[None].long()).logits[0]
     logits, _ = run(runner, draft.model, tokens, monkeypatch)
     assert (logits - expected).norm() < 1e-3 * expected.norm()
-    assert_same_or_tied(mixture.expected, mixture.by_default, TIE)
+    assert_same_or_tied(mixture.expected, mixture.by_targets, TIE)
 
 
 def test_the_targets_weights_where_asked(mixture, build, tokens, monkeypatch):
@@ -320,15 +322,19 @@ def test_other_roundings(mixture, build, rounding):
         assert torch.equal(scales[1], quantized.scales) and torch.equal(zeros[1], quantized.zeros)
 
 
-def test_experts_that_have_no_int4_kernel_stay_the_targets(mixture, build, tokens, monkeypatch):
+@pytest.mark.parametrize("asked", [True, False])
+def test_experts_that_have_no_int4_kernel_stay_the_targets(mixture, build, tokens, asked, monkeypatch):
     runner = mixture.runner
-    lines = []
+    lines, quiet = [], []
     monkeypatch.setattr(draft_model.logger, "warning", lambda message, *values: lines.append(message % values))
+    monkeypatch.setattr(draft_model.logger, "info", lambda message, *values: quiet.append(message % values))
     layers = [m for m in runner.get_model().modules() if isinstance(m, MoERunner)]
     for layer in layers:
         monkeypatch.setattr(layer.moe_config, "has_bias", True)
-    draft = build()
-    assert lines == ["quantspec: the draft reads the target's experts as they are: they have biases"]
+    draft = build(experts_asked=asked)
+    said = "The draft reads the target's experts: they have biases"
+    assert lines == (["quantspec: the draft reads the target's experts as they are: they have biases"] if asked else [])
+    assert (said in quiet) == (not asked)
     assert not draft.experts and draft.quantized
     names = [name for name, module in runner.get_model().named_modules() if isinstance(module, MoERunner)]
     for name in names:
@@ -336,6 +342,52 @@ def test_experts_that_have_no_int4_kernel_stay_the_targets(mixture, build, token
         assert draft.model.get_submodule(name) is runner.get_model().get_submodule(name)
     assert not any("shared_expert." in name for name in draft.quantized)
     run(runner, draft.model, tokens, monkeypatch)
+
+
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("free", "cache", "has_room"),
+    [(0.3, {}, True), (0.2, {}, False), (0.3, {"kv_cache_memory_bytes": GIB // 5}, False), (0.4, {"used": 0.2}, False)],
+)
+def test_by_default_a_copy_of_experts_leaves_half_of_the_cache(free, cache, has_room, mixture, monkeypatch):
+    """On a GPU of 1 GiB, of which 0.9 are vLLM's; the copy takes 0.1. Where a cache has a size, it comes first."""
+    config = SimpleNamespace(gpu_memory_utilization=0.9, kv_cache_memory_bytes=None)
+    vars(config).update((k, v) for k, v in cache.items() if k != "used")
+    monkeypatch.setattr(experts, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int((free - cache.get("used", 0)) * GIB), GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
+    methods = [SimpleNamespace(copy_bytes=GIB // 20)] * 2
+    reason = experts.why_no_room(SimpleNamespace(cache_config=config), methods)
+    assert (reason is None) == has_room and (has_room or "would take more than half of the 0.1 GiB" in reason)
+    assert experts.why_no_room(SimpleNamespace(cache_config=config), []) is None
+
+
+def test_a_copy_without_room_is_not_made_by_default(mixture, build, monkeypatch):
+    monkeypatch.setattr(draft_model, "why_no_room", lambda config, methods: f"no room for {len(methods)}")
+    assert len(build(experts_asked=True).experts) == 3
+    draft = build(experts_asked=False)
+    assert not draft.experts and "no room for 3" in draft.shared.values()
+
+
+def test_by_default_experts_are_not_int4_where_that_is_slower(mixture, monkeypatch):
+    """On a GPU, for sizes that this package's kernel does not take: those of the smallest of the three."""
+    layer = next(m for m in mixture.runner.get_model().modules() if isinstance(m, MoERunner))
+    monkeypatch.setattr(experts, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    width = layer.routed_experts.w2_weight.shape[2]
+    (asked, _), (default, reason) = (experts.choose_experts_method(layer, torch.bfloat16, 128, a) for a in (True, False))
+    assert type(asked) is (Wna16ExpertsMethod if width == 96 else MarlinExpertsMethod)
+    assert (default is None) == (width == 96) and ("multiples of 64 channels" in reason) == (width == 96)
+
+
+def test_the_size_of_a_copy_is_known_before_it_is_made(mixture, build):
+    draft = build()
+    for name in draft.experts:
+        routed = draft.model.get_submodule(name).routed_experts
+        made = experts.experts_bytes(routed)
+        assert 0.9 * made < routed.quant_method.copy_bytes < 1.02 * made
 
 
 def a_parallel(name: str, value: object):

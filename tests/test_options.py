@@ -36,9 +36,14 @@ def registered():
 def test_defaults():
     options, vllm_options = parse_options("quantspec")
     assert options == QuantSpecOptions(
-        4, 128, "int4", "target", "int4", 128, "search", "none", None, True, "auto", "attention"
+        4, 128, "int4", "int4", "int4", 128, "search", "none", None, True, "auto", "attention"
     )
     assert vllm_options == {}
+
+
+def test_a_draft_without_weights_of_its_own_has_no_experts_either():
+    options, _ = parse_options({"method": "quantspec", "draft_weights": "target"})
+    assert options.draft_experts == "target"
 
 
 def test_a_number_that_is_chosen_while_running():
@@ -242,7 +247,7 @@ def test_draft_experts_reach_the_workers(books_4m):
     """And code that was compiled for the one is not taken for the other."""
     target, int4 = (
         pickle.loads(pickle.dumps(make(books_4m, speculative_config={"method": "quantspec", **options}))).speculative_config
-        for options in ({}, {"draft_experts": "int4"})
+        for options in ({"draft_experts": "target"}, {})
     )
     assert (target.draft_experts, int4.draft_experts) == ("target", "int4")
     assert "draft_experts='int4'" in repr(int4)

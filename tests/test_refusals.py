@@ -1,5 +1,6 @@
 """What cannot work says so when the engine's configuration is made, before a weight is read: one sentence each."""
 
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -189,6 +190,7 @@ def test_text_alone_of_a_model_with_sliding_windows_is_not_drafted_for(tmp_path,
 def test_audio_that_arrives_while_the_model_answers(architecture):
     speculation = object.__new__(QuantSpecConfig)
     speculation.draft_kv, speculation.draft_context, speculation.weight_rounding = "int4", "all", "search"
+    speculation.draft_experts = "target"
     config = SimpleNamespace(
         speculative_config=speculation,
         parallel_config=SimpleNamespace(pipeline_parallel_size=1),
@@ -312,6 +314,41 @@ def test_more_pages_than_are_chosen_among_on_a_gpu(lines, books_4m, monkeypatch)
     assert len(lines) == 1 and "among at most 16384 pages of 128 tokens, but --max-model-len is 2097153" in lines[0]
     with pytest.raises(ValueError, match="quantspec: draft_context 0.125 chooses among .*; set draft_context to 'all'"):
         checks.settle_draft_context(asked)
+
+
+MIXTURE = LLAMA | {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 4}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"enable_lora": True}, "they may run with LoRA adapters"),
+        ({"enable_expert_parallel": True, "tensor_parallel_size": 2}, "they are spread over ranks by expert parallelism"),
+        ({"data_parallel_size": 2}, "data parallelism gathers their inputs from other ranks"),
+        ({}, None),
+    ],
+)
+def test_experts_that_cannot_be_int4_by_the_flags(arguments, reason, lines, tmp_path, books_4m):
+    """By default the draft reads the target's; who asks for INT4 ones hears of it when the layers are loaded."""
+    size = {"max_model_len": 1024, "skip_tokenizer_init": True}
+    dense = [] if "enable_expert_parallel" in arguments else [books_4m]  # vLLM refuses it there
+    for model, options in itertools.product([model_folder(tmp_path, MIXTURE), *dense], ({}, {"draft_experts": "int4"})):
+        del lines[:]
+        speculation = {"method": "quantspec", **options}
+        config = EngineArgs(model=model, speculative_config=speculation, **size, **arguments).create_engine_config()
+        gives_way = reason is not None and not options and model != books_4m
+        assert config.speculative_config.draft_experts == ("target" if gives_way else "int4")
+        assert lines == ([f"The draft reads the target's experts: {reason}"] if gives_way else [])
+
+
+def test_experts_of_a_quantized_checkpoint(lines, tmp_path):
+    model = model_folder(
+        tmp_path, MIXTURE | {"quantization_config": {**CHECKPOINTS["compressed-tensors"], "kv_cache_scheme": None}}
+    )
+    size = {"max_model_len": 1024, "skip_tokenizer_init": True}
+    config = EngineArgs(model=model, speculative_config="quantspec", **size).create_engine_config()
+    assert config.speculative_config.draft_experts == "target"
+    assert lines == ["The draft reads the target's experts: they are quantized already"]
 
 
 FP8_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}

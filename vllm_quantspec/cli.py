@@ -63,7 +63,9 @@ def add_estimate(commands) -> None:
         help="as in the speculative config: auto, all, tokens or a fraction; default: auto",
     )
     add(
-        "--draft-experts", choices=("target", "int4"), default="target", help="as in the speculative config; default: target"
+        "--draft-experts",
+        choices=("target", "int4"),
+        help="as in the speculative config; default: int4 where an engine would have them by default",
     )
     add("--weight-bits", type=float, metavar="B", help="of the draft's linears on average; default: 4.25, all in 4 bits")
     add("--one-copy", action="store_true", help="of a 4-bit checkpoint, as in --additional-config")

@@ -59,9 +59,9 @@ class QuantSpecOptions:
     """``int4``: the draft's linears are quantized when the engine starts. ``int8``: to 8 bits. ``mixed``: to 8 bits where
     they lose most in 4, which is measured then. ``auto``: as ``mixed``, or ``int4`` where the cost model finds that faster.
     ``target``: the draft uses the target's. (8 bits are not the default: their speed on a GPU is not measured.)"""
-    draft_experts: str = "target"
+    draft_experts: str = "int4"
     """``target``: a mixture's draft reads the target's experts. ``int4``: it has quantized ones, shared ones among them,
-    where it can. (Not the default: whole engines on a GPU are not measured with it.)"""
+    where it can; by default only if their copy leaves room for the KV cache (`memory.experts_fit`)."""
     draft_kv: str = "int4"
     """``int4``: the draft reads the upper 4 bits of older keys and values. ``int8``: all 8, as verification does."""
     weight_group_size: int = 128
@@ -319,7 +319,10 @@ def parse_options(speculative_config: str | dict[str, Any]) -> tuple[QuantSpecOp
             "quantspec: use_local_argmax_reduction needs a draft model that finds its likeliest tokens rank by rank, but "
             "here the model drafts for itself, with all logits of its output layer; drop use_local_argmax_reduction."
         )
-    options = QuantSpecOptions(**{k: v for k, v in given.items() if k in OPTION_NAMES})
+    ours = {k: v for k, v in given.items() if k in OPTION_NAMES}
+    if ours.get("draft_weights") == "target":
+        ours.setdefault("draft_experts", "target")  # such a draft has no weights of its own
+    options = QuantSpecOptions(**ours)
     if options.chooses_number and given.get("num_speculative_tokens_per_batch_size") is not None:
         raise ValueError(
             "quantspec: num_speculative_tokens 'auto' chooses the number of drafts while running, and "

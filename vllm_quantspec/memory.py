@@ -6,6 +6,17 @@ from __future__ import annotations
 TEXTS, LENGTH = 64, 256
 # Bytes of the moments of linears' inputs that are added up at a time; a single linear's may be more.
 MOMENTS = 2 << 30
+# Of what is left for the KV cache, the share that an INT4 copy of a mixture's experts may take where nobody asked for it.
+EXPERTS_SHARE = 0.5
+
+
+def experts_fit(copy_bytes: float, left_bytes: float) -> bool:
+    """Whether drafts have an INT4 copy of a mixture's experts by default: what drafting gains is not worth a small cache.
+
+    Args:
+        copy_bytes: of the copy. left_bytes: for the KV cache, without it; both per GPU.
+    """
+    return copy_bytes <= EXPERTS_SHARE * left_bytes
 
 
 def draft_logits_bytes(max_num_seqs: int, num_speculative_tokens: int, vocab_size: int, itemsize: int = 2) -> int:

@@ -8,7 +8,7 @@ from vllm_quantspec.config import QuantSpecOptions
 from vllm_quantspec.estimate.draft_weights import INT4_BITS, INT8_BITS, draft_bytes
 from vllm_quantspec.estimate.sizes import Model
 from vllm_quantspec.format import PageFormat, window_blocks_per_request
-from vllm_quantspec.memory import draft_logits_bytes
+from vllm_quantspec.memory import draft_logits_bytes, experts_fit
 
 GIB = 2**30
 # vLLM's default of --max-num-seqs, from so many GiB of a GPU on and below.
@@ -91,6 +91,22 @@ def memory(
         max(0.0, free),
         max(0.0, free - int4 - logits),
     )
+
+
+def why_no_int4_experts(model: Model, quantized: bool, free: float, tensor_parallel_size: int) -> str | None:
+    """Why an engine that names no ``draft_experts`` drafts on the target's; None if it has INT4 ones, or is no mixture's.
+
+    Args:
+        quantized: whether the checkpoint is. free: bytes for the cache on a GPU, without drafting.
+    """
+    if model.experts is None:
+        return None
+    if quantized:
+        return "they are quantized already"
+    copy = model.experts.int4_weights * INT4_BITS / 8 / tensor_parallel_size
+    if experts_fit(copy, free):
+        return None
+    return f"a copy of {copy / GIB:.1f} GiB would take more than half of what is left for the cache"
 
 
 def default_max_num_seqs(gpu_memory: float) -> int:

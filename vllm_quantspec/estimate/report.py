@@ -10,9 +10,9 @@ from vllm_quantspec.checkpoint import four_bits
 from vllm_quantspec.config import CACHE_DTYPES, parse_draft_context
 from vllm_quantspec.estimate.cost_model import Speed, speed
 from vllm_quantspec.estimate.draft_weights import INT4_BITS, share_in_8_bits
-from vllm_quantspec.estimate.gpu_memory import GIB, Memory, default_max_num_seqs, memory
+from vllm_quantspec.estimate.gpu_memory import GIB, Memory, default_max_num_seqs, memory, why_no_int4_experts
 from vllm_quantspec.estimate.sizes import Model, model_from, read_config
-from vllm_quantspec.supported import towers_of, undrafted
+from vllm_quantspec.supported import text_part, towers_of, undrafted
 
 # Drafts that are accepted per token where nobody says: of those that read the whole cache, and a part of it. They differ by
 # what books-30m loses by a sixteenth (benchmarks/results/sparse_acceptance-books-30m.json: 0.938 and 0.91).
@@ -26,7 +26,8 @@ class Estimate:
     arguments: the command line's arguments (see ``cli.py``).
     no_drafts: the engine's sentence, of a model that has the cache alone.
     sees: whether the model has towers beside the language model, which alone is counted.
-    page_bits, wide_share: as of `memory`; draft_context: as of `QuantSpecOptions`, parsed.
+    page_bits, wide_share: as of `memory`; draft_context, draft_experts: as of `QuantSpecOptions`, parsed.
+    no_int4_experts: why a mixture's draft reads the target's experts though nobody said so.
     num_speculative_tokens: tokens drafted per verification; of those asked for, the number that ``speed`` is best with.
     """
 
@@ -36,6 +37,8 @@ class Estimate:
     sees: bool
     page_bits: int
     draft_context: str | int | float
+    draft_experts: str
+    no_int4_experts: str | None
     wide_share: float
     max_num_seqs: int
     num_speculative_tokens: int
@@ -67,6 +70,31 @@ def estimate(arguments: Namespace) -> Estimate:
     draft_context = parse_draft_context(arguments.draft_context, arguments.group_size)
     wide_share = share_in_8_bits(arguments.weight_bits)
 
+    max_num_seqs = arguments.max_num_seqs or default_max_num_seqs(arguments.gpu_memory * GIB)
+
+    def memory_with(draft_experts: str, number: int) -> Memory:
+        return memory(
+            model,
+            arguments.gpu_memory * GIB,
+            arguments.gpu_memory_utilization,
+            arguments.tensor_parallel_size,
+            arguments.group_size,
+            arguments.overhead * GIB,
+            number,
+            max_num_seqs,
+            page_bits,
+            draft_experts,
+            wide_share,
+            arguments.one_copy,
+        )
+
+    draft_experts, no_int4_experts = arguments.draft_experts, None
+    if draft_experts is None:
+        quantized = any(part.get("quantization_config") for part in (config, text_part(config)))
+        free = memory_with("target", 1).free
+        no_int4_experts = why_no_int4_experts(model, quantized, free, arguments.tensor_parallel_size)
+        draft_experts = "target" if no_int4_experts else "int4"
+
     def speed_of(number: int, accepted: float) -> Speed:
         return speed(
             model,
@@ -79,7 +107,7 @@ def estimate(arguments: Namespace) -> Estimate:
             number,
             page_bits=page_bits,
             draft_context=draft_context,
-            draft_experts=arguments.draft_experts,
+            draft_experts=draft_experts,
             wide_share=wide_share,
         )
 
@@ -90,21 +118,7 @@ def estimate(arguments: Namespace) -> Estimate:
     if arguments.acceptance is None:
         speeds |= {n: speed_of(n, ACCEPTED_SPARSE) for n, s in speeds.items() if s.draft_share < 1}
     best = min(speeds, key=lambda number: speeds[number].quantspec)
-    max_num_seqs = arguments.max_num_seqs or default_max_num_seqs(arguments.gpu_memory * GIB)
-    held = memory(
-        model,
-        arguments.gpu_memory * GIB,
-        arguments.gpu_memory_utilization,
-        arguments.tensor_parallel_size,
-        arguments.group_size,
-        arguments.overhead * GIB,
-        best,
-        max_num_seqs,
-        page_bits,
-        arguments.draft_experts,
-        wide_share,
-        arguments.one_copy,
-    )
+    held = memory_with(draft_experts, best)
     return Estimate(
         arguments,
         model,
@@ -112,6 +126,8 @@ def estimate(arguments: Namespace) -> Estimate:
         sees=bool(towers_of(config)),
         page_bits=page_bits,
         draft_context=draft_context,
+        draft_experts=draft_experts,
+        no_int4_experts=no_int4_experts,
         wide_share=wide_share,
         max_num_seqs=max_num_seqs,
         num_speculative_tokens=best,
@@ -173,9 +189,11 @@ def memory_of_drafting(e: Estimate) -> Iterator[str]:
     yield line(f"{copy} for drafting", f"{m.int4_weights / GIB:.2f} GiB{less}")
     if wide:
         yield line("", "the speed of weights in 8 bits is expected from single layers on an H100; no engine was measured")
-    if e.model.experts and e.arguments.draft_experts == "int4":
+    if e.model.experts and e.draft_experts == "int4":
         part = e.model.experts.int4_weights * INT4_BITS / 8 / e.arguments.tensor_parallel_size
         yield line("", f"of it {part / GIB:.2f} GiB for the experts")
+    if e.no_int4_experts:
+        yield line("", f"none of the experts: {e.no_int4_experts}")
     many = f"{e.max_num_seqs} sequences: --max-num-seqs; {e.num_speculative_tokens} drafts each"
     yield line("logits of drafts", f"{m.draft_logits / GIB:.2f} GiB ({many})")
 
@@ -227,7 +245,7 @@ def speed_with_drafts(e: Estimate) -> Iterator[str]:
 
 def experts_read(e: Estimate) -> Iterator[str]:
     """By a draft step, and by a verification."""
-    experts, in_int4 = e.model.experts, e.arguments.draft_experts == "int4"
+    experts, in_int4 = e.model.experts, e.draft_experts == "int4"
     step, verification = experts.chosen(e.arguments.batch), experts.chosen(e.arguments.batch, e.num_speculative_tokens + 1)
     yield line(
         "experts read",

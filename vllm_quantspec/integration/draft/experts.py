@@ -13,7 +13,8 @@ on that GPU; where this layout does not take the shape, all of them on vLLM's ke
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -21,7 +22,7 @@ from functools import cache
 import torch
 from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.logger import init_logger
+from vllm.distributed import get_tp_group
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG, int4_w4a16_moe_quant_config
@@ -35,9 +36,8 @@ from vllm.scalar_type import scalar_types
 
 from vllm_quantspec.integration.gpu.trial import problem_of
 from vllm_quantspec.kernels import int4_experts
+from vllm_quantspec.memory import experts_fit
 from vllm_quantspec.weights import QuantizedWeight, fit_group_size, quantize_weight
-
-logger = init_logger("vllm.quantspec.experts")
 
 # Gate and up, one behind the other, and down: vLLM's names.
 WEIGHTS = ("w13", "w2")
@@ -83,6 +83,12 @@ class Int4ExpertsMethod(FusedMoEMethodBase):
         self.shapes, self.groups = shapes, groups
         # The layer asks for one until there is one.
         self.moe_quant_config = FUSED_MOE_UNQUANTIZED_CONFIG
+
+    @property
+    def copy_bytes(self) -> int:
+        """Of the layer's weights in 4 bits, with a 16-bit scale and a zero point per group, about."""
+        bits = {name: 4 + (16 + 4) / group for name, group in self.groups.items()}
+        return round(sum(math.prod(self.shapes.of(name)) * bits[name] for name in WEIGHTS) * self.shapes.number / 8)
 
     def create_weights(self, layer: nn.Module, *args, **kwargs) -> None:
         raise NotImplementedError("The draft's experts are computed from loaded ones: use write().")
@@ -302,8 +308,13 @@ class CpuExpertsMethod(Int4ExpertsMethod):
         return run(x, topk_weights, topk_ids, w13, w2, layer.activation.value)
 
 
-def choose_experts_method(layer: MoERunner, dtype: torch.dtype, group_size: int) -> tuple[Int4ExpertsMethod | None, str]:
-    """The INT4 method for a loaded layer of the target; ``(None, reason)`` where the draft has to keep its experts."""
+def choose_experts_method(
+    layer: MoERunner, dtype: torch.dtype, group_size: int, asked: bool = True
+) -> tuple[Int4ExpertsMethod | None, str]:
+    """The INT4 method for a loaded layer of the target; ``(None, reason)`` where the draft has to keep its experts.
+
+    Only a user who ``asked`` for it gets one on vLLM's moe_wna16 kernels, which take longer than 16 bits do.
+    """
     if (reason := _kept(layer)) is not None:
         return None, reason
     experts = layer.routed_experts
@@ -312,16 +323,36 @@ def choose_experts_method(layer: MoERunner, dtype: torch.dtype, group_size: int)
     groups = {name: fit_group_size(shapes.of(name)[1], group_size) for name in WEIGHTS}
     if None in groups.values():
         return None, f"{hidden} or {width} input channels are not divisible by a group of {group_size} or less"
-    methods = [CpuExpertsMethod] if current_platform.is_cpu() else [MarlinExpertsMethod, Wna16ExpertsMethod]
+    methods = [CpuExpertsMethod] if current_platform.is_cpu() else [MarlinExpertsMethod, Wna16ExpertsMethod][: 1 + asked]
     for method in methods:
         try:
             chosen = method(layer.moe_config, shapes, groups)
         except ValueError as error:
             reason = str(error)
         else:
-            logger.info_once("INT4 draft experts run on %s.", chosen.runs_on)
             return chosen, ""
     return None, reason
+
+
+def why_no_room(vllm_config: VllmConfig, methods: Collection[Int4ExpertsMethod]) -> str | None:
+    """Why a draft whose user did not ask for INT4 experts has none, of so many layers: their copy would leave too little for
+    the KV cache. None if it has them; the same on every rank."""
+    if current_platform.is_cpu() or not methods:  # there the cache has a memory of its own
+        return None
+    cache, copy = vllm_config.cache_config, sum(method.copy_bytes for method in methods)
+    free, total = torch.cuda.mem_get_info()
+    free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    left = free - (1 - cache.gpu_memory_utilization) * total
+    if cache.kv_cache_memory_bytes is not None:
+        left = free - cache.kv_cache_memory_bytes
+    reason = None
+    if not experts_fit(copy, left):
+        reason = (
+            f"their INT4 copy of {copy / 2**30:.1f} GiB would take more than half of the {max(left, 0) / 2**30:.1f} GiB "
+            "that are left for the KV cache; with draft_experts 'int4' it is made all the same"
+        )
+    group = get_tp_group()
+    return group.broadcast_object(reason, src=0) if group.world_size > 1 else reason
 
 
 def _kept(layer: MoERunner) -> str | None:

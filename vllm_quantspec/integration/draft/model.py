@@ -47,6 +47,7 @@ from vllm_quantspec.integration.draft.experts import (
     choose_experts_method,
     experts_bytes,
     round_experts,
+    why_no_room,
 )
 from vllm_quantspec.integration.draft.finite import with_finite_logits
 from vllm_quantspec.integration.draft.linears import choose_int4_method
@@ -95,7 +96,8 @@ def build_draft_model(
     target_model: nn.Module,
     *,
     draft_weights: str = "int4",
-    draft_experts: str = "target",
+    draft_experts: str = "int4",
+    experts_asked: bool = True,
     weight_group_size: int = 128,
     quantize_lm_head: bool = True,
     weight_rounding: str = "search",
@@ -112,6 +114,8 @@ def build_draft_model(
         draft_weights: ``"int4"``; ``"int8"`` for all linears but the output layer in 8 bits; ``"mixed"`` or ``"auto"`` for
             those that lose most in 4, see `choose_bits`; or ``"target"`` to share every linear.
         draft_experts: of a mixture: ``"target"`` to share its experts, or ``"int4"`` for INT4 ones, see `draft.experts`.
+        experts_asked: whether the user asked for that: otherwise INT4 experts must leave room for the KV cache, and a
+            mixture that has none is no matter of a warning.
         weight_group_size: input channels per INT4 scale: 128, 64 or 32. A linear whose input is not divisible by it
             takes the next smaller group.
         quantize_lm_head: also run the output projection in INT4, see `draft.head`.
@@ -137,6 +141,7 @@ def build_draft_model(
         target_model,
         draft_weights,
         draft_experts,
+        experts_asked,
         weight_group_size,
         quantize_lm_head,
         weight_rounding,
@@ -168,11 +173,21 @@ def build_draft_model(
         for name, reason in draft.shared.items():
             logger.debug("%s stays in the target's precision: %s", name, reason)
         if draft_experts == "int4":
-            for reason in dict.fromkeys(builder.kept_experts.values()):
-                logger.warning("quantspec: the draft reads the target's experts as they are: %s", reason)
-            if not draft.experts and not builder.kept_experts:
-                logger.warning("quantspec: draft_experts 'int4' has no effect: this model has no mixture of experts")
+            log_experts(builder, experts_asked)
     return draft
+
+
+def log_experts(builder: _Builder, asked: bool) -> None:
+    """On what a mixture's INT4 experts run, and why others are the target's: a warning where the user ``asked`` for them."""
+    for runs_on in dict.fromkeys(method.runs_on for method in builder.own_experts.values()):
+        logger.info("INT4 draft experts run on %s.", runs_on)
+    for reason in dict.fromkeys(builder.kept_experts.values()):
+        if asked:
+            logger.warning("quantspec: the draft reads the target's experts as they are: %s", reason)
+        else:
+            logger.info("The draft reads the target's experts: %s", reason)
+    if asked and not builder.draft.experts and not builder.kept_experts:
+        logger.warning("quantspec: draft_experts 'int4' has no effect: this model has no mixture of experts")
 
 
 def build_configured_draft(vllm_config: VllmConfig, target_model: nn.Module) -> DraftModel:
@@ -181,17 +196,21 @@ def build_configured_draft(vllm_config: VllmConfig, target_model: nn.Module) -> 
     if config.draft_sample_method == "probabilistic" and not current_platform.is_cpu():
         log_draft_logits(vllm_config)
     with backends.set_model_tag("quantspec_draft"):
-        return build_draft_model(
+        draft = build_draft_model(
             vllm_config,
             target_model,
             draft_weights=config.draft_weights,
             draft_experts=config.draft_experts,
+            experts_asked="draft_experts" in config.asked_for,
             weight_group_size=config.weight_group_size,
             quantize_lm_head=config.quantize_lm_head,
             weight_rounding=config.weight_rounding,
             weight_rotation=config.weight_rotation,
             weight_bits=config.weight_bits,
         )
+    if not draft.experts:
+        config.draft_experts = "target"  # where the scheduler is in this process, its cost model goes by this
+    return draft
 
 
 def log_draft_logits(vllm_config: VllmConfig) -> None:
@@ -215,6 +234,7 @@ class _Builder:
         target_model: nn.Module,
         draft_weights: str,
         draft_experts: str,
+        experts_asked: bool,
         weight_group_size: int,
         quantize_lm_head: bool,
         weight_rounding: str,
@@ -241,7 +261,7 @@ class _Builder:
         self.own_experts: dict[int, Int4ExpertsMethod] = {}
         self.kept_experts: dict[int, str] = {}
         if self.quantize:
-            self._choose_experts([m for m in by_name if isinstance(m, MoERunnerInterface)])
+            self._choose_experts([m for m in by_name if isinstance(m, MoERunnerInterface)], experts_asked)
         by_name = [m for m in by_name if id(m) not in self.own_experts]
         self.called_by_name = {id(m) for m in by_name}
         self.held_by_those = {id(m) for module in by_name for m in module.modules()} - self.called_by_name
@@ -250,15 +270,18 @@ class _Builder:
         self.scope = {id(m) for m in text_model.modules()}
         self.scope |= {id(m) for m in target_model.modules() if any(c is text_model for c in m.modules())}
 
-    def _choose_experts(self, layers: list[nn.Module]) -> None:
+    def _choose_experts(self, layers: list[nn.Module], asked: bool) -> None:
         for layer in layers:
             method, reason = None, "draft_experts='target'"
             if self.quantize_experts:
-                method, reason = choose_experts_method(layer, self.dtype, self.group_size)
+                method, reason = choose_experts_method(layer, self.dtype, self.group_size, asked)
             if method is None:
                 self.kept_experts[id(layer)] = reason
             else:
                 self.own_experts[id(layer)] = method
+        if not asked and (reason := why_no_room(self.vllm_config, self.own_experts.values())) is not None:
+            self.kept_experts |= dict.fromkeys(self.own_experts, reason)
+            self.own_experts.clear()
 
     def build(self, target_model: nn.Module) -> DraftModel:
         self.draft.model = self._visit(target_model, "")

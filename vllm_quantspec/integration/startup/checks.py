@@ -213,6 +213,7 @@ def check_speculation(config: VllmConfig) -> None:
         )
     check_own_scheduler(config)
     settle_draft_context(config)
+    settle_draft_experts(config)
     slides = supported.sliding_layers(config.model_config.hf_text_config.to_dict()) == "some"
     for present, what, remedy in (
         (slides, supported.SOME_SLIDING, supported.ALONE),
@@ -276,6 +277,26 @@ def settle_draft_context(config: VllmConfig) -> None:
         raise ValueError(f"quantspec: draft_context {context!r} {problem}; {remedy}.")
     speculative.draft_context = "all"
     logger.info("Drafts read the whole cache: draft_context %r, the default, %s", context, problem)
+
+
+def settle_draft_experts(config: VllmConfig) -> None:
+    """By default a mixture's draft reads the target's experts where the flags show that it could have no INT4 ones.
+
+    What can be seen of the loaded layers alone is settled there (`draft.model`); where the user asked, it says why not.
+    """
+    speculative, parallel = config.speculative_config, config.parallel_config
+    if speculative.draft_experts != "int4" or "draft_experts" in speculative.asked_for:
+        return
+    for present, reason in (
+        (config.model_config.quantization is not None, "they are quantized already"),
+        (config.lora_config is not None, "they may run with LoRA adapters"),
+        (parallel.enable_expert_parallel, "they are spread over ranks by expert parallelism"),
+        (parallel.data_parallel_size > 1, "data parallelism gathers their inputs from other ranks"),
+    ):
+        if present and config.model_config.get_num_experts():
+            speculative.draft_experts = "target"
+            logger.info("The draft reads the target's experts: %s", reason)
+            return
 
 
 def check_other_drafts(config: VllmConfig) -> None:

@@ -36,7 +36,7 @@ class QuantSpecConfig(SpeculativeConfig):
 
     group_size: int = 128
     draft_weights: str = "int4"
-    draft_experts: str = "target"
+    draft_experts: str = "int4"
     draft_kv: str = "int4"
     weight_group_size: int = 128
     weight_rounding: str = "search"
