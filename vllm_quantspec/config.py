@@ -86,7 +86,7 @@ class QuantSpecOptions:
     and the newest. ``snapkv``: those that the first verification after the prompt attended to most, and all newer ones."""
     ngram: str = "off"
     """``auto``, with ``num_speculative_tokens: auto``: where a text repeats itself, drafts are what followed before, up to
-    the last of `NGRAM_NUMBERS`; the same policy decides. (Not the default: it was not run on a GPU.)"""
+    the last of `NGRAM_NUMBERS`; the same policy decides. (Not the default: its speed on a GPU is not measured.)"""
     prompt_lookup_min: int = 3
     """Tokens of the shortest n-gram that is looked for, as with vLLM's ``ngram``."""
     prompt_lookup_max: int = 5
@@ -191,7 +191,7 @@ class EngineOptions:
 
     one_copy: bool = False
     """Of a checkpoint in 4 bits, on a GPU: target and draft read the same weights, few tokens of a step on a kernel of this
-    package. (Not the default: on a GPU its kernels ran, whole engines not yet.)"""
+    package. (Not the default: long prompts were not timed with it on a GPU.)"""
 
 
 def engine_options(additional_config: Any) -> EngineOptions:
