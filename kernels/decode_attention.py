@@ -238,12 +238,14 @@ def _check_sparse(fmt, scores, selection, query, requests: int, rows: int) -> No
 TEAM_TILES = {32: 8, 64: 5, 128: 3}
 
 
-# What a pass of a team takes, in passes of one warp's three tiles, without and with wgmma.
-TEAM_PASS = {False: 1.6, True: 1.0}
+# What a pass of a team takes without wgmma, in passes of one warp's three tiles.
+TEAM_PASS = 1.6
+# From as many query rows on, and up to as many tiles in a pass, a warp group is the fastest where it takes heads and groups.
+WGMMA_ROWS, WGMMA_TILES = 17, 8
 
 
 def row_plans(head_size: int, group_size: int, rows: int, wgmma: bool = False) -> list[RowPlan]:
-    """Ways to read for ``rows`` query rows per KV head, the one with the fewest passes first; the last is one warp's.
+    """Ways to read for ``rows`` query rows per KV head, the fastest first; the last is one warp's.
 
     ``wgmma``: those of a GPU that has it.
     """
@@ -256,11 +258,13 @@ def row_plans(head_size: int, group_size: int, rows: int, wgmma: bool = False) -
     alone = plan(max(1, min(5, 384 // head_size)), 1)
     team = next((n for n in (4, 2) if head_size // 32 % n == 0 and group_size // 32 % n == 0), 1)
     plans = []
+    if wgmma and takes_wgmma(head_size, group_size) and rows >= WGMMA_ROWS:
+        plans.append(plan(WGMMA_TILES, 4, wgmma=True))
     if team > 1 and head_size // team in TEAM_TILES:
-        plans = [plan(TEAM_TILES[head_size // team], team)]
-        if wgmma and takes_wgmma(head_size, group_size):
-            plans.insert(0, plans[0]._replace(wgmma=True))
-    return [better for better in plans if TEAM_PASS[better.wgmma] * better.passes < alone.passes] + [alone]
+        most = plan(TEAM_TILES[head_size // team], team)
+        if TEAM_PASS * most.passes < alone.passes:
+            plans.append(most)
+    return plans + [alone]
 
 
 def takes_wgmma(head_size: int, group_size: int) -> bool:

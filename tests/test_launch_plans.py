@@ -146,7 +146,8 @@ def test_plans_on_a_hopper_gpu_are_those_that_were_measured(on):
     plan = int4_linear.choose_plan(4096 // 16, 112, 1, 1, 0)
     assert isinstance(plan, int4_linear.Plan) and (plan.tiles, plan.splits, plan.blocks) == (2, 1, 132)
     assert decode_attention._configuration(PageFormat(8, 128), 4, 8, H200) == (RowPlan(1, 1), (8, 3))
-    assert decode_attention._configuration(PageFormat(8, 128), 8, 20, H200) == (RowPlan(1, 3), (8, 2))
+    assert decode_attention._configuration(PageFormat(8, 128), 8, 16, H200) == (RowPlan(1, 2), (8, 2))
+    assert decode_attention._configuration(PageFormat(8, 128), 8, 20, H200) == (RowPlan(1, 3, 4, wgmma=True), (8, 8))
     assert decode_attention._configuration(PageFormat(8, 128), 8, 40, H200) == (RowPlan(1, 5, 4, wgmma=True), (8, 8))
     assert decode_attention._configuration(PageFormat(8, 128), 8, 72, H200)[0] == RowPlan(2, 5, 4, wgmma=True)
     assert decode_attention._configuration(PageFormat(8, 256), 8, 40, H200)[0] == RowPlan(1, 5, 4)
@@ -160,7 +161,7 @@ def test_warp_groups_multiply_on_hopper_only():
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("rows", range(25, 90))
+@pytest.mark.parametrize("rows", range(17, 90))
 def test_two_teams_fit_on_a_hopper_gpu(rows, bits):
     fmt = PageFormat(8, 128, bits=bits)
     plan, (warps, stages) = decode_attention._configuration(fmt, bits, rows, H200)
@@ -181,7 +182,8 @@ def test_row_plans(head_size, group_size, wgmma):
             assert (plan.passes - 1) * plan.tiles * 8 < rows <= plan.rows
             assert decode_attention.raw_rows(head_size, group_size, rows) >= plan.rows
         for plan in teams:
-            assert plan.passes < alone.passes and head_size // 32 % plan.team == group_size // 32 % plan.team == 0
+            assert plan.passes < alone.passes or (plan.wgmma and plan.passes == alone.passes)
+            assert head_size // 32 % plan.team == group_size // 32 % plan.team == 0
             assert not plan.wgmma or (wgmma and plan.team == 4)
     assert decode_attention.row_plans(128, 128, 64) == [RowPlan(1, 8, 4), RowPlan(3, 3)]
 
