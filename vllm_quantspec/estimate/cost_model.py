@@ -36,8 +36,9 @@ RESCORE_US, RESCORE_TOKEN_US = 3, 1.3
 WINDOW_READ_GROUPS = 3
 # What each tile of query rows after the first adds: a fraction of the time to read, and microseconds per layer [p].
 ROW_TILE, ROW_TILE_US = 0.07, 4
-# What a team of warps, which more rows need, takes beyond that [decode_attention-wide.json].
-TEAM = 1.2
+# What more tiles than one warp has registers for take beyond that: on a Hopper GPU, read by a warp group
+# [decode_attention-wide.json].
+WIDE_TILES, WIDE = 3, 1.2
 # Microseconds per layer that do not grow with the context: attention's start and merge, norms, activations, rotary
 # embedding, stores and launches [e]. Less for drafts, whose kernels start under the end of those before.
 LAYER_US = {"exact": 33.5, "target": 30, "draft": 22.5}
@@ -116,9 +117,9 @@ def speed(
         cache_bytes, tiles, passes = context * bytes_per_token * (share if kind == "draft" else 1), 1, 1
         if kind != "exact":
             cache_bytes += WINDOW_READ_GROUPS * group_size * exact_bytes
-            plan = row_plans(model.head_size, group_size, query_rows)[0]
+            plan = row_plans(model.head_size, group_size, query_rows, wgmma=True)[0]
             passes, tiles = plan.passes, plan.tiles  # every pass reads the cache
-            cache_bytes *= TEAM if plan.team > 1 else 1
+            cache_bytes *= WIDE if tiles > WIDE_TILES else 1
         read = read_ms(batch * cache_bytes, READ) * (1 + ROW_TILE * (tiles - 1)) + ROW_TILE_US * (tiles - 1) / 1e3
         rest = TOKEN_US * num_tokens + (2 * ALL_REDUCE_US[kind] if tp > 1 else 0)
         full = (model.num_layers - model.sliding_layers) * (passes * read + (LAYER_US[kind] + rest) / 1e3)
