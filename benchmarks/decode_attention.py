@@ -4,6 +4,7 @@
     python benchmarks/decode_attention.py --tune             # every launch configuration
     python benchmarks/decode_attention.py --profile 0        # one row's launches, to run under ncu
     python benchmarks/decode_attention.py --plot             # the plot again, from the JSON
+    python benchmarks/decode_attention.py --rows 8 10 --append decode_attention-wide.json    # some rows, to a list of runs
 
 Times are medians of CUDA graph replays. Launches read different pages, 256 MiB or more in turn: nothing comes from L2.
 """
@@ -202,6 +203,7 @@ def main():
     parser.add_argument("--profile", type=int, help="only launch this row twice")
     parser.add_argument("--plot", action="store_true", help="only draw the plot from the JSON")
     parser.add_argument("--rows", type=int, nargs="*", help="only these rows")
+    parser.add_argument("--append", metavar="NAME", help="add this run to the list in benchmarks/results/NAME")
     args = parser.parse_args()
     if args.plot:
         return plot(json.loads(RESULTS.with_suffix(".json").read_text()))
@@ -256,8 +258,12 @@ def main():
             f"{row[6] or '':>6}{floor:9.1f}{result['tb_per_s']:6.2f}",
             flush=True,
         )
-    if not args.rows:
-        RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.parent.mkdir(exist_ok=True)
+    if args.append:
+        path = RESULTS.with_name(args.append)
+        runs = json.loads(path.read_text()) if path.exists() else []
+        path.write_text(json.dumps([*runs, results], indent=1) + "\n")
+    elif not args.rows:
         RESULTS.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
         plot(results)
 
