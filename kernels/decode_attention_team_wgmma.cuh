@@ -8,13 +8,15 @@
 //     scores   A: 16 tokens of each warp's own slice, twice    B: the query, once per segment
 //     values   A: 16 of each warp's own channels, twice        B: probabilities of all tokens of the page
 //
-// The warps meet once per step, with the probabilities of a step and the scores of the next:
+// The warps meet twice per step:
 //
-//     scores of step i | all meet: does one raise `top`? | values of step i - 1 and probabilities of step i
+//     scores of step i | all meet: probabilities of step i - 1 are there | values of step i - 1, first slice
+//                      | all meet: does a score raise `top`?             | the other slices, and probabilities of step i
 //
-// After the meeting the keys of step i and the values of step i - 2 are done with: each warp asks for a plane of the page
-// that comes into their place in the ring (the copy engine brings it). Sums of probabilities are each lane's own, of 4 of a
-// slice's tokens, in fp32.
+// So the tensor cores have products of values while the last of the scores are waited for. After the second meeting the
+// keys of step i and the values of step i - 2 are done with: each warp asks for a plane of the page that comes into their
+// place in the ring (the copy engine brings it). Sums of probabilities are each lane's own, of 4 of a slice's tokens, in
+// fp32.
 #pragma once
 
 #include "barriers.cuh"
@@ -22,6 +24,7 @@
 #define FACTORS "f16.f16"
 #include "wgmma.cuh"
 
+constexpr bool EARLY = true;  // values of a page's first slice before scores are waited for
 constexpr int OWN_J = J / TEAM;
 static_assert(TEAM == 4 && PER == TEAM && J % TEAM == 0, "a step is a page, one slice for each of four warps");
 static_assert(STEPS == 2 || STEPS == 3, "scales of values have four stages");
@@ -37,8 +40,14 @@ DEV u32 bits_of(u32 a, u32 b, u32 mask) {
   asm("lop3.b32 %0,%1,%2,%3,0xe4;" : "=r"(r) : "r"(a), "r"(b), "r"(mask));
   return r;
 }
+// One lane of the warp, as the copy engine is asked: without a loop over those that might.
+DEV bool elected() {
+  u32 r;
+  asm volatile("{.reg .pred p;\n elect.sync _|p,0xffffffff;\n selp.u32 %0,1,0,p;}" : "=r"(r));
+  return r;
+}
 // Not later, where it is used.
-DEV void compute_here(u32& x) { asm volatile("" : "+r"(x)); }
+DEV void compute_here(const unsigned char*& x) { asm volatile("" : "+l"(x)); }
 // One of a pair of fp16.
 DEV float half_of(u32 pair, int which) {
   float r;
@@ -155,23 +164,18 @@ DEV void expand_slice(Fragments& a, const Codes& codes) {
   }
 }
 
-// The values of a page, those of this warp's channels (`mine`); `first` are those of its first slice. The sums are there
-// after a wait.
-DEV void multiply_values(State& st, const Fragments& first, u32 mine, u32 columns) {
-  static_assert(OWN_J == 1, "a warp has 32 channels");
+// A page's values, those of this warp's channels (`mine`), a slice after another.
+struct Values {
   Codes next;
-  next.load(mine + PLANE);
-#pragma unroll
-  for (int i = 0; i < TEAM; i++) {
+  u32 mine, columns;
+  DEV void begin(u32 from, u32 probabilities) { mine = from, columns = probabilities, next.load(mine); }
+  // Slice i. The products of the one before are there afterwards, and all that were asked for before those.
+  DEV void multiply(State& st, int i) {
+    static_assert(OWN_J == 1, "a warp has 32 channels");
+    const Codes codes = next;
+    if (i + 1 < TEAM) next.load(mine + (i + 1) * PLANE);
     Fragments a;
-    if (i == 0) {
-#pragma unroll
-      for (int e = 0; e < 16; e++) a[e / 8][e / 4 % 2][e % 4] = first[e / 8][e / 4 % 2][e % 4];
-    } else {
-      const Codes codes = next;
-      if (i + 1 < TEAM) next.load(mine + (i + 1) * PLANE);
-      expand_slice(a, codes);
-    }
+    expand_slice(a, codes);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 2; k++)
@@ -181,10 +185,9 @@ DEV void multiply_values(State& st, const Fragments& first, u32 mine, u32 column
     wgmma_commit();
     wgmma_wait<1>();
   }
-}
+};
 
-DEV void finish_scores(float (&s)[NT][2][4]) {
-  wgmma_wait<0>();
+DEV void hold_scores(float (&s)[NT][2][4]) {
 #pragma unroll
   for (int m = 0; m < 2; m++) hold<NT, 8>(s[0][m]);
 }
@@ -286,20 +289,24 @@ DEV void attend_pages(State& st, const Params& p, const Segment& seg, const Part
 
   // A warp asks for one of the planes of a page: of keys, two steps before those of the same page's values, or of values.
   // What a page lacks at the segment's ends stays what it was, codes of any numbers.
-  const bool of_values = me.index >= TEAM / 2, asks = lane == 0 && (PLANES == 2 || me.index % 2 == 0);
+  const bool of_values = me.index >= TEAM / 2, asks = PLANES == 2 || me.index % 2 == 0;
   const u32 to = ring + (of_values ? RING_V : 0) + me.index % 2 * PAGE_PLANE;
   const unsigned char* from = pool + (me.index % 2 ? K_LOWER : K_UPPER) + (of_values ? V_UPPER - K_UPPER : 0);
   static_assert(V_LOWER - K_LOWER == V_UPPER - K_UPPER, "planes of values follow those of keys");
   int asked = step_b;  // the next page that this warp asks for
-  auto ask = [&](int stage, int id) {
-    if (!asks || asked >= step_e) return;
-    const u32 barrier = barriers + stage * 16 + of_values * 8;
-    const int first = max(slice_b - asked * TEAM, 0) * PLANE, bytes = min(slice_e - asked * TEAM, TEAM) * PLANE - first;
-    const unsigned char* page = from + id * p.page_stride;
-    arrive_expecting(barrier, bytes + (me.index == 0 ? PAGE_SCALES : 0));
-    copy_bulk(to + stage * PAGE_CODES + first, page + first, bytes, barrier);
-    if (me.index == 0) copy_bulk(scales_of(asked), page + K_SCALE - K_UPPER, PAGE_SCALES, barrier);
-    asked++;
+  const unsigned char* next = from;  // its plane
+  auto find = [&](int id) { next = from + id * p.page_stride; };
+  auto ask = [&](int stage) {
+    if (asks && asked < step_e) {
+      const u32 barrier = barriers + stage * 16 + of_values * 8;
+      const int first = max(slice_b - asked * TEAM, 0) * PLANE, bytes = min(slice_e - asked * TEAM, TEAM) * PLANE - first;
+      if (elected()) {
+        arrive_expecting(barrier, bytes + (me.index == 0 ? PAGE_SCALES : 0));
+        copy_bulk(to + stage * PAGE_CODES + first, next + first, bytes, barrier);
+        if (me.index == 0) copy_bulk(scales_of(asked), next + K_SCALE - K_UPPER, PAGE_SCALES, barrier);
+      }
+      asked++;
+    }
   };
 
   fence_shared();  // what was written to the ring is there before copies are
@@ -312,8 +319,8 @@ DEV void attend_pages(State& st, const Params& p, const Segment& seg, const Part
   team_sync(me);
 #pragma unroll
   for (int i = 0; i < STEPS; i++) {
-    const int id = __shfl_sync(ALL, r.ids.ids, i);
-    if (!of_values || i < STEPS - 2) ask(i, id);
+    find(__shfl_sync(ALL, r.ids.ids, i));
+    if (!of_values || i < STEPS - 2) ask(i);
   }
   int id = __shfl_sync(ALL, r.ids.ids, of_values ? STEPS - 2 : STEPS);  // of the next page
   load_team_query(shared, p, seg, me, lane);
@@ -325,48 +332,49 @@ DEV void attend_pages(State& st, const Params& p, const Segment& seg, const Part
 
   int stage = 0, before = STEPS - 1;  // of this step, of the one before
   u32 parity = 0, parity_before = 0, prob = shared + TEAM_PROB, prob_before = prob + (PROB_BUFFERS - 1) * PROB;
-  const u32 query = __shfl_sync(ALL, columns_at(shared), 0);
   const float inverse = 1.f / p.scale;
-  Fragments first;
-  // Of step - 1, before the meeting and after it.
-  auto begin_values = [&] {
-    Codes codes;
-    codes.load(values + before * PAGE_CODES);
-    expand_slice(first, codes);
-#pragma unroll
-    for (int e = 0; e < 16; e++) compute_here(first[e / 8][e / 4 % 2][e % 4]);
-  };
-  auto values_of_step = [&] {
-    // A descriptor is the same in all lanes, which the compiler sees by where it comes from.
-    multiply_values(st, first, values + before * PAGE_CODES, __shfl_sync(ALL, columns_at(prob_before), 0));
-  };
+  Values v;
+  // A descriptor is the same in all lanes, which the compiler sees by where it comes from.
+  auto begin_values = [&] { v.begin(values + before * PAGE_CODES, __shfl_sync(ALL, columns_at(prob_before), 0)); };
 #pragma unroll 1
   for (int step = step_b; step < step_e; step++) {
     const int slice = step * TEAM + me.index;
     const bool has = slice >= slice_b && slice < slice_e;  // this warp has a slice of this step
     float s[NT][2][4];
+    find(id);
+    compute_here(next);
     wait_for(barriers + stage * 16, parity);
-    multiply_keys(s, keys + stage * PAGE_CODES, scales_of(step), query, lane);
-    // What can be read already is, while products are computed. Of what is before the first step probabilities are 0.
+    multiply_keys(s, keys + stage * PAGE_CODES, scales_of(step), __shfl_sync(ALL, columns_at(shared), 0), lane);
+    // Of what is before the first step probabilities are 0.
     if (step > step_b) wait_for(barriers + before * 16 + 8, parity_before);
+    if (EARLY) {
+      fence_shared();
+      team_sync(me);
+    }
     begin_values();
-    finish_scores(s);
+    if (EARLY) v.multiply(st, 0);
+    else wgmma_wait<0>();
+    hold_scores(s);
     const int token = has ? (slice + part.skipped) * 32 : 1 << 29;
     if (token + 32 > r.low) mask_slice(s, seg, token, r.exact_start, lane);
-    fence_shared();
+    if (!EARLY) fence_shared();
     const bool raise = team_any(me, exceeds_top(st, s, inverse));
-    ask(of_values ? (before == 0 ? STEPS - 1 : before - 1) : stage, id);
-    if (asks) id = page_id(p, seg, r.ids.table, asked, r.ids.last_page);
-    if (raise) raise_under_probabilities(st, s, p.scale, prob_before, shared, me, lane);
+    ask(of_values ? (before == 0 ? STEPS - 1 : before - 1) : stage);
+    id = page_id(p, seg, r.ids.table, asked, r.ids.last_page);
+    if (raise) {
+      finish_values(st);
+      raise_under_probabilities(st, s, p.scale, prob_before, shared, me, lane);
+    }
     Tokens tokens;
     tokens.load(scales_of(step) + 4 * D + me.index * 16, has, lane);
-    values_of_step();
+#pragma unroll
+    for (int i = EARLY; i < TEAM; i++) v.multiply(st, i);
     if (PROB_BUFFERS == 1) {
       finish_values(st);
       team_sync(me);
     }
     leave_probabilities(st, s, tokens, prob, p.scale, me, lane);
-    if (PROB_BUFFERS == 2) finish_values(st);
+    if (!EARLY) finish_values(st);
 #if SCORES
     const int page_b = max(slice_b, step * TEAM), page_e = min(slice_e, step * TEAM + TEAM);
     if (page_b < part.plain && scored_at >= 0) {
@@ -380,10 +388,11 @@ DEV void attend_pages(State& st, const Params& p, const Segment& seg, const Part
     prob = prob_before, prob_before = x;
   }
   wait_for(barriers + before * 16 + 8, parity_before);
-  begin_values();
   fence_shared();
   team_sync(me);
-  values_of_step();
+  begin_values();
+#pragma unroll
+  for (int i = 0; i < TEAM; i++) v.multiply(st, i);
   finish_values(st);
   team_sync(me);
   if (me.index == 0 && lane == 0)
