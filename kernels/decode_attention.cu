@@ -23,8 +23,8 @@
 // Macros: HEAD_SIZE GROUP_SIZE VALUE_GROUP_SIZE WINDOW_BLOCK CODE_BITS (4 or 8, read of each code) IS_BF16 WARPS STAGES
 //         TEAM (warps that share slices: 1, 2 or 4) WGMMA (a team is a warp group: Hopper) QUERY_GROUP (query heads per KV
 //         head) ROW_TILES (of 8 rows, in one pass) PASSES (row tiles' passes) PAGES_MAY_CHANGE (the kernel before this one
-//         may write pages) SCORES (leave the attention mass of every old page, see `emit`) LISTS (read chosen pages only, see
-//         `page_id`)
+//         may write pages) SCORES (leave the attention mass of every old page, see `emit`) LISTS (read chosen pages only,
+//         see `page_id`)
 //
 // Here is the course of a CTA; the headers decode_attention_*.cuh have what it consists of:
 //     layout                 bytes of a page and of shared memory, parameters
