@@ -10,7 +10,7 @@
 //
 // The warps meet twice per step:
 //
-//     scores of step i | all meet: probabilities of step i - 1 are there | values of step i - 1, first slice
+//     scores of step i | all meet: probabilities of step i - 1 are there | values of step i - 1, first slices (EARLY)
 //                      | all meet: does a score raise `top`?             | the other slices, and probabilities of step i
 //
 // So the tensor cores have products of values while the last of the scores are waited for. After the second meeting the
@@ -24,7 +24,7 @@
 #define FACTORS "f16.f16"
 #include "wgmma.cuh"
 
-constexpr bool EARLY = true;  // values of a page's first slice before scores are waited for
+constexpr int EARLY = 1;  // slices of a page whose values are multiplied before scores are waited for
 constexpr int OWN_J = J / TEAM;
 static_assert(TEAM == 4 && PER == TEAM && J % TEAM == 0, "a step is a page, one slice for each of four warps");
 static_assert(STEPS == 2 || STEPS == 3, "scales of values have four stages");
@@ -345,15 +345,14 @@ DEV void attend_pages(State& st, const Params& p, const Segment& seg, const Part
     compute_here(next);
     wait_for(barriers + stage * 16, parity);
     multiply_keys(s, keys + stage * PAGE_CODES, scales_of(step), __shfl_sync(ALL, columns_at(shared), 0), lane);
+    if (EARLY) fence_shared();
     // Of what is before the first step probabilities are 0.
     if (step > step_b) wait_for(barriers + before * 16 + 8, parity_before);
-    if (EARLY) {
-      fence_shared();
-      team_sync(me);
-    }
     begin_values();
-    if (EARLY) v.multiply(st, 0);
-    else wgmma_wait<0>();
+    if (EARLY) team_sync(me);
+#pragma unroll
+    for (int i = 0; i < EARLY; i++) v.multiply(st, i);
+    if (!EARLY) wgmma_wait<0>();
     hold_scores(s);
     const int token = has ? (slice + part.skipped) * 32 : 1 << 29;
     if (token + 32 > r.low) mask_slice(s, seg, token, r.exact_start, lane);
@@ -387,10 +386,10 @@ DEV void attend_pages(State& st, const Params& p, const Segment& seg, const Part
     const u32 x = prob;
     prob = prob_before, prob_before = x;
   }
-  wait_for(barriers + before * 16 + 8, parity_before);
   fence_shared();
-  team_sync(me);
+  wait_for(barriers + before * 16 + 8, parity_before);
   begin_values();
+  team_sync(me);
 #pragma unroll
   for (int i = 0; i < TEAM; i++) v.multiply(st, i);
   finish_values(st);
