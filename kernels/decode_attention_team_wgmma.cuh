@@ -8,15 +8,13 @@
 //     scores   A: 16 tokens of each warp's own slice, twice    B: the query, once per segment
 //     values   A: 16 of each warp's own channels, twice        B: probabilities of all tokens of the page
 //
-// The warps meet twice per step:
+// The warps meet once per step, with the probabilities of a step and the scores of the next:
 //
-//     scores of step i | all meet: probabilities of step i - 1 are there | values of step i - 1, first slices (EARLY)
-//                      | all meet: does a score raise `top`?             | the other slices, and probabilities of step i
+//     scores of step i | all meet: does one raise `top`? | values of step i - 1 and probabilities of step i
 //
-// So the tensor cores have products of values while the last of the scores are waited for. After the second meeting the
-// keys of step i and the values of step i - 2 are done with: each warp asks for a plane of the page that comes into their
-// place in the ring (the copy engine brings it). Sums of probabilities are each lane's own, of 4 of a slice's tokens, in
-// fp32.
+// After the meeting the keys of step i and the values of step i - 2 are done with: each warp asks for a plane of the page
+// that comes into their place in the ring (the copy engine brings it). Sums of probabilities are each lane's own, of 4 of a
+// slice's tokens, in fp32.
 #pragma once
 
 #include "barriers.cuh"
@@ -24,7 +22,6 @@
 #define FACTORS "f16.f16"
 #include "wgmma.cuh"
 
-constexpr int EARLY = 1;  // slices of a page whose values are multiplied before scores are waited for
 constexpr int OWN_J = J / TEAM;
 static_assert(TEAM == 4 && PER == TEAM && J % TEAM == 0, "a step is a page, one slice for each of four warps");
 static_assert(STEPS == 2 || STEPS == 3, "scales of values have four stages");
@@ -345,35 +342,31 @@ DEV void attend_pages(State& st, const Params& p, const Segment& seg, const Part
     compute_here(next);
     wait_for(barriers + stage * 16, parity);
     multiply_keys(s, keys + stage * PAGE_CODES, scales_of(step), __shfl_sync(ALL, columns_at(shared), 0), lane);
-    if (EARLY) fence_shared();
     // Of what is before the first step probabilities are 0.
     if (step > step_b) wait_for(barriers + before * 16 + 8, parity_before);
     begin_values();
-    if (EARLY) team_sync(me);
-#pragma unroll
-    for (int i = 0; i < EARLY; i++) v.multiply(st, i);
-    if (!EARLY) wgmma_wait<0>();
+    wgmma_wait<0>();
     hold_scores(s);
     const int token = has ? (slice + part.skipped) * 32 : 1 << 29;
     if (token + 32 > r.low) mask_slice(s, seg, token, r.exact_start, lane);
-    if (!EARLY) fence_shared();
+    fence_shared();
     const bool raise = team_any(me, exceeds_top(st, s, inverse));
     ask(of_values ? (before == 0 ? STEPS - 1 : before - 1) : stage);
     id = page_id(p, seg, r.ids.table, asked, r.ids.last_page);
     if (raise) {
-      finish_values(st);
+      finish_values(st);  // done already, but ptxas orders the rest better with it
       raise_under_probabilities(st, s, p.scale, prob_before, shared, me, lane);
     }
     Tokens tokens;
     tokens.load(scales_of(step) + 4 * D + me.index * 16, has, lane);
 #pragma unroll
-    for (int i = EARLY; i < TEAM; i++) v.multiply(st, i);
+    for (int i = 0; i < TEAM; i++) v.multiply(st, i);
     if (PROB_BUFFERS == 1) {
       finish_values(st);
       team_sync(me);
     }
     leave_probabilities(st, s, tokens, prob, p.scale, me, lane);
-    if (!EARLY) finish_values(st);
+    finish_values(st);
 #if SCORES
     const int page_b = max(slice_b, step * TEAM), page_e = min(slice_e, step * TEAM + TEAM);
     if (page_b < part.plain && scored_at >= 0) {
