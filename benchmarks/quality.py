@@ -21,21 +21,21 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 import torch
 from common import KV_HELP, TEXT_HELP, engine, excerpts, prefill_chunks, read_texts, small_model_on_gpu, write_json
+from end_to_end_configs import PEER_CACHES
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
-# vLLM's other caches in 4 bits, and keys in 8 beside values in 4. For nvfp4 it has no kernel on Hopper.
-PEERS = ("int4_per_token_head", "turboquant_k8v4", "turboquant_4bit_nc", "nvfp4")
 # On an H200 vLLM takes FlashAttention 3 for the exact cache and fp8, and its Triton backend for int4_per_token_head.
 CACHES = {
     "exact": {},
     "quantspec": {"attention_backend": "QUANTSPEC"},
     "quantspec_int4": {"kv_cache_dtype": "quantspec_int4"},
     "fp8": {"kv_cache_dtype": "fp8"},
-    **{name: {"kv_cache_dtype": name} for name in PEERS},
+    **{name: {"kv_cache_dtype": name} for name in PEER_CACHES},
 }
-# vLLM's CPU backend does not list int4_per_token_head, but starts with it and reads the bytes as fp8.
-DEFAULT_CACHES = [c for c in CACHES if c != "nvfp4" and (torch.cuda.is_available() or c not in PEERS)]
+# For nvfp4 vLLM has no kernel on Hopper. Its CPU backend does not list int4_per_token_head, but starts with it and reads
+# the bytes as fp8.
+DEFAULT_CACHES = [c for c in CACHES if c != "nvfp4" and (torch.cuda.is_available() or c not in PEER_CACHES)]
 
 
 def token_scores(llm, prompts: list[list[int]], scored: int) -> list[list[tuple[float, bool]]]:

@@ -37,7 +37,6 @@ constexpr u32 COLUMNS_HIGH = 1u << 30 | 1024 >> 4;
 #define SUMS_48 SUMS_40 ",%20,%21,%22,%23"
 #define SUMS_56 SUMS_48 ",%24,%25,%26,%27"
 #define SUMS_64 SUMS_56 ",%28,%29,%30,%31"
-#define SUMS_72 SUMS_64 ",%32,%33,%34,%35"
 #define FOUR(i) "+f"(c[i * STRIDE]), "+f"(c[i * STRIDE + 1]), "+f"(c[i * STRIDE + 2]), "+f"(c[i * STRIDE + 3])
 #define INPUTS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"((u64)COLUMNS_HIGH << 32 | columns), "n"((int)ADD)
 
@@ -46,7 +45,7 @@ constexpr u32 COLUMNS_HIGH = 1u << 30 | 1024 >> 4;
 // 8*n..8*n+7. Not there before `wgmma_wait`, and `a` must stay as it is until then.
 template <int NT, int STRIDE = 4, bool ADD = true>
 DEV void wgmma(float* c, const u32 (&a)[4], u32 columns) {
-  static_assert(2 <= NT && NT <= 9, "16 to 72 columns");
+  static_assert(2 <= NT && NT <= 8, "16 to 64 columns");
   if constexpr (NT == 2)
     asm volatile(PRODUCT("16", SUMS_16, "8", "9", "10", "11", "12", "13")
                  : FOUR(0), FOUR(1)
@@ -82,11 +81,6 @@ DEV void wgmma(float* c, const u32 (&a)[4], u32 columns) {
                  : FOUR(0), FOUR(1), FOUR(2), FOUR(3), FOUR(4), FOUR(5), FOUR(6), FOUR(7)
                  : INPUTS
                  : "memory");
-  if constexpr (NT == 9)
-    asm volatile(PRODUCT("72", SUMS_72, "36", "37", "38", "39", "40", "41")
-                 : FOUR(0), FOUR(1), FOUR(2), FOUR(3), FOUR(4), FOUR(5), FOUR(6), FOUR(7), FOUR(8)
-                 : INPUTS
-                 : "memory");
 }
 // Sums that a wait has completed must not be read above it.
 template <int NT, int STRIDE = 4>
@@ -102,6 +96,5 @@ DEV void hold(float* c) {
 #undef SUMS_48
 #undef SUMS_56
 #undef SUMS_64
-#undef SUMS_72
 #undef FOUR
 #undef INPUTS

@@ -15,6 +15,11 @@ def draft_bytes(model: Model, draft_experts: str, wide_share: float) -> float:
     return (model.int4_weights(draft_experts) * INT4_BITS + wider) / 8
 
 
+def int4_experts_bytes(model: Model) -> float:
+    """Of a mixture: bytes of its INT4 experts, on all GPUs together."""
+    return model.experts.int4_weights * INT4_BITS / 8
+
+
 def share_in_8_bits(weight_bits: float | None) -> float:
     """The share of weights in 8 bits with which they have ``weight_bits`` on average; None: with INT4 weights.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vllm_quantspec.config import QuantSpecOptions
-from vllm_quantspec.estimate.draft_weights import INT4_BITS, INT8_BITS, draft_bytes
+from vllm_quantspec.estimate.draft_weights import INT4_BITS, INT8_BITS, draft_bytes, int4_experts_bytes
 from vllm_quantspec.estimate.sizes import Model
 from vllm_quantspec.format import PageFormat, window_blocks_per_request
 from vllm_quantspec.memory import draft_logits_bytes, experts_fit
@@ -103,7 +103,7 @@ def why_no_int4_experts(model: Model, quantized: bool, free: float, tensor_paral
         return None
     if quantized:
         return "they are quantized already"
-    copy = model.experts.int4_weights * INT4_BITS / 8 / tensor_parallel_size
+    copy = int4_experts_bytes(model) / tensor_parallel_size
     if experts_fit(copy, free):
         return None
     return f"a copy of {copy / GIB:.1f} GiB would take more than half of what is left for the cache"

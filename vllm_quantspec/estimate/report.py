@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from vllm_quantspec.checkpoint import four_bits
 from vllm_quantspec.config import CACHE_DTYPES, parse_draft_context
 from vllm_quantspec.estimate.cost_model import Speed, speed
-from vllm_quantspec.estimate.draft_weights import INT4_BITS, share_in_8_bits
+from vllm_quantspec.estimate.draft_weights import int4_experts_bytes, share_in_8_bits
 from vllm_quantspec.estimate.gpu_memory import GIB, Memory, default_max_num_seqs, memory, why_no_int4_experts
 from vllm_quantspec.estimate.sizes import Model, model_from, read_config
 from vllm_quantspec.supported import text_part, towers_of, undrafted
@@ -190,7 +190,7 @@ def memory_of_drafting(e: Estimate) -> Iterator[str]:
     if wide:
         yield line("", "the speed of weights in 8 bits is expected from single layers on an H100; no engine was measured")
     if e.model.experts and e.draft_experts == "int4":
-        part = e.model.experts.int4_weights * INT4_BITS / 8 / e.arguments.tensor_parallel_size
+        part = int4_experts_bytes(e.model) / e.arguments.tensor_parallel_size
         yield line("", f"of it {part / GIB:.2f} GiB for the experts")
     if e.no_int4_experts:
         yield line("", f"none of the experts: {e.no_int4_experts}")

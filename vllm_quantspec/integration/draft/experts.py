@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 
@@ -263,7 +262,7 @@ class Wna16ExpertsMethod(Int4ExpertsMethod):
             w2_zp=w2_zeros,
             block_shape=[0, self.groups["w13"]],
         )
-        with override_config(self.blocks) if self.blocks else nullcontext():
+        with override_config(self.blocks):
             return fused_experts(
                 hidden_states=x,
                 w1=w13,

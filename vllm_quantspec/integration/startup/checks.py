@@ -298,13 +298,15 @@ def settle_draft_experts(config: VllmConfig) -> None:
     speculative, parallel = config.speculative_config, config.parallel_config
     if speculative.draft_experts != "int4" or "draft_experts" in speculative.asked_for:
         return
+    if not config.model_config.get_num_experts():
+        return
     for present, reason in (
         (config.model_config.quantization is not None, "they are quantized already"),
         (config.lora_config is not None, "they may run with LoRA adapters"),
         (parallel.enable_expert_parallel, "they are spread over ranks by expert parallelism"),
         (parallel.data_parallel_size > 1, "data parallelism gathers their inputs from other ranks"),
     ):
-        if present and config.model_config.get_num_experts():
+        if present:
             speculative.draft_experts = "target"
             logger.info("The draft reads the target's experts: %s", reason)
             return
