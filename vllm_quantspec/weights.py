@@ -17,8 +17,6 @@ from vllm_quantspec import levels, rotation
 METHODS = ("search", "nearest", "gptq")
 WEIGHT_GROUP_SIZES = (128, 64, 32)
 _MAX_CODE = 15
-# Shrunk ranges tried for a group, as fractions of its full range. Below 0.76 clipping never won on real weights.
-_SHRINKS = tuple(1.0 - 0.04 * i for i in range(7))
 
 
 @dataclass(frozen=True)
@@ -135,23 +133,22 @@ def _chunk_elements(weight: torch.Tensor) -> int:
     return (1 << 15) - 1 if weight.numel() <= 1 << 22 else 1 << 18
 
 
-def _stored(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``scale`` rounded to ``dtype``, in float32 and never zero (a zero scale would make the codes undefined)."""
-    return scale.to(dtype).clamp_min(torch.finfo(dtype).tiny).float()
-
-
 def _range(
     x: torch.Tensor, importance: torch.Tensor | None, dtype: torch.dtype, bits: int, search: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and level of zero for each group of ``x``, each [rows, groups, 1]."""
-    scale, zero = _full_range(x, dtype, bits)
-    return _search(x, scale, zero, importance, dtype) if search and bits == 4 else (scale, zero)
+    # Here, because kernels import this module.
+    from vllm_quantspec.kernels import search_range
 
-
-def _full_range(x: torch.Tensor, dtype: torch.dtype, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    if search and bits == 4:
+        rows, groups, size = x.shape
+        if not x.is_cuda or size & (size - 1):
+            return search_range.reference(x, importance, dtype)
+        found = search_range.search_range(x.view(-1, size) if groups > 1 else x[:, 0], importance, dtype)
+        return tuple(t.view(rows, groups, 1) for t in found)
     # Zero has to be inside the range, or its level would not be one of those that there are.
     low, high = x.amin(-1, keepdim=True).clamp_max_(0), x.amax(-1, keepdim=True).clamp_min_(0)
-    scale = _stored((high - low) / levels.span(bits), dtype)
+    scale = search_range.stored((high - low) / levels.span(bits), dtype)
     return scale, levels.nearest((-low / scale).add_(levels.lowest(bits)), bits)
 
 
@@ -160,44 +157,6 @@ def _round(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int) 
     if bits == 4:
         return levels.round_whole(x / scale).add_(zero).clamp_(0, _MAX_CODE)
     return levels.nearest((x / scale).add_(zero), bits)
-
-
-def _search(
-    x: torch.Tensor,
-    full_scale: torch.Tensor,
-    full_zero: torch.Tensor,
-    importance: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Best (scale, zero) in 4 bits, each [rows, groups, 1], among clipped ranges and their least-squares scales."""
-
-    def weigh(values: torch.Tensor) -> torch.Tensor:
-        return values if importance is None else values * importance
-
-    def try_out(scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-        """Keep (scale, zero) where it is better; return its integers ``code - zero``."""
-        steps = levels.round_whole(x / scale)
-        steps = torch.minimum(torch.maximum(steps, -zero), _MAX_CODE - zero)
-        difference = torch.addcmul(x, steps, scale, value=-1)
-        error = weigh(difference.square_()).sum(-1, keepdim=True)
-        better = error < best[0]
-        best[0] = torch.where(better, error, best[0])
-        best[1] = torch.where(better, scale, best[1])
-        best[2] = torch.where(better, zero, best[2])
-        return steps
-
-    best = [torch.full_like(full_scale, torch.inf), full_scale, full_zero]
-    low = -full_zero * full_scale
-    for shrink in _SHRINKS:
-        scale = full_scale if shrink == 1.0 else _stored(full_scale * shrink, dtype)
-        zero = full_zero if shrink == 1.0 else levels.round_whole(-low * shrink / scale).clamp_(0, _MAX_CODE)
-        steps = try_out(scale, zero)
-        weighted = weigh(steps)
-        norm = (weighted * steps).sum(-1, keepdim=True)
-        fitted = (weighted * x).sum(-1, keepdim=True) / norm.clamp_min(1e-20)
-        usable = (norm > 0) & (fitted > 0)
-        try_out(_stored(torch.where(usable, fitted, scale), dtype), zero)
-    return best[1], best[2]
 
 
 def _error_feedback(second_moments: torch.Tensor) -> torch.Tensor:
