@@ -3,8 +3,8 @@
 No data is asked for and no KV cache is needed: the model samples some short texts at temperature 1, each from a random first
 token, before the engine's cache exists. Meanwhile its attention layers keep the keys and values of these few tokens in
 plain tensors. Then all texts go through the model again, a few at a time so that no forward pass has more tokens than a
-step of the engine may have (``max_num_batched_tokens``), while moments are added up of as many linears as fit into
-`MOMENTS` bytes; once more for the next linears, until all have had theirs.
+step of the engine may have (``max_num_batched_tokens``), and no further than they have to, while moments are added up of as
+many linears as fit into `MOMENTS` bytes; once more for the next linears, until all have had theirs.
 
 What that takes at most, `vllm_quantspec.memory.gptq_bytes` adds up. All is free again before vLLM measures what is left for
 the KV cache.
@@ -62,6 +62,10 @@ def calibrate(
     return written.ids
 
 
+class Enough(Exception):
+    """Raised within a forward pass: what is left of the model need not be computed."""
+
+
 class Texts:
     """Texts that the model has written, and their way through it again; used in a ``with``, after which it is as before.
 
@@ -99,13 +103,20 @@ class Texts:
     def __exit__(self, *error: object) -> None:
         self.stack.close()
 
-    def forward(self) -> Iterator[torch.Tensor]:
-        """Hidden states of all texts, [tokens, hidden size] at a time: no more tokens than a step of the engine may have."""
+    def forward(self) -> Iterator[torch.Tensor | None]:
+        """Hidden states of all texts, [tokens, hidden size] at a time: no more tokens than a step of the engine may have.
+
+        None where a hook in the model has raised `Enough`.
+        """
         texts, length = self.ids.shape
         rows = max(1, self.most // length)
         for row in range(0, texts, rows):
             for first in range(0, length, self.most):
-                yield self.run(self.ids[row : row + rows, first : first + self.most], row, first)
+                try:
+                    hidden = self.run(self.ids[row : row + rows, first : first + self.most], row, first)
+                except Enough:
+                    hidden = None
+                yield hidden
 
     def _sample(self) -> torch.Tensor:
         """int32 [texts, length], the same on every rank."""
@@ -224,14 +235,19 @@ def _moments(texts: Texts, linears: list[nn.Module]) -> Iterator[tuple[nn.Module
     """Each of ``linears`` that the texts reach, with its moments."""
     sums: dict[nn.Module, torch.Tensor] = {}
     seen = dict.fromkeys(linears, 0)
+    reached: set[nn.Module] = set()
 
     def add(linear: nn.Module, args: tuple) -> None:
-        x = args[0].reshape(-1, args[0].shape[-1]).float()
+        x = args[0].reshape(-1, args[0].shape[-1])
         if linear in sums:
-            sums[linear].addmm_(x.t(), x)
+            sums[linear] += _products(x)
         else:
-            sums[linear] = x.t() @ x
+            sums[linear] = _products(x)
         seen[linear] += len(x)
+        reached.add(linear)
+        if len(reached) == len(linears):
+            reached.clear()
+            raise Enough
 
     handles = [linear.register_forward_pre_hook(add) for linear in linears]
     try:
@@ -243,3 +259,11 @@ def _moments(texts: Texts, linears: list[nn.Module]) -> Iterator[tuple[nn.Module
     for linear in linears:
         if linear in sums:
             yield linear, sums.pop(linear).div_(seen[linear])
+
+
+def _products(x: torch.Tensor) -> torch.Tensor:
+    """``x^T x`` in float32. Products of 16-bit numbers are exact in a tensor core, which adds them up in float32."""
+    if x.is_cuda and x.dtype.itemsize == 2:
+        return torch.mm(x.t(), x, out_dtype=torch.float32)
+    x = x.float()
+    return x.t() @ x
