@@ -66,9 +66,9 @@ class QuantSpecOptions:
     """``int4``: the draft reads the upper 4 bits of older keys and values. ``int8``: all 8, as verification does."""
     weight_group_size: int = 128
     """Input channels that share one scale of an INT4 weight."""
-    weight_rounding: str = "search"
+    weight_rounding: str = "auto"
     """``search``: each group's range is the one of least error. ``gptq``: channels also make up for one another's errors, by
-    the inputs of texts that the model writes when the engine starts."""
+    the inputs of texts that the model writes when the engine starts. ``auto``: by GPTQ on a GPU, where it can run."""
     weight_rotation: str = "none"
     """``hadamard``: weights in 4 and 8 bits are those of inputs rotated in blocks of 32 channels, which spreads what is far
     larger than its neighbours. ``none``: as they are. (The default: on a GPU rotating takes 6 to 14 % of the time.)"""
@@ -107,7 +107,7 @@ class QuantSpecOptions:
             ("draft_experts", ("target", "int4")),
             ("draft_kv", ("int4", "int8")),
             ("weight_group_size", (32, 64, 128)),
-            ("weight_rounding", ("search", "gptq")),
+            ("weight_rounding", ("auto", "search", "gptq")),
             ("weight_rotation", ("none", "hadamard")),
             ("quantize_lm_head", (False, True)),
             ("draft_selection", DRAFT_SELECTIONS),

@@ -53,8 +53,9 @@ from vllm_quantspec.integration.draft.finite import with_finite_logits
 from vllm_quantspec.integration.draft.linears import choose_int4_method
 from vllm_quantspec.integration.draft.loaded import effective_weight, is_plain, loaded_bytes, local_shape
 from vllm_quantspec.integration.draft.own_linear import OwnLinear
+from vllm_quantspec.integration.draft.rounding import gptq_needs, settle_rounding
 from vllm_quantspec.integration.draft.stored import KeptLosses, Stored, fingerprint
-from vllm_quantspec.memory import LENGTH, TEXTS, draft_logits_bytes, gptq_bytes
+from vllm_quantspec.memory import LENGTH, TEXTS, draft_logits_bytes
 
 logger = init_logger("vllm.quantspec.draft_model")
 
@@ -195,6 +196,9 @@ def build_configured_draft(vllm_config: VllmConfig, target_model: nn.Module) -> 
     config = vllm_config.speculative_config
     if config.draft_sample_method == "probabilistic" and not current_platform.is_cpu():
         log_draft_logits(vllm_config)
+    rounding = config.weight_rounding
+    if rounding == "auto":
+        rounding = "search" if config.draft_weights == "target" else settle_rounding(vllm_config, target_model)
     with backends.set_model_tag("quantspec_draft"):
         draft = build_draft_model(
             vllm_config,
@@ -204,7 +208,7 @@ def build_configured_draft(vllm_config: VllmConfig, target_model: nn.Module) -> 
             experts_asked="draft_experts" in config.asked_for,
             weight_group_size=config.weight_group_size,
             quantize_lm_head=config.quantize_lm_head,
-            weight_rounding=config.weight_rounding,
+            weight_rounding=rounding,
             weight_rotation=config.weight_rotation,
             weight_bits=config.weight_bits,
         )
@@ -332,7 +336,7 @@ class _Builder:
         logger.info(
             "Rounding draft weights by GPTQ, on texts that the model writes for it; takes up to about %.1f GiB "
             "beside the weights until it is done",
-            self._gptq_bytes() / 2**30,
+            gptq_needs(self.vllm_config, [local_shape(linear.layer) for linear in self.own]) / 2**30,
         )
         with stored.writer() as writer:
 
@@ -362,20 +366,6 @@ class _Builder:
             ],
             "kernels": [[x.name, *x.layout[:4]] for x in linears],
         }
-
-    def _gptq_bytes(self) -> int:
-        shapes = [local_shape(linear.layer) for linear in self.own]
-        layer = self.layers[next(iter(self.draft.attention_layers))]
-        return gptq_bytes(
-            num_layers=len(set(self.draft.attention_layers.values())),
-            num_heads=layer.num_heads,
-            num_kv_heads=layer.num_kv_heads,
-            head_size=layer.head_size,
-            widest=max(in_features for in_features, _ in shapes),
-            largest_weight=max(in_features * out_features for in_features, out_features in shapes),
-            tokens=self.vllm_config.scheduler_config.max_num_batched_tokens,
-            itemsize=self.dtype.itemsize,
-        )
 
     def _visit(self, module: nn.Module, name: str) -> nn.Module:
         """The draft's counterpart of ``module``: a clone, or ``module`` itself where nothing below it differs."""

@@ -39,7 +39,7 @@ class QuantSpecConfig(SpeculativeConfig):
     draft_experts: str = "int4"
     draft_kv: str = "int4"
     weight_group_size: int = 128
-    weight_rounding: str = "search"
+    weight_rounding: str = "auto"
     weight_rotation: str = "none"
     weight_bits: float | None = None
     quantize_lm_head: bool = True
