@@ -11,6 +11,7 @@ from vllm.v1.worker.gpu import cudagraph_utils, model_runner
 from vllm_quantspec.config import AUTO_NUMBERS, AUTO_SCHEDULE
 from vllm_quantspec.integration.gpu import runner as runner_v2
 from vllm_quantspec.integration.gpu import step_graphs
+from vllm_quantspec.integration.gpu.speculator import ALL_SIZES, draft_capture_sizes
 from vllm_quantspec.integration.gpu.step_graphs import PlainDescriptor, TargetCudaGraphManager
 
 
@@ -132,3 +133,14 @@ def test_drafts_have_a_plain_graph_each(drafts, schedule, monkeypatch):
 def test_the_runner_makes_ours():
     runner_v2.install()
     assert model_runner.ModelCudaGraphManager is TargetCudaGraphManager
+
+
+def test_drafts_have_graphs_of_fewer_sizes():
+    sizes = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]  # vLLM's own
+    kept = draft_capture_sizes(sizes)
+    assert set(kept) < set(sizes) and len(kept) <= len(sizes) / 2
+    for size in sizes:
+        padded = next(larger for larger in kept if larger >= size)
+        assert padded <= (size if size <= ALL_SIZES else 1.2 * size)
+    assert draft_capture_sizes([1, 100, 500, 4]) == [1, 4, 100, 500]  # a user's own
+    assert draft_capture_sizes([]) == []

@@ -54,6 +54,7 @@ OVERRIDES = {
     "add_local_computed_blocks allocate_external_computed_blocks remove_skipped_blocks pop_blocks_for_free "
     "cache_blocks find_longest_cache_hit",
     offloading.PageOffloadingConnector: "get_num_new_matched_tokens",
+    speculator.DraftCudaGraphManager: "_init_candidates capture",
     speculator.QuantSpecSpeculator: "__init__ load_draft_model set_attn _configure_decode_metadata_update "
     "init_cudagraph_manager capture propose _generate_fused_drafts _run_model",
     proposer.QuantSpecProposer: "__init__ load_model validate_same_kv_cache_group initialize_attn_backend propose "

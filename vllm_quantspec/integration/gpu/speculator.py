@@ -10,6 +10,10 @@ all, without it.
 
 from __future__ import annotations
 
+import copy
+import itertools
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,6 +47,9 @@ from vllm_quantspec.integration.gpu.step_graphs import PlainGraphs
 
 logger = init_logger("vllm.quantspec.speculator")
 
+# Batch sizes up to which drafts have a graph of every size that vLLM has.
+ALL_SIZES = 64
+
 
 def any_request_samples(input_batch: InputBatch) -> bool:
     """False where a step computes nothing but parts of prompts without their ends: drafts would be thrown away."""
@@ -50,11 +57,34 @@ def any_request_samples(input_batch: InputBatch) -> bool:
     return bool((computed >= input_batch.prefill_len_np).any())
 
 
+def draft_capture_sizes(sizes: Sequence[int]) -> list[int]:
+    """Those of vLLM's sizes that drafts have graphs of: all up to `ALL_SIZES`, then every size a fifth above the last.
+
+    A graph is of all draft steps, for each number of drafts, so capturing them takes much of an engine's start. Padding costs a
+    draft next to nothing beyond the sizes that INT4 linears are made for: a request that is not there has no pages to read.
+    """
+    sizes = sorted(sizes)
+    kept = [size for size in sizes if size <= ALL_SIZES]
+    for size, larger in itertools.pairwise([size for size in sizes if size > ALL_SIZES] + [math.inf]):
+        if larger == math.inf or not kept or larger > 1.2 * kept[-1]:
+            kept.append(size)
+    return kept
+
+
 class DraftCudaGraphManager(SpeculatorCudaGraphManager, PlainGraphs):
-    """Captures a graph for each number of drafts in the schedule, 1 included.
+    """Captures a graph for each number of drafts in the schedule, 1 included, of fewer batch sizes than the target has.
 
     vLLM's own leaves 1 out: its first draft comes from a prefill, which has graphs of its own. Ours is part of the loop.
     """
+
+    def _init_candidates(self) -> None:
+        whole = self.compilation_config
+        self.compilation_config = copy.copy(whole)
+        self.compilation_config.cudagraph_capture_sizes = draft_capture_sizes(whole.cudagraph_capture_sizes or [])
+        try:
+            super()._init_candidates()
+        finally:
+            self.compilation_config = whole
 
     def capture(self, *args, specialize_spec_tokens: bool = False, **kwargs) -> None:
         if specialize_spec_tokens:
