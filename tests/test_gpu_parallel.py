@@ -1,10 +1,19 @@
-"""Two GPUs say what one says: as processes, and as actors of Ray. CUDA graphs, torch.compile and async scheduling on."""
+"""Two GPUs say what one says: as processes and as actors of Ray, in Python and behind `vllm serve`, and as two engines that
+share a mixture's experts. CUDA graphs, torch.compile and async scheduling on."""
 
+import asyncio
 from importlib.util import find_spec
 
 import pytest
 import torch
-from engine_tools import assert_same_or_tied, engine, generate, quantspec, speculation_counts
+from engine_tools import answer_of, assert_same_or_tied, engine, generate, quantspec, speculation_counts
+from moe_tools import save_mixture
+from server_tools import serve
+from test_models import ENGINE, LENGTHS
+from test_serve import LOGPROBS, answers
+from vllm import AsyncEngineArgs, SamplingParams
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
 
@@ -23,14 +32,64 @@ def expected(request, passage):
         return model, prompts, generate(llm, prompts, MAX_TOKENS)
 
 
-@pytest.mark.parametrize("executor", ["mp", "ray"])
-def test_two_gpus(expected, executor):
-    if executor == "ray" and find_spec("ray") is None:
+@pytest.fixture(params=["mp", "ray"])
+def executor(request):
+    if request.param == "ray" and find_spec("ray") is None:
         pytest.skip("Ray is not installed: pip install 'vllm-quantspec[ray]'")
-    model, prompts, answers = expected
+    return request.param
+
+
+def test_two_gpus(expected, executor):
+    model, prompts, one = expected
     parallel = {"tensor_parallel_size": 2, "distributed_executor_backend": executor}
     with engine(model, **SIZE, **parallel, **quantspec(4)) as llm:
-        actual = generate(llm, prompts, MAX_TOKENS)
+        two = generate(llm, prompts, MAX_TOKENS)
         drafts, accepted = speculation_counts(llm)
-    assert_same_or_tied(answers, actual, TIE, executor)
+    assert_same_or_tied(one, two, TIE, executor)
     assert accepted[0] > 0.6 * drafts  # each GPU quantized its own half of the weights
+
+
+def test_a_server_of_two_gpus(expected, executor, tmp_path):
+    """As a person starts it, with the default options."""
+    model, prompts, one = expected
+    size = ["--max-model-len", "20000", "--max-num-seqs", "8", "--no-enable-prefix-caching"]
+    size += ["--gpu-memory-utilization", "0.2", "--kv-cache-memory-bytes", str(4 << 30)]
+    parallel = ["--tensor-parallel-size", "2", "--distributed-executor-backend", executor]
+    arguments = [*size, *parallel, "--speculative-config", "quantspec"]
+    with serve(model, arguments, tmp_path / "log") as server:
+        body = {"max_tokens": MAX_TOKENS, "temperature": 0, "ignore_eos": True, **LOGPROBS}
+        two = [answers(server.complete(prompt, **body))[0] for prompt in prompts]
+        metrics = server.metrics()
+    assert_same_or_tied(one, two, TIE, executor)
+    accepted, drafted = (metrics[f"vllm:spec_decode_num_{what}_tokens_total"] for what in ("accepted", "draft"))
+    assert accepted > 0.5 * drafted > 0
+
+
+def test_a_mixture_with_an_idle_rank(tmp_path):
+    """Two engines that share the experts: one drafts, the other has no request and must keep step with it."""
+    save_mixture("mixtral", tmp_path, torch.bfloat16, every_expert=True)
+    prompts = [torch.randint(3, 1000, (length,)).tolist() for length in LENGTHS]
+    with engine(str(tmp_path), **ENGINE, **quantspec(3)) as llm:
+        one = generate(llm, prompts, 60)
+    size = {"gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": 4 << 30}
+    arguments = AsyncEngineArgs(str(tmp_path), data_parallel_size=2, **ENGINE, **size, **quantspec(3))
+
+    async def ask(llm: AsyncLLM, prompt: list[int], rank: int):
+        sampling = SamplingParams(max_tokens=60, temperature=0, ignore_eos=True, logprobs=5)
+        sampling.output_kind = RequestOutputKind.FINAL_ONLY
+        inputs = {"prompt_token_ids": prompt}
+        async for output in llm.generate(inputs, sampling, f"{rank}-{len(prompt)}", data_parallel_rank=rank):
+            last = output
+        return answer_of(last)
+
+    async def run():
+        llm = AsyncLLM.from_engine_args(arguments)
+        try:
+            alone = [await ask(llm, prompt, 0) for prompt in prompts]
+            return alone, await asyncio.gather(*(ask(llm, prompt, i % 2) for i, prompt in enumerate(prompts)))
+        finally:
+            llm.shutdown()
+
+    alone, both = asyncio.run(run())
+    assert_same_or_tied(one, alone, TIE, "one rank idle")
+    assert_same_or_tied(one, both, TIE, "requests on both")
