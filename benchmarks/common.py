@@ -12,7 +12,7 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 # Speculation as the committed results have it where they name no option: what is the default may change.
-QUANTSPEC = {"method": "quantspec", "draft_context": "all", "draft_experts": "target"}
+QUANTSPEC = {"method": "quantspec", "draft_context": "all", "draft_experts": "target", "weight_rounding": "search"}
 
 
 @contextmanager

@@ -37,6 +37,9 @@ ROWS, CHUNK = 16, 128
 MAGIC = {torch.bfloat16: 128, torch.float16: 64}
 # Up to this many tokens the warps of a CTA share row tiles; beyond it they share tokens, in the other kernel.
 MAX_NARROW = 16
+# Chunks of 128 channels from which a linear of one or two row tiles per CTA has more warps, and row tiles per multiprocessor
+# above which a launch has two CTAs there: measured on an H200 (benchmarks/NOTES.md, "Plans behind a norm").
+MANY_CHUNKS, MANY_TILES = 48, 11
 # Up to about this many tokens an H200 is faster with 4 bits than with a BF16 weight.
 MAX_FASTER_TOKENS = 32
 # The same for 8 bits: with more, each 16 tokens read the weight anew.
@@ -395,8 +398,7 @@ def choose_plan(tiles: int, chunks: int, groups: int, tokens: int, device: int, 
 
 def narrow_plan(tiles: int, chunks: int, groups: int, tokens: int, properties: Device, bits: int = 4) -> Plan:
     """The launch of ``int4_linear.cu``, in passes of up to 16 tokens."""
-    sms, shared = properties.num_multiprocessors, properties.shared_memory_per_multiprocessor
-    warps = 8
+    sms, warps = properties.num_multiprocessors, 8
 
     def cost(splits: int) -> float:
         """Units (a tile's chunk) that the busiest warp reads; adding up across CTAs takes as long as a few."""
@@ -405,14 +407,26 @@ def narrow_plan(tiles: int, chunks: int, groups: int, tokens: int, properties: D
     splits = min((s for s in range(1, 9) if s <= max(1, chunks // warps)), key=cost)
     # All multiprocessors take part, or the next launch's CTAs would crowd on those that do not.
     blocks = min(tiles, max(1, sms // splits))
+    per_block = -(-tiles // blocks)
+    # Many channels of few rows: more warps share what each has to read in turn. The same for all numbers of tokens, since it
+    # decides the order of sums.
+    few_rows = bits == 4 and splits == 1 and per_block <= 2 and chunks >= MANY_CHUNKS
+    warps = 12 if few_rows else warps
     token_tiles = 1 if tokens <= 8 else 2
-    if -(-tiles // blocks) > 8 and token_tiles == 1:
+    two = token_tiles == 1 and per_block > (8 if bits == 8 else MANY_TILES)
+    if two:
         blocks *= 2  # a long launch hides its CTAs' latencies behind each other, not behind the next launch
     per_block = -(-tiles // blocks)
     per_pass = -(-per_block // -(-per_block // (8 // token_tiles)))
-    plan = Plan(warps, 0, per_pass, 1, token_tiles, splits, blocks, 2 if token_tiles == 1 else 1, bits=bits)
-    # Two CTAs per multiprocessor: the next launch's fills its ring while this one's adds up.
-    budget = shared // 2 - 2048 - plan.shared_bytes(CHUNK // groups)
+    # A short launch gains by room for the next one's CTA beside its own, which fills its ring meanwhile; one of 3 row tiles and
+    # more, or of many channels, by a longer ring.
+    alone = token_tiles == 2 or (bits == 4 and not two and (per_block > 2 or few_rows))
+    plan = Plan(warps, 0, per_pass, 1, token_tiles, splits, blocks, 1 if alone else 2, bits=bits)
+    # With 9 tokens and more two fit as well, by their shared memory.
+    room = properties.shared_memory_per_multiprocessor // 2
+    if alone and token_tiles == 1:
+        room = min(2 * room, properties.shared_memory_per_block)
+    budget = room - 2048 - plan.shared_bytes(CHUNK // groups)
     return plan._replace(stages=max(2, min(budget // (warps * (256 * bits + 64 * groups)), 16)))
 
 
