@@ -418,8 +418,8 @@ def narrow_plan(tiles: int, chunks: int, groups: int, tokens: int, properties: D
         blocks *= 2  # a long launch hides its CTAs' latencies behind each other, not behind the next launch
     per_block = -(-tiles // blocks)
     per_pass = -(-per_block // -(-per_block // (8 // token_tiles)))
-    # A short launch gains by room for the next one's CTA beside its own, which fills its ring meanwhile; one of 3 row tiles and
-    # more, or of many channels, by a longer ring.
+    # A short launch gains by room for the next one's CTA beside its own, which fills its ring meanwhile; one of 3 row tiles
+    # and more, or of many channels, by a longer ring.
     alone = token_tiles == 2 or (bits == 4 and not two and (per_block > 2 or few_rows))
     plan = Plan(warps, 0, per_pass, 1, token_tiles, splits, blocks, 1 if alone else 2, bits=bits)
     # With 9 tokens and more two fit as well, by their shared memory.

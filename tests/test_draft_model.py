@@ -14,7 +14,7 @@ from vllm.model_executor.layers.linear import LinearBase  # noqa: E402
 from vllm_quantspec.integration.draft import calibration, linears, own_linear, stored  # noqa: E402
 from vllm_quantspec.integration.draft import model as draft_model  # noqa: E402
 from vllm_quantspec.integration.draft.linears import choose_int4_method, int4_bytes  # noqa: E402
-from vllm_quantspec.integration.draft.loaded import effective_weight  # noqa: E402
+from vllm_quantspec.integration.draft.loaded import effective_weight, local_shape  # noqa: E402, local_shape
 from vllm_quantspec.integration.draft.model import DRAFT_PREFIX, build_draft_model  # noqa: E402
 from vllm_quantspec.kernels import int4_linear, rescore_logits  # noqa: E402
 from vllm_quantspec.weights import quantize_weight  # noqa: E402
@@ -355,6 +355,32 @@ def test_an_interrupted_start_leaves_nothing(runner, build, cache_root, monkeypa
     with pytest.raises(KeyboardInterrupt):
         build(weight_rounding="gptq")
     assert not [path for path in cache_root.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_model_for_which_gptq_fails(runner, build, cache_root, monkeypatch, asked):
+    """By default the engine starts all the same."""
+
+    def fails(config, model, linears):
+        first = next(iter(linears))
+        linears[first](torch.eye(local_shape(first)[0]))
+        raise RuntimeError("no forward pass\nfor you")
+
+    warnings = []
+    monkeypatch.setattr(draft_model.logger, "warning", lambda message, *values: warnings.append(message % values))
+    monkeypatch.setattr(draft_model, "calibrate", fails)
+    if asked:
+        with pytest.raises(RuntimeError, match="no forward pass"):
+            build(weight_rounding="gptq")
+        return
+    draft = build(weight_rounding="gptq", gptq_asked=False)
+    (warning,) = (text for text in warnings if "GPTQ" in text)
+    assert "by search: RuntimeError: no forward pass for you" in warning
+    assert not [path for path in cache_root.rglob("*") if path.is_file()]
+    for name in draft.quantized:
+        weight, _ = effective_weight(runner.get_model().get_submodule(name), torch.bfloat16)
+        applied, _ = effective_weight(draft.model.get_submodule(name), torch.bfloat16)
+        assert (applied.float() - weight.float()).norm() < 0.2 * weight.float().norm()
 
 
 def test_moments_that_gptq_cannot_use(runner, build, monkeypatch):

@@ -102,6 +102,7 @@ def build_draft_model(
     weight_group_size: int = 128,
     quantize_lm_head: bool = True,
     weight_rounding: str = "search",
+    gptq_asked: bool = True,
     weight_rotation: str = "none",
     weight_bits: float | None = None,
 ) -> DraftModel:
@@ -122,6 +123,7 @@ def build_draft_model(
         quantize_lm_head: also run the output projection in INT4, see `draft.head`.
         weight_rounding: ``"search"``, ``"nearest"`` or ``"gptq"``, see `vllm_quantspec.weights.quantize_weight`; GPTQ
             goes by the inputs that the linears have while the model writes texts of its own, see `calibration`.
+        gptq_asked: whether the user asked for that: otherwise a model for which it fails has weights rounded by search.
         weight_rotation: ``"hadamard"`` for weights of rotated inputs, see `vllm_quantspec.rotation`, or ``"none"``.
         weight_bits: of ``"mixed"``: the most bits per weight on average; None: as the cost model finds fastest.
 
@@ -146,6 +148,7 @@ def build_draft_model(
         weight_group_size,
         quantize_lm_head,
         weight_rounding,
+        gptq_asked,
         weight_rotation == "hadamard",
         weight_bits,
     )
@@ -209,6 +212,7 @@ def build_configured_draft(vllm_config: VllmConfig, target_model: nn.Module) -> 
             weight_group_size=config.weight_group_size,
             quantize_lm_head=config.quantize_lm_head,
             weight_rounding=rounding,
+            gptq_asked=config.weight_rounding == "gptq",
             weight_rotation=config.weight_rotation,
             weight_bits=config.weight_bits,
         )
@@ -242,6 +246,7 @@ class _Builder:
         weight_group_size: int,
         quantize_lm_head: bool,
         weight_rounding: str,
+        gptq_asked: bool,
         rotated: bool,
         weight_bits: float | None,
     ) -> None:
@@ -254,7 +259,7 @@ class _Builder:
         self.quantize_experts = self.quantize and draft_experts == "int4"
         self.group_size = weight_group_size
         self.quantize_lm_head = quantize_lm_head
-        self.rounding, self.rotated = weight_rounding, rotated
+        self.rounding, self.gptq_asked, self.rotated = weight_rounding, gptq_asked, rotated
         self.own: list[OwnLinear] = []
         self.draft = DraftModel()
         self.clones: dict[int, nn.Module] = {}
@@ -338,18 +343,33 @@ class _Builder:
             "beside the weights until it is done",
             gptq_needs(self.vllm_config, [local_shape(linear.layer) for linear in self.own]) / 2**30,
         )
-        with stored.writer() as writer:
+        left = {linear.layer: linear for linear in self.own}
+        try:
+            with stored.writer() as writer:
+                self._calibrate(target_model, left, writer)
+        except Exception as error:
+            if self.gptq_asked:
+                raise
+            logger.warning(
+                "GPTQ cannot round the draft weights of this model, so they are rounded by search: %s: %s",
+                type(error).__name__,
+                " ".join(str(error).split()),
+            )
+            for linear in left.values():
+                linear.put(linear.rounded())
 
-            def take(linear: OwnLinear, moments: torch.Tensor | None) -> None:
-                del left[linear.layer]
-                weight = linear.rounded(moments)
-                writer.put(linear.name, weight)
-                linear.put(weight)
+    def _calibrate(self, target_model: nn.Module, left: dict[nn.Module, OwnLinear], writer) -> None:
+        """Round the linears ``left`` and write them for the next start; each is taken out as soon as it is done."""
 
-            left = {linear.layer: linear for linear in self.own}
-            calibrate(self.vllm_config, target_model, {x.layer: functools.partial(take, x) for x in self.own})
-            for linear in list(left.values()):
-                take(linear, None)  # it was not called: the output layer, say, which is never called as a module
+        def take(linear: OwnLinear, moments: torch.Tensor | None) -> None:
+            weight = linear.rounded(moments)
+            writer.put(linear.name, weight)
+            linear.put(weight)
+            del left[linear.layer]
+
+        calibrate(self.vllm_config, target_model, {x.layer: functools.partial(take, x) for x in self.own})
+        for linear in list(left.values()):
+            take(linear, None)  # it was not called: the output layer, say, which is never called as a module
 
     def _what_decides(self, target_model: nn.Module, linears: list[OwnLinear]) -> dict:
         """All that roundings of ``linears`` depend on, but for versions."""

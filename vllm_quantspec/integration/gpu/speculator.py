@@ -60,8 +60,8 @@ def any_request_samples(input_batch: InputBatch) -> bool:
 def draft_capture_sizes(sizes: Sequence[int]) -> list[int]:
     """Those of vLLM's sizes that drafts have graphs of: all up to `ALL_SIZES`, then every size a fifth above the last.
 
-    A graph is of all draft steps, for each number of drafts, so capturing them takes much of an engine's start. Padding costs a
-    draft next to nothing beyond the sizes that INT4 linears are made for: a request that is not there has no pages to read.
+    A graph is of all draft steps, for each number of drafts: capturing them takes much of an engine's start. Padding costs
+    next to nothing beyond the sizes that INT4 linears are made for: a request that is not there has no pages to read.
     """
     sizes = sorted(sizes)
     kept = [size for size in sizes if size <= ALL_SIZES]
