@@ -130,7 +130,8 @@ def scripted_llama(acceptance: float):
             device = torch.get_default_device()
             cls.script = torch.zeros(MAX_POSITIONS, dtype=torch.int64, device=device)
             rng = torch.Generator().manual_seed(0)
-            cls.is_right = (torch.rand(MAX_POSITIONS, generator=rng) < acceptance).to(device)
+            # On the CPU whatever the default device is, as the generator.
+            cls.is_right = (torch.rand(MAX_POSITIONS, generator=rng, device="cpu") < acceptance).to(device)
 
         def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None):
             if self.skips_prompts and input_ids.shape[0] >= PREFILL_TOKENS:

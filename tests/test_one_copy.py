@@ -255,3 +255,8 @@ def test_many_tokens_where_marlin_runs(monkeypatch):
     assert seen["weight"] is packed.codes and seen["weight_scale"] is packed.scales and seen["weight_zp"].numel() == 0
     assert seen["wtype"] == scalar_types.uint4b8
     assert (seen["output_size_per_partition"], seen["input_size_per_partition"]) == (OUT, IN)
+    seen.clear()
+    x = torch.randn(marlin_linears.MAX_TOKENS_MARLIN + 1, IN).bfloat16()
+    out = marlin_linears.one_copy_linear(x, *packed, None, True)  # a prompt's tokens
+    assert not seen
+    torch.testing.assert_close(out, x @ marlin_linear.dequantize(packed).bfloat16().t(), rtol=0.02, atol=0.05)

@@ -3,8 +3,8 @@
 With the option ``one_copy`` vLLM chooses `MarlinLinearKernel` for these linears (`startup/one_copy.py`), whatever the
 checkpoint's format, and two of its methods are replaced: weights are brought into Marlin's order by tensor operations, as
 vLLM's kernel for it does not run everywhere, and up to `MAX_TOKENS` tokens of a step run on our kernel. More run on vLLM's,
-which reads the same tensors. Where that does not run on this GPU, ours goes on to `MAX_TOKENS_ALONE`, and
-beyond them a step dequantizes the weight of one linear at a time.
+which reads the same tensors, up to `MAX_TOKENS_MARLIN`; a prompt's many tokens are worth dequantizing one linear at a time
+for a product in 16 bits. Where Marlin does not run on this GPU, ours goes on to `MAX_TOKENS_ALONE`.
 
 The draft shares these linears with the target (`draft/one_copy.py`): its weights are the same 4 bits.
 """
@@ -43,6 +43,9 @@ logger = init_logger("vllm.quantspec.linears")
 
 # As fast as Marlin with 16 tokens; with 32 it takes half as long again (results/marlin_linear.json).
 MAX_TOKENS = 16
+# With Marlin a prompt of 32k takes an engine 1.4 times as long as with Machete. To write and read a weight in 16 bits costs
+# as much as some 200 tokens' products differ, by arithmetic (benchmarks/NOTES.md); not measured yet.
+MAX_TOKENS_MARLIN = 512
 # Where Marlin does not run: reading 4 bits once per 32 tokens is less than writing and reading 16. Not measured yet.
 MAX_TOKENS_ALONE = 160
 _OURS = "quantspec_has_marlin"  # an attribute of vLLM's kernel object: whether Marlin takes many tokens
@@ -56,7 +59,7 @@ def one_copy_linear(
     bias: torch.Tensor | None,
     has_marlin: bool,
 ) -> torch.Tensor:
-    """`marlin_linear`, for many tokens vLLM's Marlin kernel or (``has_marlin`` is False) a product with 16-bit weights.
+    """`marlin_linear`, for more tokens vLLM's Marlin kernel (if ``has_marlin``), for many a product with 16-bit weights.
 
     Arguments and result as `marlin_linear`'s.
 
@@ -64,7 +67,7 @@ def one_copy_linear(
     """
     if x.shape[0] <= (MAX_TOKENS if has_marlin else MAX_TOKENS_ALONE):
         return marlin_linear.marlin_linear(x, codes, scales, zeros, bias)
-    if not has_marlin:
+    if not has_marlin or x.shape[0] > MAX_TOKENS_MARLIN:
         weight = marlin_dequantize(MarlinWeight(codes, scales, zeros))
         return F.linear(x, weight, None if bias is None else marlin_linear.single_order_undone(bias))
     return vllms_marlin(x, codes, scales, zeros, bias)
@@ -122,8 +125,11 @@ def _in_tensor_operations(process_weights_after_loading):
         setattr(self, _OURS, problem is None)
         mark(layer)
         most = MAX_TOKENS_ALONE if problem else MAX_TOKENS
-        more = f"their dequantized weights ({problem})" if problem else "vLLM's Marlin kernel"
-        logger.info_once("4-bit linears run on this package's GPU kernel up to %d tokens, beyond on %s.", most, more)
+        marlin = f" ({problem})" if problem else f", up to {MAX_TOKENS_MARLIN} on vLLM's Marlin kernel"
+        logger.info_once(
+            "4-bit linears run on this package's GPU kernel up to %d tokens%s, beyond on their dequantized weights.",
+            *(most, marlin),
+        )
 
     return process_one_copy
 
