@@ -163,7 +163,7 @@ def test_speed_of_other_shapes_is_what_was_measured(name):
         )
         predicted = s.exact if row["config"] == "bf16" else s.cycle
         assert predicted == pytest.approx(row["ms_per_step"], rel=0.05), row
-    assert len(rows) == (4 if model.experts else 7)
+    assert len(rows) == (4 if model.experts else 6)
 
 
 def test_a_draft_reads_its_experts_in_4_bits_where_asked():
@@ -201,7 +201,7 @@ def test_memory_is_what_the_cache_specs_say(group_size, tp, bits):
         ("8b", LLAMA_8B, 59),
         ("8b-peers", LLAMA_8B, 5),
         ("8b-self", LLAMA_8B, 5),
-        ("8b-tp2", LLAMA_8B, 8),
+        ("8b-tp2-auto", LLAMA_8B, 8),
         ("7b", LLAMA_2_7B, 40),
         ("7b-peers", LLAMA_2_7B, 8),
     ],
