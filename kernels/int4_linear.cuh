@@ -22,6 +22,16 @@ DEV uint4 ldg128(const u16* p) {
   return r;
 }
 
+DEV uint4 ldg128_if(const u16* p, bool there) {  // or zeros
+  uint4 r;
+  asm volatile(
+      "{.reg .pred p;\n setp.ne.u32 p,%5,0;\n mov.u32 %0,0;\n mov.u32 %1,0;\n mov.u32 %2,0;\n mov.u32 %3,0;\n"
+      " @p ld.global.v4.u32 {%0,%1,%2,%3},[%4];}"
+      : "=&r"(r.x), "=&r"(r.y), "=&r"(r.z), "=&r"(r.w)
+      : "l"(p), "r"((u32)there));
+  return r;
+}
+
 DEV void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma(c, a[0], a[1], a[2], a[3], b0, b1); }
 
 #if ROTATED

@@ -23,14 +23,12 @@
 // Macros: GROUP_SIZE IS_BF16 WARPS (that multiply) STAGES (chunks of a warp's codes) TILES TOKEN_TILES X_STAGES (chunks of x)
 //         PRODUCERS SPLITS MIN_CTAS (CTAs that registers allow on a multiprocessor) WGMMA CLUSTER ROTATED
 
-#include "int4_linear.cuh"
+#include "int4_linear_shares.cuh"
 #if WGMMA
 #include "wgmma.cuh"
 #endif
 
-constexpr int NW = WARPS, T = TILES, NT = TOKEN_TILES, S = STAGES, XS = X_STAGES, NP = PRODUCERS;
-constexpr int GROUPS = 128 / GROUP_SIZE, STEPS = GROUP_SIZE / 16;  // per chunk; products of k = 16 per group
-constexpr int CODES = 1024, SCALES = 64 * GROUPS, UNIT = CODES + SCALES;  // bytes of one tile's chunk
+constexpr int XS = X_STAGES, NP = PRODUCERS, STEPS = GROUP_SIZE / 16;  // products of k = 16 per group
 constexpr int X_HALF = NT * 1024, X_STAGE = 2 * X_HALF;                    // 64 and 128 channels of all tokens
 constexpr int RINGS_AT = XS * X_STAGE, RINGS = NW * S * T * UNIT;
 constexpr int SUMS = CLUSTER ? NW * T * NT * 512 : 0;  // in the place of the rings
@@ -38,62 +36,17 @@ constexpr int BARRIERS_AT = RINGS_AT + RINGS > SUMS ? RINGS_AT + RINGS : SUMS;
 static_assert(NP <= XS, "a warp that is a whole ring ahead would take the parity of an earlier round for its own");
 static_assert(!CLUSTER || SPLITS > 1, "a cluster is of several CTAs");
 static_assert(NT % 2 == 0, "x is brought two tiles of tokens at a time");
-static_assert(S >= 2 && XS >= 2, "a stage is filled while another is used");
+static_assert(XS >= 2, "a stage is filled while another is used");
 #if WGMMA
 static_assert(NW % 4 == 0, "four warps are a warp group");
 #endif
 
-extern __shared__ __align__(1024) u8 smem[];
-
-DEV void wait_for_consumers() { asm volatile("bar.sync 1,%0;" ::"n"(32 * NW) : "memory"); }
-DEV void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int LEFT>
-DEV void wait_for_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
-}
-DEV void sts32(u32 a, u32 x) { asm volatile("st.shared.u32 [%0],%1;" ::"r"(a), "r"(x) : "memory"); }
 DEV uint4 ldmatrix4(u32 a) {
   uint4 r;
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3},[%4];"
                : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
                : "r"(a)
                : "memory");
-  return r;
-}
-DEV uint4 ldg128_if(const u16* p, bool there) {  // or zeros
-  uint4 r;
-  asm volatile(
-      "{.reg .pred p;\n setp.ne.u32 p,%5,0;\n mov.u32 %0,0;\n mov.u32 %1,0;\n mov.u32 %2,0;\n mov.u32 %3,0;\n"
-      " @p ld.global.v4.u32 {%0,%1,%2,%3},[%4];}"
-      : "=&r"(r.x), "=&r"(r.y), "=&r"(r.z), "=&r"(r.w)
-      : "l"(p), "r"((u32)there));
-  return r;
-}
-#if CLUSTER
-DEV void sts128(u32 a, float4 v) {
-  asm volatile("st.shared.v4.f32 [%0],{%1,%2,%3,%4};" ::"r"(a), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
-}
-// From the shared memory of a CTA of the cluster, at what is `a` in one's own.
-DEV float4 lds128_of(int cta, u32 a) {
-  float4 r;
-  asm volatile("{.reg .u32 at;\n mapa.shared::cluster.u32 at,%4,%5;\n ld.shared::cluster.v4.f32 {%0,%1,%2,%3},[at];}"
-               : "=f"(r.x), "=f"(r.y), "=f"(r.z), "=f"(r.w)
-               : "r"(a), "r"(cta)
-               : "memory");
-  return r;
-}
-// All threads of the cluster that have not returned; what they wrote is there.
-DEV void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release;\n barrier.cluster.wait.acquire;" ::: "memory");
-}
-// The same, without a wait for what they wrote.
-DEV void cluster_meet() {
-  asm volatile("barrier.cluster.arrive.relaxed;\n barrier.cluster.wait.acquire;" ::: "memory");
-}
-#endif
-DEV int load_acquire(const int* p) {
-  int r;
-  asm volatile("ld.acquire.gpu.global.s32 %0,[%1];" : "=r"(r) : "l"(p) : "memory");
   return r;
 }
 DEV u32 fma2(u32 a, u32 b, u32 c) {
@@ -105,10 +58,6 @@ DEV u32 fma2(u32 a, u32 b, u32 c) {
 #endif
   return r;
 }
-
-struct Range {
-  int tile_begin, tiles, chunk_begin, chunks, token0;
-};
 
 // ---- x ---------------------------------------------------------------------------------------------------------------
 // Two tiles of tokens of a chunk.
@@ -178,23 +127,6 @@ DEV void produce_x(const Params& p, const Range& r, u32 ring, u32 full, u32 empt
 }
 
 // ---- Codes -----------------------------------------------------------------------------------------------------------
-// A warp's place in the weight: the next chunk of its first row tile. Its others lie NW tiles apart.
-struct Place {
-  const u8 *codes, *scales;
-  int slots;  // row tiles that it has
-};
-DEV void fetch(Place& from, u32 to, i64 chunks, int lane) {
-#pragma unroll
-  for (int i = 0; i < T; i++)
-    if (i < from.slots) {
-      const u8* codes = from.codes + i * NW * CODES * chunks;
-      copy16(to + i * UNIT + lane * 16, codes);
-      copy16(to + i * UNIT + lane * 16 + 512, codes + 512);
-      if (lane < SCALES / 16) copy16(to + i * UNIT + CODES + lane * 16, from.scales + i * NW * SCALES * chunks);
-    }
-  from.codes += CODES, from.scales += SCALES;
-}
-
 // Pairs of the same number, for rows g and g + 8.
 struct Scale {
   u32 scale[2], minus_zero[2];
@@ -212,77 +144,6 @@ DEV void scaled(u32 (&a)[4], u32 w, const Scale& by) {
   for (int e = 0; e < 4; e++) a[e] = fma2(fma2(a[e], one, by.minus_zero[e & 1]), by.scale[e & 1], 0x80008000);
 }
 
-// ---- Sums of several CTAs --------------------------------------------------------------------------------------------
-// A lane's sums of row tile `tile` of the CTA and tokens 8*n..8*n+7, of CTA `split`. With CLUSTER all warps are done with the
-// rings before sums take their place.
-#if CLUSTER
-DEV u32 sums_at(int tile, int n, int lane) { return ((tile * NT + n) * 32 + lane) * 16; }
-DEV void leave(const Params&, const Range&, int tile, int n, int lane, float4 v) {
-  sts128(shared_address(smem) + sums_at(tile, n, lane), v);
-}
-DEV float4 left_by(const Params&, const Range&, int split, int tile, int n, int lane) {
-  return lds128_of(split, shared_address(smem) + sums_at(tile, n, lane));
-}
-#else
-DEV float4* sums_at(const Params& p, const Range& r, int split, int tile, int n, int lane) {
-  return p.partial + ((split * gridDim.y + blockIdx.y) * NT + n) * (i64)p.tiles * 32 + (r.tile_begin + tile) * 32 + lane;
-}
-DEV void leave(const Params& p, const Range& r, int tile, int n, int lane, float4 v) {
-  *sums_at(p, r, blockIdx.z, tile, n, lane) = v;
-}
-DEV float4 left_by(const Params& p, const Range& r, int split, int tile, int n, int lane) {
-  return __ldcg(sums_at(p, r, split, tile, n, lane));
-}
-DEV int* arrived_of(const Params& p) { return p.arrived + blockIdx.y * gridDim.x + blockIdx.x; }
-#endif
-
-// Until all CTAs of these rows have left their sums.
-DEV void wait_for_splits(const Params& p, int thread) {
-#if CLUSTER
-  cluster_sync();
-#else
-  wait_for_consumers();
-  if (thread == 0) {
-    __threadfence();
-    atomicAdd(arrived_of(p), 1);
-    while (load_acquire(arrived_of(p)) < SPLITS) {
-    }
-  }
-  wait_for_consumers();
-#endif
-}
-// Until what this CTA has left may go: when all have read it. The workspace stays; its counter is zero for the next launch.
-DEV void leave_splits(const Params& p, int thread) {
-#if CLUSTER
-  cluster_meet();
-#else
-  wait_for_consumers();
-  if (thread == 0 && atomicAdd(arrived_of(p), 1) == 2 * SPLITS - 1) *arrived_of(p) = 0;
-#endif
-}
-
-// Add up this CTA's part of the sums, two at a time, for their loads to be under way together.
-DEV void merge_splits(const Params& p, const Range& r, int thread) {
-  const int all = r.tiles * NT, begin = all * blockIdx.z / SPLITS, end = all * (blockIdx.z + 1) / SPLITS, lane = thread & 31;
-  for (int at = begin + thread / 32; at < end; at += 2 * NW) {
-    float4 v[2][SPLITS];
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-#pragma unroll
-      for (int z = 0; z < SPLITS; z++)
-        if (at + i * NW < end) v[i][z] = left_by(p, r, z, (at + i * NW) / NT, (at + i * NW) % NT, lane);
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const int n = (at + i * NW) % NT, tile = r.tile_begin + (at + i * NW) / NT;
-      if (at + i * NW >= end || r.token0 + n * 8 + (lane & 3) * 2 >= p.tokens) continue;
-#pragma unroll
-      for (int z = 1; z < SPLITS; z++)
-        v[i][0].x += v[i][z].x, v[i][0].y += v[i][z].y, v[i][0].z += v[i][z].z, v[i][0].w += v[i][z].w;
-      store(p, v[i][0], tile, r.token0 + n * 8, lane);
-    }
-  }
-}
-
 #if CLUSTER
 #define IN_CLUSTERS __cluster_dims__(1, 1, SPLITS)
 #else
@@ -291,12 +152,7 @@ DEV void merge_splits(const Params& p, const Range& r, int thread) {
 extern "C" __global__ void __launch_bounds__(32 * (NW + NP), MIN_CTAS) IN_CLUSTERS
 int4_linear_wide(const __grid_constant__ Params p) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  Range r;
-  r.tile_begin = (u32)(p.tiles * blockIdx.x) / gridDim.x;
-  r.tiles = (int)((u32)(p.tiles * (blockIdx.x + 1)) / gridDim.x) - r.tile_begin;
-  r.chunk_begin = p.chunks * blockIdx.z / SPLITS;
-  r.chunks = p.chunks * (blockIdx.z + 1) / SPLITS - r.chunk_begin;
-  r.token0 = blockIdx.y * 8 * NT;
+  const Range r = range_of(p);
   const u32 x_ring = shared_address(smem), full = x_ring + BARRIERS_AT, empty = full + 8 * XS;
   if (threadIdx.x < XS) {
     barrier_init(full + threadIdx.x * 8, 32);
@@ -310,13 +166,12 @@ int4_linear_wide(const __grid_constant__ Params p) {
 
   // This warp's tiles are tile_begin + warp + i * NW.
   const u32 ring = x_ring + RINGS_AT + warp * (S * T * UNIT);
-  const i64 first = (i64)(r.tile_begin + warp) * p.chunks + r.chunk_begin;
   const int slots = (r.tiles - warp + NW - 1) / NW;
-  Place place = {p.codes + first * CODES + lane * 16, p.scales + first * SCALES + lane * 16, slots};
+  Place place = place_of(p, r, warp, slots, lane);
 #pragma unroll
   for (int c = 0; c < S - 1; c++) {
     if (c < r.chunks) fetch(place, ring + c * T * UNIT, p.chunks, lane);
-    commit_copies();
+    end_batch();
   }
   wait_for_predecessor();
   release_successor();
@@ -337,10 +192,10 @@ int4_linear_wide(const __grid_constant__ Params p) {
   for (int c = 0; c < r.chunks; c++) {
     const u32 stage = ring + slot * T * UNIT, x = x_ring + x_slot * X_STAGE;
     const u32 used = empty + (x_slot == 0 ? XS - 1 : x_slot - 1) * 8;  // the chunk before has been there
-    wait_for_copies<S - 2>();
+    wait_for_batches<S - 2>();
     __syncwarp();  // for the scales, which few lanes copy; and all lanes are done with the chunk before
     if (c + S - 1 < r.chunks) fetch(place, ring + (slot == 0 ? S - 1 : slot - 1) * T * UNIT, p.chunks, lane);
-    commit_copies();
+    end_batch();
     wait_for(full + x_slot * 8, parity);
 #if WGMMA
     if (team_slots <= 0 && lane == 0 && c > 0) arrive(used);
@@ -403,7 +258,7 @@ int4_linear_wide(const __grid_constant__ Params p) {
   for (int i = 0; i < T; i++) hold<NT>(acc[i][0]);
 #endif
 #if CLUSTER
-  wait_for_consumers();
+  meet<32 * NW>();
 #endif
 #pragma unroll
   for (int i = 0; i < T; i++)

@@ -1,5 +1,5 @@
 // Products of a warp group (Hopper, sm_90a): 64 rows in A fragments of registers, 8 * NT columns in shared memory.
-// Macros: IS_BF16, or FACTORS (types of both factors, as wgmma calls them)
+// Macros: IS_BF16, or FACTORS (types of both factors, as wgmma calls them; of 16 bits, or with BYTES of 8)
 #pragma once
 
 #include "ptx.cuh"
@@ -27,9 +27,16 @@ constexpr u32 COLUMNS_HIGH = 1u << 30 | 1024 >> 4;
 #define FACTORS "f16.f16"
 #endif
 #endif
+#ifdef BYTES  // a register has four of them; B is as it lies in memory
+#define CHANNELS "k32"
+#define SIGNS ",1,1"
+#else
+#define CHANNELS "k16"
+#define SIGNS ",1,1,0"
+#endif
 #define PRODUCT(n, sums, a0, a1, a2, a3, b, add) \
-  "{.reg .pred p;\n setp.ne.u32 p,%" add ",0;\n wgmma.mma_async.sync.aligned.m64n" n "k16.f32." FACTORS " {" sums "},{%" a0 \
-  ",%" a1 ",%" a2 ",%" a3 "},%" b ",p,1,1,0;}"
+  "{.reg .pred p;\n setp.ne.u32 p,%" add ",0;\n wgmma.mma_async.sync.aligned.m64n" n CHANNELS ".f32." FACTORS " {" sums \
+  "},{%" a0 ",%" a1 ",%" a2 ",%" a3 "},%" b ",p" SIGNS ";}"
 #define SUMS_16 "%0,%1,%2,%3,%4,%5,%6,%7"
 #define SUMS_24 SUMS_16 ",%8,%9,%10,%11"
 #define SUMS_32 SUMS_24 ",%12,%13,%14,%15"
@@ -98,3 +105,5 @@ DEV void hold(float* c) {
 #undef SUMS_64
 #undef FOUR
 #undef INPUTS
+#undef CHANNELS
+#undef SIGNS

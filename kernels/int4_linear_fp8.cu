@@ -1,0 +1,215 @@
+// y = x W^T on Hopper for 9 tokens or more (a launch has blocks of up to 64) and a weight of 4-bit codes in groups, with products of
+// e4m3 (FP8) numbers. Compiled by NVRTC.
+//
+// A byte from 0 to 15 read as e4m3 is that number times 2^-9: its subnormal numbers and the first ones above them lie evenly.
+// So a word of 8 codes is a fragment's two registers after a mask and a shift, and nothing has to be scaled before the product.
+// Inputs are split in two e4m3 numbers that together have the 8 bits of bfloat16 (int4_linear_fp8.cuh); both are multiplied by
+// the same codes into the same sums. A group's sums begin at zero; scales and zero points are applied to them in fp32.
+// (The tensor cores keep about 14 bits of such a sum.)
+//
+// Rows are M and tokens N. Work is divided as in int4_linear_wide.cu: a CTA has a share of the row tiles and of the channels (SPLITS);
+// a warp has up to TILES row tiles and a ring of their codes of its own; four warps are a warp group; x comes through a ring
+// of the CTA. A few more warps (PRODUCERS) fill that: they convert, a tile of 8 tokens each. With READY, x was converted
+// by int4_linear_fp8_inputs.cu and one warp asks for copies.
+//
+// The launch overlaps with its predecessor: only codes are read before the wait.
+//
+// Macros: GROUP_SIZE IS_BF16 WARPS (that multiply) STAGES (chunks of a warp's codes) TILES TOKEN_TILES PARTS (1: inputs have 4 bits
+//         and an exponent) X_STAGES (chunks of x) PRODUCERS READY SPLITS DEPTH (sets of a group's sums: products of one are made
+//         while another is added up) MIN_CTAS (CTAs that registers allow on a multiprocessor) ROTATED
+
+#define CLUSTER 0
+#include "int4_linear_fp8.cuh"
+#include "int4_linear_shares.cuh"
+#define FACTORS "e4m3.e4m3"
+#define BYTES
+#include "wgmma.cuh"
+
+constexpr int XS = X_STAGES, NP = PRODUCERS, PER_GROUP = GROUP_SIZE / 32;  // products of k = 32 of a group and part
+constexpr int FACTORS_AT = XS * X_BYTES, RINGS_AT = FACTORS_AT + XS * FACTOR_BYTES;
+constexpr int BARRIERS_AT = RINGS_AT + NW * S * T * UNIT;
+constexpr int STEPS = T * GROUPS;  // of a chunk: a row tile's group
+static_assert((NP + NT - 1) / NT <= XS, "a warp that is a whole ring ahead would take the parity of an earlier round for its own");
+static_assert(XS >= 2, "a stage is filled while another is used");
+static_assert(NW % 4 == 0, "four warps are a warp group");
+static_assert(DEPTH == 1 || STEPS > 1, "a chunk has something to multiply while a group is added up");
+static_assert(!READY || NP == 1, "one warp asks for copies");
+
+struct ToShared {
+  u32 x, factors_at;
+  int n, lane;
+  DEV void word(int part, u32 at, u32 v) const { sts32(x + part * X_PART + n * 1024 + at, v); }
+  DEV void factors(int group, float4 v) const { sts128(factors_at + group * FACTORS_OF_GROUP + n * 64 + lane * 16, v); }
+};
+
+// One of the warps that fill the ring of x: every NP-th tile of tokens, chunk by chunk, with two loads of 2 KB under way.
+DEV void produce(const Params& p, const Range& r, u32 ring, u32 full, u32 empty, int producer, int lane) {
+#if READY
+  if (lane > 0) return;
+  const u8* from = reinterpret_cast<const u8*>(p.x) + (blockIdx.y * (i64)p.chunks + r.chunk_begin) * (X_BYTES + FACTOR_BYTES);
+  int slot = 0;
+  u32 parity = 1;
+#pragma unroll 1
+  for (int c = 0; c < r.chunks; c++, from += X_BYTES + FACTOR_BYTES) {
+    if (c >= XS) wait_for(empty + slot * 8, parity);
+    arrive_expecting(full + slot * 8, X_BYTES + FACTOR_BYTES);
+    copy_bulk(ring + slot * X_BYTES, from, X_BYTES, full + slot * 8);
+    copy_bulk(ring + FACTORS_AT + slot * FACTOR_BYTES, from + X_BYTES, FACTOR_BYTES, full + slot * 8);
+    if (++slot == XS) slot = 0, parity ^= 1;
+  }
+#else
+#if ROTATED
+  const u32 signs = signs_of_lane(lane);
+#endif
+  const int tiles = r.chunks * NT;
+  uint4 x[2][4];
+  auto load = [&](uint4(&x)[4], int i) {
+    load_tile(x, p, r.token0 + i % NT * 8, r.chunk_begin + i / NT, i < tiles, lane);
+  };
+  load(x[0], producer), load(x[1], producer + NP);
+#pragma unroll 1
+  for (int first = producer; first < tiles; first += 2 * NP)
+#pragma unroll
+    for (int b = 0; b < 2; b++) {
+      const int i = first + b * NP, c = i / NT, n = i % NT, slot = c % XS, round = c / XS;
+      if (i >= tiles) return;
+      if (round > 0) wait_for(empty + slot * 8, (round & 1) ^ 1);
+#if ROTATED
+#pragma unroll
+      for (int j = 0; j < 4; j++) rotate(x[b][j], signs);
+#endif
+      split_tile(x[b], lane, ToShared{ring + slot * X_BYTES, ring + FACTORS_AT + slot * FACTOR_BYTES, n, lane});
+      fence_shared();
+      __syncwarp();
+      if (lane == 0) arrive(full + slot * 8);
+      load(x[b], i + 2 * NP);
+    }
+#endif
+}
+
+// A fragment of product j: two words, of 4 channels and 4 more, rows g and g + 8.
+DEV void expand(u32 (&a)[4], const uint4 (&w)[2], int j) {
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    nibbles(a[2 * half], a[2 * half + 1], word(w[j / 2], j % 2 * 2 + half));
+  }
+}
+
+// A group's sums to those of all groups.
+DEV void add_group(float (&acc)[NT][4], const float (&part)[NT][4], u32 scales, u32 factors, int lane) {
+  const uint2 v = lds64(scales + (lane >> 2) * 8);
+  const float magic = IS_BF16 ? 128.f : 64.f, s0 = low_float(v.x), s1 = low_float(v.y);
+  const float z0 = magic - high_float(v.x), z1 = magic - high_float(v.y);
+#pragma unroll
+  for (int n = 0; n < NT; n++) {
+    const uint4 u = lds128(factors + n * 64 + (lane & 3) * 16);
+    const float f0 = __uint_as_float(u.x), f1 = __uint_as_float(u.y), x0 = __uint_as_float(u.z), x1 = __uint_as_float(u.w);
+    acc[n][0] = fmaf(s0 * f0, fmaf(z0, x0, part[n][0]), acc[n][0]);
+    acc[n][1] = fmaf(s0 * f1, fmaf(z0, x1, part[n][1]), acc[n][1]);
+    acc[n][2] = fmaf(s1 * f0, fmaf(z1, x0, part[n][2]), acc[n][2]);
+    acc[n][3] = fmaf(s1 * f1, fmaf(z1, x1, part[n][3]), acc[n][3]);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(32 * (NW + NP), MIN_CTAS)
+int4_linear_fp8(const __grid_constant__ Params p) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const Range r = range_of(p);
+  const u32 x_ring = shared_address(smem), full = x_ring + BARRIERS_AT, empty = full + 8 * XS;
+  if (threadIdx.x < XS) {
+    barrier_init(full + threadIdx.x * 8, READY ? 1 : NT);
+    barrier_init(empty + threadIdx.x * 8, NW);
+  }
+  __syncthreads();
+  if (warp >= NW) {
+    wait_for_predecessor();
+    return produce(p, r, x_ring, full, empty, warp - NW, lane);
+  }
+
+  // This warp's tiles are tile_begin + warp + i * NW.
+  const u32 ring = x_ring + RINGS_AT + warp * (S * T * UNIT);
+  const int slots = (r.tiles - warp + NW - 1) / NW;
+  Place place = place_of(p, r, warp, slots, lane);
+#pragma unroll
+  for (int c = 0; c < S - 1; c++) {
+    if (c < r.chunks) fetch(place, ring + c * T * UNIT, p.chunks, lane);
+    end_batch();
+  }
+  wait_for_predecessor();
+  release_successor();
+
+  // A warp without a tile multiplies what is there, as the four of a group do the same, and stores nothing.
+  float acc[T][NT][4], part[DEPTH][NT][4];
+#pragma unroll
+  for (int i = 0; i < T; i++)
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) acc[i][n][e] = 0.f;
+  auto add = [&](int step, u32 stage, u32 factors) {
+    const int i = step / GROUPS, q = step % GROUPS;
+    hold<NT>(part[step % DEPTH][0]);
+    add_group(acc[i], part[step % DEPTH], stage + i * UNIT + CODES + q * 64, factors + q * FACTORS_OF_GROUP, lane);
+  };
+  int slot = 0, x_slot = 0;
+  u32 parity = 0;
+#pragma unroll 1
+  for (int c = 0; c < r.chunks; c++) {
+    const u32 stage = ring + slot * T * UNIT, factors = x_ring + FACTORS_AT + x_slot * FACTOR_BYTES;
+    const u32 columns = columns_at(x_ring + x_slot * X_BYTES);
+    wait_for_batches<S - 2>();
+    __syncwarp();  // for the scales, which few lanes copy
+    if (c + S - 1 < r.chunks) fetch(place, ring + (slot == 0 ? S - 1 : slot - 1) * T * UNIT, p.chunks, lane);
+    end_batch();
+    u32 a[T][4][4];
+    uint4 w[2] = {lds128(stage + lane * 16), lds128(stage + lane * 16 + 512)};
+    wait_for(full + x_slot * 8, parity);
+#pragma unroll
+    for (int step = 0; step < STEPS; step++) {
+      const int i = step / GROUPS, q = step % GROUPS;
+      if (q == 0 && i > 0)
+#pragma unroll
+        for (int h = 0; h < 2; h++) w[h] = lds128(stage + i * UNIT + lane * 16 + h * 512);
+      if (q == 0)
+#pragma unroll
+        for (int j = 0; j < 4; j++) expand(a[i][j], w, j);
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < PARTS * PER_GROUP; k++) {  // the lower part first: small sums keep their bits
+        const int j = q * PER_GROUP + k % PER_GROUP, of = PARTS - 1 - k / PER_GROUP;
+        const u32 from = columns + (of * X_PART + j * 32) / 16;
+        if (k == 0) wgmma<NT, 4, false>(part[step % DEPTH][0], a[i][j], from);
+        else wgmma<NT>(part[step % DEPTH][0], a[i][j], from);
+      }
+      wgmma_commit();
+      if (DEPTH == 2 && step > 0) {
+        wgmma_wait<1>();
+        add(step - 1, stage, factors);
+      }
+      if (DEPTH == 1 || step + 1 == STEPS) {  // a set that is under way around the loop would serialize all products (ptxas)
+        wgmma_wait<0>();
+        add(step, stage, factors);
+      }
+    }
+    __syncwarp();
+    if (lane == 0) arrive(empty + x_slot * 8);
+    if (++slot == S) slot = 0;
+    if (++x_slot == XS) x_slot = 0, parity ^= 1;
+  }
+#pragma unroll
+  for (int i = 0; i < T; i++)
+    if (i < slots)
+#pragma unroll
+      for (int n = 0; n < NT; n++) {
+        if (r.token0 + n * 8 + (lane & 3) * 2 >= p.tokens) continue;
+        const float4 v = make_float4(acc[i][n][0], acc[i][n][1], acc[i][n][2], acc[i][n][3]);
+        const int tile = warp + i * NW;
+        if (SPLITS == 1) store(p, v, r.tile_begin + tile, r.token0 + n * 8, lane);
+        else leave(p, r, tile, n, lane, v);
+      }
+  if (SPLITS > 1) {
+    wait_for_splits(p, threadIdx.x);
+    merge_splits(p, r, threadIdx.x);
+    leave_splits(p, threadIdx.x);
+  }
+}
