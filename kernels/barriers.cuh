@@ -40,6 +40,9 @@ template <int THREADS>
 DEV void meet() {
   asm volatile("bar.sync 1,%0;" ::"n"(THREADS) : "memory");
 }
+// The same at a barrier of one's own; and to be one of them without a wait.
+DEV void wait_among(int barrier, int threads) { asm volatile("bar.sync %0,%1;" ::"r"(barrier), "r"(threads) : "memory"); }
+DEV void arrive_among(int barrier, int threads) { asm volatile("bar.arrive %0,%1;" ::"r"(barrier), "r"(threads) : "memory"); }
 // Of CTAs that have left parts of a sum in the workspace, the last to arrive, in all of its THREADS threads; it sets the
 // counter back for the next launch.
 template <int THREADS, int CTAS>

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from vllm_quantspec import levels
 from vllm_quantspec.kernels import nvrtc
 from vllm_quantspec.kernels.device import MIN_CAPABILITY, Device, device_properties
+from vllm_quantspec.kernels.int4_linear_fp8 import INPUTS_SOURCE, Fp8Plan
 from vllm_quantspec.kernels.int4_linear_wide import WidePlan, choose_wide_plan
 from vllm_quantspec.kernels.workspace import Workspace
 from vllm_quantspec.rotation import rotate_inputs
@@ -357,7 +358,7 @@ def launch(
     scales_zeros: torch.Tensor,
     bias: torch.Tensor | None,
     out: torch.Tensor,
-    plan: Plan | WidePlan | None = None,
+    plan: Plan | WidePlan | Fp8Plan | None = None,
     rotated: bool = False,
 ) -> torch.Tensor:
     """The kernel on checked arguments, into a contiguous ``out``; ``plan`` overrides the launch, for tuning."""
@@ -371,7 +372,8 @@ def launch(
     with torch.cuda.device(device):
         if plan is None:
             plan = choose_plan(tiles, chunks, scales_zeros.shape[2], tokens, device, _bits(codes))
-        kernel = _kernel(plan, CHUNK // scales_zeros.shape[2], x.dtype == torch.bfloat16, device, rotated)
+        group_size, bf16 = CHUNK // scales_zeros.shape[2], x.dtype == torch.bfloat16
+        kernel = _kernel(plan, group_size, bf16, device, rotated)
         token_blocks = -(-tokens // (8 * plan.token_tiles))
         partial, arrived = 0, 0
         if plan.uses_workspace:
@@ -383,6 +385,11 @@ def launch(
             out.data_ptr(),
             *(partial, arrived, x.stride(0), tokens, channels, tiles, chunks),
         )
+        if isinstance(plan, Fp8Plan) and plan.ready:
+            (ready,) = _ready.tensors(device, token_blocks * chunks * plan.chunk_bytes(group_size))
+            params.out = ready.data_ptr()
+            nvrtc.launch(_inputs_kernel(plan, group_size, bf16, device, rotated), params, token_blocks, chunks)
+            params.x, params.out = ready.data_ptr(), out.data_ptr()
         nvrtc.launch(kernel, params, token_blocks)
     return out
 
@@ -430,13 +437,17 @@ def narrow_plan(tiles: int, chunks: int, groups: int, tokens: int, properties: D
     return plan._replace(stages=max(2, min(budget // (warps * (256 * bits + 64 * groups)), 16)))
 
 
+def _refuse_capture() -> None:
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("Run int4_linear once with these shapes before capturing it in a CUDA graph.")
+
+
 @cache
-def _kernel(plan: Plan | WidePlan, group_size: int, bf16: bool, device: int, rotated: bool = False) -> nvrtc.Kernel:
+def _kernel(plan: Plan | WidePlan | Fp8Plan, group_size: int, bf16: bool, device: int, rotated: bool = False) -> nvrtc.Kernel:
     capability = device_properties(device).capability
     if capability < MIN_CAPABILITY:
         raise RuntimeError(supported(128, 16, 128, torch.bfloat16, capability))
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("Run int4_linear once with these shapes before capturing it in a CUDA graph.")
+    _refuse_capture()
     return nvrtc.load(
         plan.source,
         plan.macros(group_size, bf16, rotated),
@@ -449,5 +460,21 @@ def _kernel(plan: Plan | WidePlan, group_size: int, bf16: bool, device: int, rot
     )
 
 
-# Partial sums and arrival counters.
+@cache
+def _inputs_kernel(plan: Fp8Plan, group_size: int, bf16: bool, device: int, rotated: bool) -> nvrtc.Kernel:
+    """What converts the inputs of a launch, where that is a launch of its own."""
+    _refuse_capture()
+    return nvrtc.load(
+        INPUTS_SOURCE,
+        plan.input_macros(group_size, bf16, rotated),
+        device,
+        grid=(1, 1),
+        threads=32 * plan.token_tiles,
+        shared_bytes=0,
+        overlap=plan.overlap,
+    )
+
+
+# Partial sums and arrival counters; converted inputs.
 _workspace = Workspace("int4_linear", (torch.float32, 1 << 20), (torch.int32, 1 << 12))
+_ready = Workspace("int4_linear", (torch.uint8, 1 << 20))

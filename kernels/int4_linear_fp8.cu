@@ -15,8 +15,8 @@
 // The launch overlaps with its predecessor: only codes are read before the wait.
 //
 // Macros: GROUP_SIZE IS_BF16 WARPS (that multiply) STAGES (chunks of a warp's codes) TILES TOKEN_TILES PARTS (1: inputs have 4 bits
-//         and an exponent) X_STAGES (chunks of x) PRODUCERS READY SPLITS DEPTH (sets of a group's sums: products of one are made
-//         while another is added up) MIN_CTAS (CTAs that registers allow on a multiprocessor) ROTATED
+//         and an exponent) X_STAGES (chunks of x) PRODUCERS READY SPLITS TURNS (of warp groups at the tensor cores) DEPTH (sets of a
+//         group's sums: products of one are made while another is added up) MIN_CTAS (CTAs that registers allow on a multiprocessor) ROTATED
 
 #define CLUSTER 0
 #include "int4_linear_fp8.cuh"
@@ -28,11 +28,13 @@
 constexpr int XS = X_STAGES, NP = PRODUCERS, PER_GROUP = GROUP_SIZE / 32;  // products of k = 32 of a group and part
 constexpr int FACTORS_AT = XS * X_BYTES, RINGS_AT = FACTORS_AT + XS * FACTOR_BYTES;
 constexpr int BARRIERS_AT = RINGS_AT + NW * S * T * UNIT;
+constexpr int TEAMS = NW / 4;
 constexpr int STEPS = T * GROUPS;  // of a chunk: a row tile's group
 static_assert((NP + NT - 1) / NT <= XS, "a warp that is a whole ring ahead would take the parity of an earlier round for its own");
 static_assert(XS >= 2, "a stage is filled while another is used");
 static_assert(NW % 4 == 0, "four warps are a warp group");
 static_assert(DEPTH == 1 || STEPS > 1, "a chunk has something to multiply while a group is added up");
+static_assert(!TURNS || TEAMS > 1, "turns are of several warp groups");
 static_assert(!READY || NP == 1, "one warp asks for copies");
 
 struct ToShared {
@@ -87,6 +89,15 @@ DEV void produce(const Params& p, const Range& r, u32 ring, u32 full, u32 empty,
 #endif
 }
 
+// Warp groups ask for a step's products one after another. If all asked at once, the tensor cores would share themselves out, all
+// groups would have their sums at the same time, and the tensor cores nothing to do while they are added up.
+DEV void take_turn(int team) {
+  if (TURNS) wait_among(2 + team, 256);
+}
+DEV void pass_turn(int team) {
+  if (TURNS) arrive_among(2 + (team + 1) % TEAMS, 256);
+}
+
 // A fragment of product j: two words, of 4 channels and 4 more, rows g and g + 8.
 DEV void expand(u32 (&a)[4], const uint4 (&w)[2], int j) {
 #pragma unroll
@@ -95,11 +106,12 @@ DEV void expand(u32 (&a)[4], const uint4 (&w)[2], int j) {
   }
 }
 
-// A group's sums to those of all groups.
-DEV void add_group(float (&acc)[NT][4], const float (&part)[NT][4], u32 scales, u32 factors, int lane) {
+// A group's sums to those of all groups. The result is 0, and there when all that was loaded is.
+DEV u32 add_group(float (&acc)[NT][4], const float (&part)[NT][4], u32 scales, u32 factors, int lane) {
   const uint2 v = lds64(scales + (lane >> 2) * 8);
   const float magic = IS_BF16 ? 128.f : 64.f, s0 = low_float(v.x), s1 = low_float(v.y);
   const float z0 = magic - high_float(v.x), z1 = magic - high_float(v.y);
+  u32 loaded;
 #pragma unroll
   for (int n = 0; n < NT; n++) {
     const uint4 u = lds128(factors + n * 64 + (lane & 3) * 16);
@@ -108,12 +120,14 @@ DEV void add_group(float (&acc)[NT][4], const float (&part)[NT][4], u32 scales, 
     acc[n][1] = fmaf(s0 * f1, fmaf(z0, x1, part[n][1]), acc[n][1]);
     acc[n][2] = fmaf(s1 * f0, fmaf(z1, x0, part[n][2]), acc[n][2]);
     acc[n][3] = fmaf(s1 * f1, fmaf(z1, x1, part[n][3]), acc[n][3]);
+    loaded = u.x >> 31;  // the sign of a factor, which has none
   }
+  return loaded;
 }
 
 extern "C" __global__ void __launch_bounds__(32 * (NW + NP), MIN_CTAS)
 int4_linear_fp8(const __grid_constant__ Params p) {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int lane = threadIdx.x & 31, warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);  // known to be the same for all lanes
   const Range r = range_of(p);
   const u32 x_ring = shared_address(smem), full = x_ring + BARRIERS_AT, empty = full + 8 * XS;
   if (threadIdx.x < XS) {
@@ -146,11 +160,13 @@ int4_linear_fp8(const __grid_constant__ Params p) {
     for (int n = 0; n < NT; n++)
 #pragma unroll
       for (int e = 0; e < 4; e++) acc[i][n][e] = 0.f;
+  u32 loaded = 0;
   auto add = [&](int step, u32 stage, u32 factors) {
     const int i = step / GROUPS, q = step % GROUPS;
     hold<NT>(part[step % DEPTH][0]);
-    add_group(acc[i], part[step % DEPTH], stage + i * UNIT + CODES + q * 64, factors + q * FACTORS_OF_GROUP, lane);
+    loaded = add_group(acc[i], part[step % DEPTH], stage + i * UNIT + CODES + q * 64, factors + q * FACTORS_OF_GROUP, lane);
   };
+  if (warp / 4 + 1 == TEAMS) pass_turn(warp / 4);  // to the first
   int slot = 0, x_slot = 0;
   u32 parity = 0;
 #pragma unroll 1
@@ -173,6 +189,7 @@ int4_linear_fp8(const __grid_constant__ Params p) {
       if (q == 0)
 #pragma unroll
         for (int j = 0; j < 4; j++) expand(a[i][j], w, j);
+      take_turn(warp / 4);
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < PARTS * PER_GROUP; k++) {  // the lower part first: small sums keep their bits
@@ -182,6 +199,7 @@ int4_linear_fp8(const __grid_constant__ Params p) {
         else wgmma<NT>(part[step % DEPTH][0], a[i][j], from);
       }
       wgmma_commit();
+      if (step + 1 < STEPS || c + 1 < r.chunks || warp / 4 + 1 < TEAMS) pass_turn(warp / 4);
       if (DEPTH == 2 && step > 0) {
         wgmma_wait<1>();
         add(step - 1, stage, factors);
@@ -191,8 +209,10 @@ int4_linear_fp8(const __grid_constant__ Params p) {
         add(step, stage, factors);
       }
     }
+    // An arrival may overtake loads before it, and the next chunk's factors with it (seen on an H200): not if it needs them.
+    const u32 used = empty + x_slot * 8 + loaded;
     __syncwarp();
-    if (lane == 0) arrive(empty + x_slot * 8);
+    if (lane == 0) arrive(used);
     if (++slot == S) slot = 0;
     if (++x_slot == XS) x_slot = 0, parity ^= 1;
   }

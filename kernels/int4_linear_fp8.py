@@ -50,6 +50,7 @@ class Fp8Plan(NamedTuple):
     x_stages: int = 4  # chunks in the ring of x
     producers: int = 4  # warps that convert x and fill its ring
     ready: bool = False  # x is converted by a launch of its own; one warp fills the ring
+    turns: bool = True  # warp groups ask for products one after another
     depth: int = 1  # 2: a row tile is multiplied while another's sums are added up
     min_ctas: int = 1  # CTAs that registers allow on a multiprocessor
     parts: int = 2  # e4m3 numbers of an input
@@ -99,6 +100,7 @@ class Fp8Plan(NamedTuple):
             "PRODUCERS": 1 if self.ready else self.producers,
             "READY": int(self.ready),
             "SPLITS": self.splits,
+            "TURNS": int(self.turns and self.warps > 4),
             "DEPTH": self.depth,
             "MIN_CTAS": self.min_ctas,
         }
