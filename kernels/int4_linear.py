@@ -386,9 +386,9 @@ def launch(
             *(partial, arrived, x.stride(0), tokens, channels, tiles, chunks),
         )
         if isinstance(plan, Fp8Plan) and plan.ready:
-            (ready,) = _ready.tensors(device, token_blocks * chunks * plan.chunk_bytes(group_size))
+            (ready,) = _ready.tensors(device, token_blocks * -(-chunks // 2) * plan.input_bytes(group_size))
             params.out = ready.data_ptr()
-            nvrtc.launch(_inputs_kernel(plan, group_size, bf16, device, rotated), params, token_blocks, chunks)
+            nvrtc.launch(_inputs_kernel(plan, group_size, bf16, device, rotated), params, token_blocks, chunks + chunks % 2)
             params.x, params.out = ready.data_ptr(), out.data_ptr()
         nvrtc.launch(kernel, params, token_blocks)
     return out

@@ -14,8 +14,8 @@
 //
 // The launch overlaps with its predecessor: only codes are read before the wait.
 //
-// Macros: GROUP_SIZE IS_BF16 WARPS (that multiply) STAGES (chunks of a warp's codes) TILES TOKEN_TILES PARTS (1: inputs have 4 bits
-//         and an exponent) X_STAGES (chunks of x) PRODUCERS READY SPLITS TURNS (of warp groups at the tensor cores) DEPTH (sets of a
+// Macros: GROUP_SIZE IS_BF16 WARPS (that multiply) STAGES (of two chunks each, of a warp's codes) TILES TOKEN_TILES PARTS (1: inputs have 4 bits
+//         and an exponent) X_STAGES (of x) PRODUCERS READY SPLITS TURNS (of warp groups at the tensor cores) DEPTH (sets of a
 //         group's sums: products of one are made while another is added up) MIN_CTAS (CTAs that registers allow on a multiprocessor) ROTATED
 
 #define CLUSTER 0
@@ -26,14 +26,14 @@
 #include "wgmma.cuh"
 
 constexpr int XS = X_STAGES, NP = PRODUCERS, PER_GROUP = GROUP_SIZE / 32;  // products of k = 32 of a group and part
-constexpr int FACTORS_AT = XS * X_BYTES, RINGS_AT = FACTORS_AT + XS * FACTOR_BYTES;
-constexpr int BARRIERS_AT = RINGS_AT + NW * S * T * UNIT;
+constexpr int X_STAGE = 2 * X_BYTES, FACTOR_STAGE = 2 * FACTOR_BYTES, STAGE = T * 2 * UNIT;  // of two chunks
+constexpr int FACTORS_AT = XS * X_STAGE, RINGS_AT = FACTORS_AT + XS * FACTOR_STAGE;
+constexpr int BARRIERS_AT = RINGS_AT + NW * S * STAGE;
 constexpr int TEAMS = NW / 4;
-constexpr int STEPS = T * GROUPS;  // of a chunk: a row tile's group
-static_assert((NP + NT - 1) / NT <= XS, "a warp that is a whole ring ahead would take the parity of an earlier round for its own");
+constexpr int STEPS = 2 * T * GROUPS;  // of a stage: a chunk's row tile's group
+static_assert((NP + 2 * NT - 1) / (2 * NT) <= XS, "a warp that is a whole ring ahead would take the parity of an earlier round for its own");
 static_assert(XS >= 2, "a stage is filled while another is used");
 static_assert(NW % 4 == 0, "four warps are a warp group");
-static_assert(DEPTH == 1 || STEPS > 1, "a chunk has something to multiply while a group is added up");
 static_assert(!TURNS || TEAMS > 1, "turns are of several warp groups");
 static_assert(!READY || NP == 1, "one warp asks for copies");
 
@@ -48,15 +48,15 @@ struct ToShared {
 DEV void produce(const Params& p, const Range& r, u32 ring, u32 full, u32 empty, int producer, int lane) {
 #if READY
   if (lane > 0) return;
-  const u8* from = reinterpret_cast<const u8*>(p.x) + (blockIdx.y * (i64)p.chunks + r.chunk_begin) * (X_BYTES + FACTOR_BYTES);
+  const u8* from = ready_at(reinterpret_cast<const u8*>(p.x), p, blockIdx.y, r.chunk_begin / 2);
   int slot = 0;
   u32 parity = 1;
 #pragma unroll 1
-  for (int c = 0; c < r.chunks; c++, from += X_BYTES + FACTOR_BYTES) {
+  for (int c = 0; c < r.chunks / 2; c++, from += X_STAGE + FACTOR_STAGE) {
     if (c >= XS) wait_for(empty + slot * 8, parity);
-    arrive_expecting(full + slot * 8, X_BYTES + FACTOR_BYTES);
-    copy_bulk(ring + slot * X_BYTES, from, X_BYTES, full + slot * 8);
-    copy_bulk(ring + FACTORS_AT + slot * FACTOR_BYTES, from + X_BYTES, FACTOR_BYTES, full + slot * 8);
+    arrive_expecting(full + slot * 8, X_STAGE + FACTOR_STAGE);
+    copy_bulk(ring + slot * X_STAGE, from, X_STAGE, full + slot * 8);
+    copy_bulk(ring + FACTORS_AT + slot * FACTOR_STAGE, from + X_STAGE, FACTOR_STAGE, full + slot * 8);
     if (++slot == XS) slot = 0, parity ^= 1;
   }
 #else
@@ -73,20 +73,39 @@ DEV void produce(const Params& p, const Range& r, u32 ring, u32 full, u32 empty,
   for (int first = producer; first < tiles; first += 2 * NP)
 #pragma unroll
     for (int b = 0; b < 2; b++) {
-      const int i = first + b * NP, c = i / NT, n = i % NT, slot = c % XS, round = c / XS;
+      const int i = first + b * NP, c = i / NT, n = i % NT, slot = c / 2 % XS, round = c / 2 / XS;
       if (i >= tiles) return;
       if (round > 0) wait_for(empty + slot * 8, (round & 1) ^ 1);
 #if ROTATED
 #pragma unroll
       for (int j = 0; j < 4; j++) rotate(x[b][j], signs);
 #endif
-      split_tile(x[b], lane, ToShared{ring + slot * X_BYTES, ring + FACTORS_AT + slot * FACTOR_BYTES, n, lane});
+      split_tile(x[b], lane,
+                 ToShared{ring + slot * X_STAGE + c % 2 * X_BYTES,
+                          ring + FACTORS_AT + slot * FACTOR_STAGE + c % 2 * FACTOR_BYTES, n, lane});
       fence_shared();
       __syncwarp();
       if (lane == 0) arrive(full + slot * 8);
       load(x[b], i + 2 * NP);
     }
 #endif
+}
+
+// Two chunks of a warp's codes; the second is the first again where the weight has no more.
+DEV void fetch_stage(Place& from, u32 to, i64 chunks, bool both, int lane) {
+#pragma unroll
+  for (int i = 0; i < T; i++)
+    if (i < from.slots) {
+      const u8* const codes = from.codes + i * NW * CODES * chunks;
+      const u8* const second = codes + (both ? CODES : 0);
+      copy16(to + i * 2 * UNIT + lane * 16, codes), copy16(to + i * 2 * UNIT + lane * 16 + 512, codes + 512);
+      copy16(to + i * 2 * UNIT + lane * 16 + CODES, second);
+      copy16(to + i * 2 * UNIT + lane * 16 + CODES + 512, second + 512);
+      if (lane < 2 * SCALES / 16)
+        copy16(to + i * 2 * UNIT + 2 * CODES + lane * 16,
+               from.scales + i * NW * SCALES * chunks - (both || lane < SCALES / 16 ? 0 : SCALES));
+    }
+  from.codes += 2 * CODES, from.scales += 2 * SCALES;
 }
 
 // Warp groups ask for a step's products one after another. If all asked at once, the tensor cores would share themselves out, all
@@ -128,10 +147,12 @@ DEV u32 add_group(float (&acc)[NT][4], const float (&part)[NT][4], u32 scales, u
 extern "C" __global__ void __launch_bounds__(32 * (NW + NP), MIN_CTAS)
 int4_linear_fp8(const __grid_constant__ Params p) {
   const int lane = threadIdx.x & 31, warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);  // known to be the same for all lanes
-  const Range r = range_of(p);
+  Range r = range_of(p);
+  r.chunk_begin = (p.chunks + 1) / 2 * blockIdx.z / SPLITS * 2;  // two at a time
+  r.chunks = (p.chunks + 1) / 2 * (blockIdx.z + 1) / SPLITS * 2 - r.chunk_begin;
   const u32 x_ring = shared_address(smem), full = x_ring + BARRIERS_AT, empty = full + 8 * XS;
   if (threadIdx.x < XS) {
-    barrier_init(full + threadIdx.x * 8, READY ? 1 : NT);
+    barrier_init(full + threadIdx.x * 8, READY ? 1 : 2 * NT);
     barrier_init(empty + threadIdx.x * 8, NW);
   }
   __syncthreads();
@@ -141,12 +162,12 @@ int4_linear_fp8(const __grid_constant__ Params p) {
   }
 
   // This warp's tiles are tile_begin + warp + i * NW.
-  const u32 ring = x_ring + RINGS_AT + warp * (S * T * UNIT);
-  const int slots = (r.tiles - warp + NW - 1) / NW;
+  const u32 ring = x_ring + RINGS_AT + warp * (S * STAGE);
+  const int slots = (r.tiles - warp + NW - 1) / NW, stages = r.chunks / 2, left = p.chunks - r.chunk_begin;
   Place place = place_of(p, r, warp, slots, lane);
 #pragma unroll
   for (int c = 0; c < S - 1; c++) {
-    if (c < r.chunks) fetch(place, ring + c * T * UNIT, p.chunks, lane);
+    if (c < stages) fetch_stage(place, ring + c * STAGE, p.chunks, 2 * c + 1 < left, lane);
     end_batch();
   }
   wait_for_predecessor();
@@ -160,53 +181,57 @@ int4_linear_fp8(const __grid_constant__ Params p) {
     for (int n = 0; n < NT; n++)
 #pragma unroll
       for (int e = 0; e < 4; e++) acc[i][n][e] = 0.f;
-  u32 loaded = 0;
-  auto add = [&](int step, u32 stage, u32 factors) {
-    const int i = step / GROUPS, q = step % GROUPS;
+  u32 stage, factors, loaded = 0;
+  auto codes_at = [&](int of) { return stage + of % T * 2 * UNIT + of / T * CODES + lane * 16; };  // of a chunk's row tile
+  auto add = [&](int step) {
+    const int of = step / GROUPS, q = step % GROUPS;
     hold<NT>(part[step % DEPTH][0]);
-    loaded = add_group(acc[i], part[step % DEPTH], stage + i * UNIT + CODES + q * 64, factors + q * FACTORS_OF_GROUP, lane);
+    loaded = add_group(acc[of % T], part[step % DEPTH], stage + of % T * 2 * UNIT + 2 * CODES + of / T * SCALES + q * 64,
+                       factors + of / T * FACTOR_BYTES + q * FACTORS_OF_GROUP, lane);
   };
   if (warp / 4 + 1 == TEAMS) pass_turn(warp / 4);  // to the first
   int slot = 0, x_slot = 0;
   u32 parity = 0;
 #pragma unroll 1
-  for (int c = 0; c < r.chunks; c++) {
-    const u32 stage = ring + slot * T * UNIT, factors = x_ring + FACTORS_AT + x_slot * FACTOR_BYTES;
-    const u32 columns = columns_at(x_ring + x_slot * X_BYTES);
+  for (int c = 0; c < stages; c++) {
+    stage = ring + slot * STAGE, factors = x_ring + FACTORS_AT + x_slot * FACTOR_STAGE;
+    const u32 columns = columns_at(x_ring + x_slot * X_STAGE);
     wait_for_batches<S - 2>();
     __syncwarp();  // for the scales, which few lanes copy
-    if (c + S - 1 < r.chunks) fetch(place, ring + (slot == 0 ? S - 1 : slot - 1) * T * UNIT, p.chunks, lane);
+    const int next = c + S - 1;
+    if (next < stages) fetch_stage(place, ring + (slot == 0 ? S - 1 : slot - 1) * STAGE, p.chunks, 2 * next + 1 < left, lane);
     end_batch();
-    u32 a[T][4][4];
-    uint4 w[2] = {lds128(stage + lane * 16), lds128(stage + lane * 16 + 512)};
+    u32 a[2 * T][4][4];
+    uint4 w[2] = {lds128(codes_at(0)), lds128(codes_at(0) + 512)};
     wait_for(full + x_slot * 8, parity);
 #pragma unroll
     for (int step = 0; step < STEPS; step++) {
-      const int i = step / GROUPS, q = step % GROUPS;
-      if (q == 0 && i > 0)
+      const int of = step / GROUPS, q = step % GROUPS;
+      if (q == 0) {
 #pragma unroll
-        for (int h = 0; h < 2; h++) w[h] = lds128(stage + i * UNIT + lane * 16 + h * 512);
-      if (q == 0)
+        for (int j = 0; j < 4; j++) expand(a[of][j], w, j);
+        if (of + 1 < 2 * T)
 #pragma unroll
-        for (int j = 0; j < 4; j++) expand(a[i][j], w, j);
+          for (int h = 0; h < 2; h++) w[h] = lds128(codes_at(of + 1) + h * 512);
+      }
       take_turn(warp / 4);
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < PARTS * PER_GROUP; k++) {  // the lower part first: small sums keep their bits
-        const int j = q * PER_GROUP + k % PER_GROUP, of = PARTS - 1 - k / PER_GROUP;
-        const u32 from = columns + (of * X_PART + j * 32) / 16;
-        if (k == 0) wgmma<NT, 4, false>(part[step % DEPTH][0], a[i][j], from);
-        else wgmma<NT>(part[step % DEPTH][0], a[i][j], from);
+        const int j = q * PER_GROUP + k % PER_GROUP, lower = PARTS - 1 - k / PER_GROUP;
+        const u32 from = columns + (of / T * X_BYTES + lower * X_PART + j * 32) / 16;
+        if (k == 0) wgmma<NT, 4, false>(part[step % DEPTH][0], a[of][j], from);
+        else wgmma<NT>(part[step % DEPTH][0], a[of][j], from);
       }
       wgmma_commit();
-      if (step + 1 < STEPS || c + 1 < r.chunks || warp / 4 + 1 < TEAMS) pass_turn(warp / 4);
+      if (step + 1 < STEPS || c + 1 < stages || warp / 4 + 1 < TEAMS) pass_turn(warp / 4);
       if (DEPTH == 2 && step > 0) {
         wgmma_wait<1>();
-        add(step - 1, stage, factors);
+        add(step - 1);
       }
       if (DEPTH == 1 || step + 1 == STEPS) {  // a set that is under way around the loop would serialize all products (ptxas)
         wgmma_wait<0>();
-        add(step, stage, factors);
+        add(step);
       }
     }
     // An arrival may overtake loads before it, and the next chunk's factors with it (seen on an H200): not if it needs them.

@@ -20,6 +20,12 @@
 constexpr int X_PART = TOKEN_TILES * 1024, X_BYTES = PARTS * X_PART, FACTORS_OF_GROUP = TOKEN_TILES * 64;
 constexpr int FACTOR_BYTES = 128 / GROUP_SIZE * FACTORS_OF_GROUP;
 
+// Of a block of tokens, where the numbers of two chunks lie, and behind them their factors, once they are in memory.
+template <class Byte>
+DEV Byte* ready_at(Byte* all, const Params& p, int block, int pair) {
+  return all + (block * (i64)((p.chunks + 1) / 2) + pair) * (2 * (X_BYTES + FACTOR_BYTES));
+}
+
 // Lane 4*g+t has channels 32*j + 8*t + 0..7 of a chunk of token token0 + g; zeros where there is no such channel.
 DEV void load_tile(uint4 (&x)[4], const Params& p, int token0, int chunk, bool there, int lane) {
   const int token = token0 + (lane >> 2), left = there && token < p.tokens ? p.channels - chunk * 128 : 0;

@@ -42,16 +42,16 @@ class Fp8Plan(NamedTuple):
     """How a launch divides its work; the names are the macros' of the kernel."""
 
     warps: int  # that multiply; four are a warp group
-    stages: int  # chunks of 128 channels in a warp's ring of codes
+    stages: int  # in a warp's ring of codes, of two chunks of 128 channels each
     tiles: int  # row tiles that a warp multiplies at most
     token_tiles: int  # tiles of 8 tokens of a CTA
     splits: int  # CTAs that share the input channels of their row tiles, all of them on the GPU at once; 1 to 8
     blocks: int  # CTAs along the rows
-    x_stages: int = 4  # chunks in the ring of x
+    x_stages: int = 2  # in the ring of x, likewise
     producers: int = 4  # warps that convert x and fill its ring
     ready: bool = False  # x is converted by a launch of its own; one warp fills the ring
     turns: bool = True  # warp groups ask for products one after another
-    depth: int = 1  # 2: a row tile is multiplied while another's sums are added up
+    depth: int = 1  # 2: a chunk's row tile is multiplied while the sums of the one before are added up
     min_ctas: int = 1  # CTAs that registers allow on a multiprocessor
     parts: int = 2  # e4m3 numbers of an input
     overlap: bool = True  # programmatic dependent launch
@@ -67,18 +67,18 @@ class Fp8Plan(NamedTuple):
     def threads(self) -> int:
         return 32 * (self.warps + (1 if self.ready else self.producers))
 
-    def chunk_bytes(self, group_size: int) -> int:
-        """Of the converted inputs of a block of tokens."""
-        return self.token_tiles * (1024 * self.parts + 64 * (CHUNK // group_size))
+    def input_bytes(self, group_size: int) -> int:
+        """Of two chunks of the converted inputs of a block of tokens."""
+        return 2 * self.token_tiles * (1024 * self.parts + 64 * (CHUNK // group_size))
 
     def shared_bytes(self, group_size: int) -> int:
-        unit = 1024 + 64 * (CHUNK // group_size)
-        return self.x_stages * (self.chunk_bytes(group_size) + 16) + self.warps * self.stages * self.tiles * unit
+        codes = 2 * (1024 + 64 * (CHUNK // group_size))
+        return self.x_stages * (self.input_bytes(group_size) + 16) + self.warps * self.stages * self.tiles * codes
 
     def most_stages(self, room: int, group_size: int) -> int:
         """How many stages of codes fit into so many bytes."""
-        x = self.x_stages * (self.chunk_bytes(group_size) + 16)
-        return (room - x) // (self.warps * self.tiles * (1024 + 64 * (CHUNK // group_size)))
+        x = self.x_stages * (self.input_bytes(group_size) + 16)
+        return (room - x) // (self.warps * self.tiles * 2 * (1024 + 64 * (CHUNK // group_size)))
 
     def input_macros(self, group_size: int, bf16: bool, rotated: bool = False) -> dict[str, int]:
         """What the conversion of the inputs is compiled with."""

@@ -1,17 +1,17 @@
 // Inputs of int4_linear_fp8.cu (READY), once for all its CTAs. Compiled by NVRTC.
 //
-// A CTA has a chunk of 128 channels of up to 64 tokens, each of its warps a tile of 8; `out` is where they go: for each block of
-// tokens and each chunk X_BYTES of numbers and FACTOR_BYTES of factors (int4_linear_fp8.cuh).
+// A CTA has a chunk of 128 channels of up to 64 tokens, each of its warps a tile of 8; `out` is where they go. The number of chunks
+// is even: one more than the weight has is zeros.
 //
 // Macros: those of int4_linear_fp8.cuh
 #include "int4_linear_fp8.cuh"
 
 struct ToGlobal {
-  u8* to;
+  u8 *x, *factors_at;
   int n;
-  DEV void word(int part, u32 at, u32 x) const { *reinterpret_cast<u32*>(to + part * X_PART + n * 1024 + at) = x; }
-  DEV void factors(int group, float4 x) const {
-    reinterpret_cast<float4*>(to + X_BYTES + group * FACTORS_OF_GROUP + n * 64)[threadIdx.x & 3] = x;
+  DEV void word(int part, u32 at, u32 v) const { *reinterpret_cast<u32*>(x + part * X_PART + n * 1024 + at) = v; }
+  DEV void factors(int group, float4 v) const {
+    reinterpret_cast<float4*>(factors_at + group * FACTORS_OF_GROUP + n * 64)[threadIdx.x & 3] = v;
   }
 };
 
@@ -26,6 +26,6 @@ extern "C" __global__ void __launch_bounds__(32 * TOKEN_TILES) int4_linear_fp8_i
 #pragma unroll
   for (int j = 0; j < 4; j++) rotate(x[j], signs);
 #endif
-  u8* const to = reinterpret_cast<u8*>(p.out) + (blockIdx.y * (i64)p.chunks + chunk) * (X_BYTES + FACTOR_BYTES);
-  split_tile(x, lane, ToGlobal{to, n});
+  u8* const to = ready_at(reinterpret_cast<u8*>(p.out), p, blockIdx.y, chunk / 2);
+  split_tile(x, lane, ToGlobal{to + chunk % 2 * X_BYTES, to + 2 * X_BYTES + chunk % 2 * FACTOR_BYTES, n});
 }
