@@ -2,12 +2,15 @@
 
     python benchmarks/int4_linear.py --json OUT.json --plot OUT.png
     python benchmarks/int4_linear.py --methods bf16 ours int8 int8_rotated fp8 --json OUT.json      # 8-bit weights
+    python benchmarks/int4_linear.py --methods bf16 ours fp8_products fp8_inputs --tokens 16 32 64  # Hopper
     python benchmarks/int4_linear.py --tune [--bits 8]       # launch configurations of every shape
+    python benchmarks/int4_linear.py --tune --fp8-products --tokens 16 32 64                        # Hopper
 
 Times are medians of CUDA graph replays; every launch reads another weight, more than the L2 cache holds in turn.
 """
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -27,7 +30,14 @@ LAYERS = 32
 SHAPES = {"qkv": (4096, 6144), "o": (4096, 4096), "gate_up": (4096, 28672), "down": (14336, 4096)}
 LM_HEAD = {"lm_head": (4096, 128256)}
 TOKENS = (1, 2, 4, 5, 8, 12, 16, 24, 32, 48, 64)
-PRINTED = ("bf16", "machete", "marlin", "w4a8", "tinygemm", "ours", "rotated", "rescored", "fp8", "int8", "int8_rotated")
+PRINTED = (
+    "bf16", "machete", "marlin", "w4a8", "tinygemm", "ours", "fp8_products", "fp8_inputs", "rotated", "rescored", "fp8",
+    "int8", "int8_rotated",
+)  # fmt: skip
+
+
+def width(name):
+    return max(9, len(name) + 1)
 
 
 def median(run, rep=60):
@@ -92,6 +102,30 @@ class Int8Rotated(Int8):
 
     def __init__(self):
         super().__init__(rotated=True)
+
+
+class Fp8Products(Ours):
+    """The kernel with FP8 products, for 9 to 64 tokens, with its own choice of a plan; inputs in two e4m3 parts."""
+
+    name = "fp8_products"
+    parts = 2
+
+    def __call__(self, x, weight):
+        from vllm_quantspec.kernels import int4_linear
+        from vllm_quantspec.kernels.device import device_properties
+
+        tiles, chunks = weight[0].shape[:2]
+        if not int4_linear.MAX_ALIKE < len(x) <= int4_linear.MAX_FP8:
+            raise ValueError("FP8 products are for 9 to 64 tokens")
+        plan = int4_linear.choose_fp8_plan(tiles, chunks, weight[1].shape[2], len(x), device_properties(0), self.parts)
+        return int4_linear.launch(x, *weight, None, x.new_empty(len(x), tiles * 16), plan)
+
+
+class Fp8Inputs(Fp8Products):
+    """Half of the products: inputs in one e4m3 part, as QSpec's own draft has them in 8 bits."""
+
+    name = "fp8_inputs"
+    parts = 1
 
 
 class Fp8:
@@ -321,7 +355,7 @@ def time_shape(method, weights, shape, tokens, rep=20):
     return median(run, rep) / len(weights)
 
 
-def tune(names, tokens, bits):
+def tune(names, tokens, bits, fp8_products=False):
     """Times of launch configurations, the best first; those of many tokens one choice after the other."""
     from vllm_quantspec.kernels.device import device_properties
     from vllm_quantspec.kernels.int4_linear import MAX_NARROW, choose_plan
@@ -335,7 +369,11 @@ def tune(names, tokens, bits):
         tiles, chunks = weights[0][0].shape[:2]
         for count in tokens:
             times, default = {}, choose_plan(tiles, chunks, 1, count, 0, bits)
-            if count <= MAX_NARROW or bits == 8:
+            if fp8_products:
+                time_plans(ours, [default, *fp8_shares(tiles, chunks, count, device)], weights, shape, count, times)
+                best = sorted((p for p in times if hasattr(p, "ready")), key=times.get)[:2]
+                time_plans(ours, [o for plan in best for o in fp8_layouts(plan, device)], weights, shape, count, times)
+            elif count <= MAX_NARROW or bits == 8:
                 time_plans(ours, narrow_options(tiles, default), weights, shape, count, times)
             else:
                 time_plans(ours, wide_shares(tiles, chunks, count, default, device), weights, shape, count, times)
@@ -345,7 +383,7 @@ def tune(names, tokens, bits):
             print(f"{name} M={count} floor {floor:.2f} default {times.get(default, float('nan')):.2f} {default}")
             for plan in sorted(times, key=times.get)[:8]:
                 print(f"   {times[plan]:.2f}", plan)
-            for what in ("wgmma", "cluster", "splits", "min_ctas", "tiles", "warps"):
+            for what in ("wgmma", "cluster", "splits", "min_ctas", "tiles", "warps", "ready", "depth", "turns"):
                 values = sorted({getattr(plan, what, None) for plan in times} - {None})
                 least = {v: min(t for p, t in times.items() if getattr(p, what, None) == v) for v in values}
                 print(f"   {what}:", ", ".join(f"{v} {t:.2f}" for v, t in least.items()), flush=True)
@@ -368,6 +406,45 @@ def time_plans(ours, options, weights, shape, count, times):
             times[plan] = time_shape(ours(plan), weights, shape, count, 4)
         except RuntimeError as error:
             print("failed", plan, str(error)[:300])
+
+
+def fp8_shares(tiles, chunks, count, device):
+    """How CTAs and warps share rows and channels, and whether x is converted by a launch of its own."""
+    from vllm_quantspec.kernels.int4_linear_fp8 import TOKEN_TILES, Share, plan_of
+
+    token_tiles, options = next(n for n in TOKEN_TILES if 8 * n >= count), []
+    for warps, per_warp in ((4, 1), (4, 2), (8, 1), (8, 2), (8, 3), (12, 1), (12, 2), (16, 1)):
+        for ready, depth, min_ctas in itertools.product((False, True), (1, 2), (1, 2)):
+            share = Share(warps, per_warp, ready, depth, min_ctas)
+            for splits in range(1, min(8, -(-chunks // 2)) + 1):
+                options.append(plan_of(share, tiles, splits, token_tiles, GROUP, device))
+    # A CTA's work for all its slots, at most half more than an even share.
+    even = 1.5 * tiles * -(-chunks // 2) / device.num_multiprocessors
+    return [o for o in options if o is not None and fp8_fits(o, device) and fp8_work(o, chunks, device) <= even]
+
+
+def fp8_work(plan, chunks, device):
+    waves = -(-plan.blocks * plan.splits // device.num_multiprocessors)
+    pairs = -(-chunks // 2)
+    return waves * plan.warps * plan.tiles * -(-pairs // plan.splits)
+
+
+def fp8_fits(plan, device):
+    """Shared memory, and registers for its sums but for some 20; registers are given to four warps at a time."""
+    registers = 65536 // (128 * -(-plan.threads // 128) * plan.min_ctas) // 8 * 8
+    fits = (plan.shared_bytes(GROUP) + 1024) * plan.min_ctas <= device.shared_memory_per_multiprocessor
+    return fits and registers + 24 >= 56 + 4 * plan.token_tiles * (plan.tiles + plan.depth)
+
+
+def fp8_layouts(plan, device):
+    """The same shares with other rings, numbers of warps that convert x, and without turns."""
+    options = [plan._replace(turns=not plan.turns), plan._replace(overlap=False)]
+    room = min(device.shared_memory_per_block, device.shared_memory_per_multiprocessor // plan.min_ctas) - 1024
+    for x_stages in (2, 3, 4):
+        for producers in (plan.producers,) if plan.ready else (2, 4, 8):
+            one = plan._replace(x_stages=x_stages, producers=producers)
+            options += [one._replace(stages=s) for s in (2, 3, 5) if s <= one.most_stages(room, GROUP)]
+    return [o for o in options if fp8_fits(o, device)]
 
 
 def narrow_options(tiles, default):
@@ -450,6 +527,7 @@ def main():
     parser.add_argument("--plot", type=Path, help="draw the plot here")
     parser.add_argument("--tune", action="store_true", help="time launch configurations")
     parser.add_argument("--bits", type=int, choices=(4, 8), default=4, help="of a weight, with --tune")
+    parser.add_argument("--fp8-products", action="store_true", help="of the kernel with FP8 products, with --tune")
     parser.add_argument("--shapes", nargs="*", help="only these shapes, with --tune")
     parser.add_argument("--tokens", type=int, nargs="*", help="only these numbers of tokens")
     parser.add_argument("--methods", nargs="*", help="only these methods")
@@ -462,11 +540,12 @@ def main():
     torch.manual_seed(0)
     tokens = args.tokens or TOKENS
     if args.tune:
-        return tune(args.shapes, tokens, args.bits)
+        return tune(args.shapes, tokens, args.bits, args.fp8_products)
     bandwidth = copy_bandwidth()
     print(f"copy: {bandwidth / 1e12:.2f} TB/s")
     rows, kernels = {}, {}
-    methods = Bf16(), Ours(), Rotated(), Int8(), Int8Rotated(), Fp8(), Rescored(), Machete(), Marlin(), W4A8(), TinyGemm()
+    methods = Bf16(), Ours(), Fp8Products(), Fp8Inputs(), Rotated(), Int8(), Int8Rotated(), Fp8(), Rescored()
+    methods += Machete(), Marlin(), W4A8(), TinyGemm()
     for method in methods:
         if args.methods and method.name not in args.methods:
             continue
@@ -504,11 +583,11 @@ def main():
     rows = [{k: round(v, 3) if isinstance(v, float) else v for k, v in r.items()} for r in rows.values()]
     print(
         f"{'weights':15}{'M':>4}"
-        + "".join(f"{name:>9}" for name in PRINTED)
+        + "".join(f"{name:>{width(name)}}" for name in PRINTED)
         + f"{'floor':>8}{'ratio':>7}{'TB/s':>6}{'rotation':>10}"
     )
     for r in sorted(rows, key=lambda r: r["weights"]):
-        times = "".join(f"{r.get(name + '_us', float('nan')):9.1f}" for name in PRINTED)
+        times = "".join(f"{r.get(name + '_us', float('nan')):{width(name)}.1f}" for name in PRINTED)
         print(
             f"{r['weights']:15}{r['tokens']:4}{times}{r['floor_us']:8.1f}{r.get('ours_speedup', 0):7.2f}"
             f"{r.get('ours_tb_per_s', 0):6.2f}{r.get('rotation_cost', float('nan')):10.1%}"

@@ -1,8 +1,8 @@
 """Linear layers with 4-bit or 8-bit weights for a few tokens: ``torch.ops.vllm_quantspec.int4_linear``.
 
 On a GPU a CUDA kernel, compiled by NVRTC when a shape is first used, reads the packed weight once at nearly the
-memory's bandwidth; on the CPU the same operator is plain PyTorch (`reference`). There are two kernels, on one layout: the
-ideas are in ``int4_linear.cu`` (up to 16 tokens) and ``int4_linear_wide.cu`` (more).
+memory's bandwidth; on the CPU the same operator is plain PyTorch (`reference`). There are three kernels, on one layout: the
+ideas are in ``int4_linear.cu`` (up to 16 tokens), ``int4_linear_wide.cu`` (more) and ``int4_linear_fp8.cu`` (`USE_FP8`).
 
 Packed layout. Rows are cut in tiles of 16, input channels in chunks of 128 (the last one padded). A chunk of a tile is
 what eight mma.m16n8k16 take as their A operand, in fragment order: lane ``4*g + t`` holds the words ``[half][lane][word]``;
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from vllm_quantspec import levels
 from vllm_quantspec.kernels import nvrtc
 from vllm_quantspec.kernels.device import MIN_CAPABILITY, Device, device_properties
-from vllm_quantspec.kernels.int4_linear_fp8 import INPUTS_SOURCE, Fp8Plan
+from vllm_quantspec.kernels.int4_linear_fp8 import INPUTS_SOURCE, Fp8Plan, choose_fp8_plan, split
 from vllm_quantspec.kernels.int4_linear_wide import WidePlan, choose_wide_plan
 from vllm_quantspec.kernels.workspace import Workspace
 from vllm_quantspec.rotation import rotate_inputs
@@ -41,6 +41,10 @@ MAX_NARROW = 16
 # Chunks of 128 channels from which a linear of one or two row tiles per CTA has more warps, and row tiles per multiprocessor
 # above which a launch has two CTAs there: measured on an H200 (benchmarks/NOTES.md, "Plans behind a norm").
 MANY_CHUNKS, MANY_TILES = 48, 11
+# On Hopper a third kernel, with FP8 products (int4_linear_fp8.py), takes bfloat16 inputs of more than MAX_ALIKE and up to
+# MAX_FP8 tokens. It is not chosen until it has been timed as it is (NOTES, "FP8 products").
+USE_FP8 = False
+MAX_ALIKE, MAX_FP8 = 8, 64
 # Up to about this many tokens an H200 is faster with 4 bits than with a BF16 weight.
 MAX_FASTER_TOKENS = 32
 # The same for 8 bits: with more, each 16 tokens read the weight anew.
@@ -233,15 +237,16 @@ def reference(
     scales_zeros: torch.Tensor,
     bias: torch.Tensor | None = None,
     rotated: bool = False,
+    parts: int | None = None,
 ) -> torch.Tensor:
-    """`int4_linear` in plain PyTorch, accumulated in fp32."""
+    """`int4_linear` in plain PyTorch, accumulated in fp32; with ``parts``, of inputs that are so many e4m3 numbers each."""
     _check(x, codes, scales_zeros, bias)
     codes_of, scales, zeros = _unpack(codes, scales_zeros)
     steps = levels.levels(codes_of.view(*scales.shape, -1), _bits(codes))
     steps = steps - levels.levels(zeros.unsqueeze(-1), _bits(codes))
     weight = (steps * scales.unsqueeze(-1).float()).view(len(scales), -1)[:, : x.shape[1]]
     inputs = rotate_inputs(x).to(x.dtype) if rotated else x
-    out = inputs.float() @ weight.t()
+    out = (inputs.float() if parts is None else split(inputs, parts)) @ weight.t()
     return (out if bias is None else out + bias.float()).to(x.dtype)
 
 
@@ -262,6 +267,16 @@ def _check(x: torch.Tensor, codes: torch.Tensor, scales_zeros: torch.Tensor, bia
         raise ValueError("codes and scales_zeros must be contiguous.")
     if bias is not None and (bias.shape != (codes.shape[0] * ROWS,) or bias.dtype != x.dtype or not bias.is_contiguous()):
         raise ValueError(f"bias must be {x.dtype} [{codes.shape[0] * ROWS}], got {bias.dtype} {list(bias.shape)}.")
+
+
+def _cpu(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales_zeros: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    rotated: bool = False,
+) -> torch.Tensor:
+    return reference(x, codes, scales_zeros, bias, rotated)
 
 
 def _cuda(
@@ -290,7 +305,7 @@ def _fake(
 
 _library = torch.library.Library("vllm_quantspec", "FRAGMENT")
 _library.define("int4_linear(Tensor x, Tensor codes, Tensor scales_zeros, Tensor? bias=None, bool rotated=False) -> Tensor")
-_library.impl("int4_linear", reference, "CPU")
+_library.impl("int4_linear", _cpu, "CPU")
 _library.impl("int4_linear", _cuda, "CUDA")
 torch.library.register_fake("vllm_quantspec::int4_linear", _fake, lib=_library)
 
@@ -369,10 +384,10 @@ def launch(
     tokens, channels = x.shape
     tiles, chunks = codes.shape[:2]
     device = x.device.index
+    group_size, bf16 = CHUNK // scales_zeros.shape[2], x.dtype == torch.bfloat16
     with torch.cuda.device(device):
         if plan is None:
-            plan = choose_plan(tiles, chunks, scales_zeros.shape[2], tokens, device, _bits(codes))
-        group_size, bf16 = CHUNK // scales_zeros.shape[2], x.dtype == torch.bfloat16
+            plan = choose_plan(tiles, chunks, scales_zeros.shape[2], tokens, device, _bits(codes), bf16)
         kernel = _kernel(plan, group_size, bf16, device, rotated)
         token_blocks = -(-tokens // (8 * plan.token_tiles))
         partial, arrived = 0, 0
@@ -395,9 +410,14 @@ def launch(
 
 
 @cache
-def choose_plan(tiles: int, chunks: int, groups: int, tokens: int, device: int, bits: int = 4) -> Plan | WidePlan:
-    """The launch for a weight of ``tiles`` x ``chunks``; sums are in one order up to 16 tokens, in 8 bits for any number."""
+def choose_plan(
+    tiles: int, chunks: int, groups: int, tokens: int, device: int, bits: int = 4, bf16: bool = True
+) -> Plan | WidePlan | Fp8Plan:
+    """The launch for a weight of ``tiles`` x ``chunks``; sums are in one order up to 16 tokens (8 with FP8 products), in
+    8 bits for any number."""
     properties = device_properties(device)
+    if USE_FP8 and bits == 4 and bf16 and properties.has_wgmma and MAX_ALIKE < tokens <= MAX_FP8:
+        return choose_fp8_plan(tiles, chunks, groups, tokens, properties)
     if tokens > MAX_NARROW and bits == 4:
         return choose_wide_plan(tiles, chunks, groups, tokens, properties)
     return narrow_plan(tiles, chunks, groups, tokens, properties, bits)
@@ -443,7 +463,9 @@ def _refuse_capture() -> None:
 
 
 @cache
-def _kernel(plan: Plan | WidePlan | Fp8Plan, group_size: int, bf16: bool, device: int, rotated: bool = False) -> nvrtc.Kernel:
+def _kernel(
+    plan: Plan | WidePlan | Fp8Plan, group_size: int, bf16: bool, device: int, rotated: bool = False
+) -> nvrtc.Kernel:
     capability = device_properties(device).capability
     if capability < MIN_CAPABILITY:
         raise RuntimeError(supported(128, 16, 128, torch.bfloat16, capability))

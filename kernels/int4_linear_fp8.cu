@@ -1,4 +1,4 @@
-// y = x W^T on Hopper for 9 tokens or more (a launch has blocks of up to 64) and a weight of 4-bit codes in groups, with products of
+// y = x W^T on Hopper for 9 to 64 tokens (a launch has blocks of up to 64) and a weight of 4-bit codes in groups, with products of
 // e4m3 (FP8) numbers. Compiled by NVRTC.
 //
 // A byte from 0 to 15 read as e4m3 is that number times 2^-9: its subnormal numbers and the first ones above them lie evenly.
@@ -234,7 +234,7 @@ int4_linear_fp8(const __grid_constant__ Params p) {
         add(step);
       }
     }
-    // An arrival may overtake loads before it, and the next chunk's factors with it (seen on an H200): not if it needs them.
+    // The arrival needs what was loaded. Without that, factors of later chunks were read on an H200 (NOTES).
     const u32 used = empty + x_slot * 8 + loaded;
     __syncwarp();
     if (lane == 0) arrive(used);

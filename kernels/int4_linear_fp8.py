@@ -1,7 +1,7 @@
 """How the kernel for 9 to 64 tokens on Hopper (``int4_linear_fp8.cu``) is launched, and what its inputs become.
 
-Inputs become one or two e4m3 numbers each, with a scale per token and chunk of 128 channels (``int4_linear_fp8.cuh``); `split` is
-that in PyTorch.
+Inputs become one or two e4m3 numbers each, with a scale per token and chunk of 128 channels (``int4_linear_fp8.cuh``);
+`split` is that in PyTorch.
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from vllm_quantspec.kernels.device import Device  # noqa: F401
+from vllm_quantspec.kernels.device import Device
 
 SOURCE = Path(__file__).with_suffix(".cu")
 INPUTS_SOURCE = SOURCE.with_name("int4_linear_fp8_inputs.cu")
@@ -24,7 +24,7 @@ LEAST_EXPONENT = {torch.bfloat16: -119, torch.float16: -8}
 def split(x: torch.Tensor, parts: int = 2) -> torch.Tensor:
     """What ``int4_linear_fp8.cu`` multiplies in the place of ``x`` [tokens, channels]: float32, the sum of its e4m3 parts.
 
-    With two parts the error is below 2^-17 of the largest of a token's chunk for bfloat16; float16 has more bits than they hold.
+    With two parts the error is at most 2^-17 of the largest of a token's chunk for bfloat16; float16 has more bits.
     """
     tokens, channels = x.shape
     chunks = F.pad(x.float(), (0, -channels % CHUNK)).view(tokens, -1, CHUNK)
@@ -104,3 +104,75 @@ class Fp8Plan(NamedTuple):
             "DEPTH": self.depth,
             "MIN_CTAS": self.min_ctas,
         }
+
+
+class Share(NamedTuple):
+    """How a CTA works; the names are those of `Fp8Plan`."""
+
+    warps: int
+    tiles: int
+    ready: bool
+    depth: int = 1
+    min_ctas: int = 1
+    producers: int = 4
+    x_stages: int = 2
+    turns: bool = True
+
+
+# The best of sweeps on an H200 with an earlier version of the kernel (NOTES), by tiles of tokens: where rows alone fill the
+# GPU, and where CTAs share few or many channels.
+_ROWS = dict.fromkeys(TOKEN_TILES, (Share(16, 1, True),))
+_FEW = {
+    2: (Share(8, 2, False, 2), Share(8, 3, False, 2)),
+    4: (Share(8, 2, False, 2, producers=8), Share(12, 2, False)),
+    6: (Share(8, 1, True), Share(12, 1, True)),
+    8: (Share(8, 1, True), Share(12, 1, True)),
+}
+_MANY = {
+    2: (Share(4, 2, True, 2, min_ctas=2),),
+    4: (Share(4, 2, True, 2, min_ctas=2),),
+    6: (Share(4, 1, True, 1, min_ctas=2),),
+    8: (Share(4, 1, True, 1, min_ctas=2),),
+}
+MANY_CHUNKS = 64
+MOST_SPLITS = 8
+
+
+def choose_fp8_plan(tiles: int, chunks: int, groups: int, tokens: int, device: Device, parts: int = 2) -> Fp8Plan:
+    """The launch for a weight of ``tiles`` x ``chunks``, each chunk of ``groups`` groups, and up to 64 tokens."""
+    token_tiles = next(n for n in TOKEN_TILES if 8 * n >= tokens)
+    pairs, sms = -(-chunks // 2), device.num_multiprocessors
+    alone = tiles >= 8 * sms
+    shares = (_ROWS if alone else _MANY if chunks >= MANY_CHUNKS else _FEW)[token_tiles]
+    plans = [
+        plan_of(share, tiles, splits, token_tiles, CHUNK // groups, device, parts)
+        for share in shares
+        for splits in range(1, 2 if alone else min(MOST_SPLITS, pairs) + 1)
+    ]
+    return min((plan for plan in plans if plan is not None), key=lambda plan: _work(plan, pairs, sms))
+
+
+def _work(plan: Fp8Plan, pairs: int, sms: int) -> tuple[int, int]:
+    """Row tiles times pairs of chunks of the busiest multiprocessor, as a CTA multiplies for all its warps.
+
+    Then what is preferred of equals: two CTAs of a multiprocessor where it has room for them, else few to add up.
+    """
+    waves = -(-plan.blocks * plan.splits // sms)
+    return waves * plan.warps * plan.tiles * -(-pairs // plan.splits), -plan.splits if plan.min_ctas > 1 else plan.splits
+
+
+def plan_of(
+    share: Share, tiles: int, splits: int, token_tiles: int, group_size: int, device: Device, parts: int = 2
+) -> Fp8Plan | None:
+    """A launch with so many splits, or None where not all of its CTAs would be on the GPU at once."""
+    slots, sms = share.warps * share.tiles, device.num_multiprocessors * share.min_ctas
+    blocks = -(-tiles // slots)
+    if splits == 1:
+        blocks = min(tiles, -(-blocks // sms) * sms)
+    elif blocks * splits > sms:
+        return None
+    plan = Fp8Plan(stages=1, token_tiles=token_tiles, splits=splits, blocks=blocks, parts=parts, **share._asdict())
+    room = device.shared_memory_per_block - 1024
+    if share.min_ctas > 1:
+        room = device.shared_memory_per_multiprocessor // share.min_ctas - 1024
+    return plan._replace(stages=max(2, min(plan.most_stages(room, group_size), 5)))

@@ -11,6 +11,7 @@ from vllm_quantspec.kernels import (
     decode_attention,
     int4_experts,
     int4_linear,
+    int4_linear_fp8,
     int4_linear_wide,
     marlin_dequantize,
     marlin_linear,
@@ -73,7 +74,8 @@ def calls(monkeypatch, capability):
 
 
 @pytest.mark.parametrize(
-    "module", [decode_attention, int4_experts, int4_linear, int4_linear_wide, marlin_dequantize, marlin_linear]
+    "module",
+    [decode_attention, int4_experts, int4_linear, int4_linear_fp8, int4_linear_wide, marlin_dequantize, marlin_linear],
 )
 def test_a_kernel_is_compiled_once_and_loaded_by_its_name(module, calls):
     for shared_bytes in (1000, 2000):
@@ -90,7 +92,7 @@ def test_a_kernel_is_compiled_once_and_loaded_by_its_name(module, calls):
     assert b'extern "C"' in module.SOURCE.read_bytes() and module.SOURCE.stem.encode() + b"(" in module.SOURCE.read_bytes()
 
 
-@pytest.mark.parametrize("module", [decode_attention, int4_experts, int4_linear_wide, marlin_linear])
+@pytest.mark.parametrize("module", [decode_attention, int4_experts, int4_linear_fp8, int4_linear_wide, marlin_linear])
 def test_the_compiler_gets_what_a_source_includes(module, calls):
     """Headers include headers; none is anywhere but beside the source."""
     nvrtc.load(module.SOURCE, {}, 0, **SIZES)
