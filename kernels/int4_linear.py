@@ -390,6 +390,8 @@ def launch(
             plan = choose_plan(tiles, chunks, scales_zeros.shape[2], tokens, device, _bits(codes), bf16)
         kernel = _kernel(plan, group_size, bf16, device, rotated)
         token_blocks = -(-tokens // (8 * plan.token_tiles))
+        if isinstance(plan, Fp8Plan) and not plan.is_resident(token_blocks, device_properties(device)):
+            raise ValueError(f"CTAs of {plan} wait for one another, but would not all be on the GPU at once.")
         partial, arrived = 0, 0
         if plan.uses_workspace:
             floats = plan.splits * token_blocks * plan.token_tiles * tiles * 128

@@ -67,6 +67,10 @@ class Fp8Plan(NamedTuple):
     def threads(self) -> int:
         return 32 * (self.warps + (1 if self.ready else self.producers))
 
+    def is_resident(self, token_blocks: int, device: Device) -> bool:
+        """Whether CTAs that wait for one another, if any, can be on the GPU at once."""
+        return self.splits == 1 or self.blocks * self.splits * token_blocks <= device.num_multiprocessors * self.min_ctas
+
     def input_bytes(self, group_size: int) -> int:
         """Of two chunks of the converted inputs of a block of tokens."""
         return 2 * self.token_tiles * (1024 * self.parts + 64 * (CHUNK // group_size))

@@ -72,7 +72,7 @@ def check_plan(plan: Fp8Plan, tiles: int, chunks: int, group: int) -> None:
     assert (plan.shared_bytes(group) + 1024) * plan.min_ctas <= H200.shared_memory_per_multiprocessor
     assert plan.shared_bytes(group) <= H200.shared_memory_per_block and plan.stages >= 2 and plan.x_stages >= 2
     assert 1 <= plan.splits <= -(-chunks // 2)  # no CTA without channels
-    assert plan.splits == 1 or plan.blocks * plan.splits <= H200.num_multiprocessors * plan.min_ctas  # all there at once
+    assert plan.is_resident(1, H200)
     assert plan.warps % 4 == 0 and -(-plan.producers // (2 * plan.token_tiles)) <= plan.x_stages
 
 
@@ -86,6 +86,12 @@ def test_plans_cover_the_weight_and_fit(group, parts):
             plan = choose_fp8_plan(tiles, chunks, 128 // group, tokens, H200, parts)
             assert 8 * plan.token_tiles >= tokens and plan.token_tiles in TOKEN_TILES and plan.parts == parts
             check_plan(plan, tiles, chunks, group)
+
+
+def test_a_launch_that_would_wait_for_ever_is_known():
+    plan = choose_fp8_plan(256, 32, 1, 16, H200)
+    assert plan.splits > 1 and plan.is_resident(1, H200) and not plan.is_resident(3, H200)
+    assert plan._replace(splits=1).is_resident(3, H200)
 
 
 def test_plans_use_all_of_a_hopper_gpu():
