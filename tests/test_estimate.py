@@ -292,7 +292,7 @@ def test_weights_in_8_bits_are_counted(tmp_path, capsys):
     gib = [estimate.memory(model, 140e9, 0.9, 1, 128, 2e9, wide_share=share).int4_weights for share in shares]
     assert gib[0] == gib[1] and gib[3] - gib[0] == pytest.approx(model.linear_weights / 2)  # the output layer stays
     assert gib[2] == pytest.approx((gib[0] + gib[3]) / 2)
-    for batch, slower in ((1, True), (16, True), (32, True), (64, False)):
+    for batch, slower in ((1, True), (16, True), (32, True), (64, True), (128, False)):
         steps = [estimate.speed(model, 4.26e12, 8192, batch, 1, 128, 0.94, 4, wide_share=s).draft_step for s in shares]
         assert steps[0] == steps[1]
         assert (steps[1] < steps[2] < steps[3]) if slower else steps[3] == pytest.approx(steps[0])

@@ -25,7 +25,7 @@ from vllm_quantspec.kernels.decode_attention import row_plans
 READ, LINEAR = 1.05, 0.9
 # The INT4 linear layers [i], by the most tokens: tensor-core tiles of 8 tokens, another kernel beyond 16. A draft step of
 # more tokens than these uses the 16-bit layers.
-INT4_LINEAR = ((8, 0.6), (16, 0.45), (32, 0.38))
+INT4_LINEAR = ((8, 0.6), (16, 0.45), (32, 0.38), (64, 0.26))
 # The same in 8 bits, where 16 tokens are the most: by what an H100 takes compared with INT4 and with 16 bits, which say 0.73
 # and 0.84 [int4_linear-int8.json]; beyond 8 tokens assumed.
 INT8_LINEAR = ((8, 0.77), (16, 0.6))

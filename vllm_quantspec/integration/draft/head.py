@@ -11,7 +11,10 @@ import torch.nn.functional as F
 from vllm.model_executor.layers.linear import LinearMethodBase
 
 from vllm_quantspec.integration.draft.linears import Int4LinearMethod
-from vllm_quantspec.kernels import int4_linear, rescore_logits
+from vllm_quantspec.kernels import rescore_logits
+
+# Beyond them an H200 is as fast with the 16-bit weight, which needs no logits computed again (results/int4_linear.json).
+MAX_FASTER_TOKENS = 32
 
 
 class RescoringHeadMethod(LinearMethodBase):
@@ -32,6 +35,6 @@ class RescoringHeadMethod(LinearMethodBase):
         """Logits [num_tokens, vocab_size] of ``x`` [num_tokens, hidden_size]."""
         if not x.is_cuda:
             return rescore_logits.reference(self.linear.apply(layer, x, bias), x, self.weight, bias)
-        if x.shape[0] > int4_linear.MAX_FASTER_TOKENS:
+        if x.shape[0] > MAX_FASTER_TOKENS:
             return F.linear(x, self.weight, bias)
         return rescore_logits.rescore_logits(self.linear.apply(layer, x, bias), x, self.weight, bias)
