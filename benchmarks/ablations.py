@@ -32,6 +32,7 @@ from weight_rounding import ROOT, SHARED, Llama
 
 from vllm_quantspec import weights as rounding
 from vllm_quantspec.format import PageFormat, dequantize_keys, dequantize_values, quantize_keys, quantize_values
+from vllm_quantspec.kernels import search_range
 
 SCORES = 1 << 28  # attention scores held at a time, elements: 1 GiB
 
@@ -206,10 +207,10 @@ FIRST_PAGES = [replace(KV_ONLY, first_page=way) for way in FIRST_PAGE]
 def round_symmetric(weight: torch.Tensor, group_size: int, method: str, dtype: torch.dtype) -> torch.Tensor:
     """As ``weights.quantize_weight``, but with the zero point 8 in every group: the range is the same to both sides."""
     x = weight.float().unflatten(-1, (-1, group_size))
-    scale = rounding._stored(x.abs().amax(-1, keepdim=True) / 7.5, dtype)
+    scale = search_range.stored(x.abs().amax(-1, keepdim=True) / 7.5, dtype)
     zero = torch.full_like(scale, 8)
     if method == "search":
-        scale, zero = rounding._search(x, scale, zero, None, dtype)
+        scale, zero = search_range.narrowed(x, scale, zero, None, dtype)
     return ((rounding._round(x, scale, zero, 4) - zero) * scale).flatten(-2)
 
 

@@ -65,7 +65,17 @@ def reference(
     # Zero has to be inside the range, or its level would not be one of those that there are.
     low, high = x.amin(-1, keepdim=True).clamp_max_(0), x.amax(-1, keepdim=True).clamp_min_(0)
     full_scale = stored((high - low) / MAX_CODE, dtype)
-    full_zero = levels.nearest(-low / full_scale, 4)
+    return narrowed(x, full_scale, levels.nearest(-low / full_scale, 4), importance, dtype)
+
+
+def narrowed(
+    x: torch.Tensor,
+    full_scale: torch.Tensor,
+    full_zero: torch.Tensor,
+    importance: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best of a range [..., 1] of each group of ``x`` [..., G], narrower ones, and their least-squares scales."""
 
     def weigh(values: torch.Tensor) -> torch.Tensor:
         return values if importance is None else values * importance
