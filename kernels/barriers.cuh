@@ -24,6 +24,8 @@ DEV void wait_for(u32 a, u32 parity) {
 // A stage is full when the copies of all lanes are there.
 DEV void arrive_copied(u32 full) { asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(full) : "memory"); }
 #if __CUDA_ARCH__ >= 900
+// Barriers initialized before are there for copies.
+DEV void fence_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 // An arrival, and so many bytes that are still to be copied.
 DEV void arrive_expecting(u32 a, u32 bytes) {
   asm volatile("{.reg .b64 t;\n mbarrier.arrive.expect_tx.shared.b64 t,[%0],%1;}" ::"r"(a), "r"(bytes) : "memory");

@@ -186,6 +186,14 @@ def _unpack(codes: torch.Tensor, scales_zeros: torch.Tensor) -> tuple[torch.Tens
     return codes, pairs[..., 0].contiguous(), zeros
 
 
+def dequantize(codes: torch.Tensor, scales_zeros: torch.Tensor) -> torch.Tensor:
+    """The weight of a `PackedLinear` in fp32, with the padding of the last chunk."""
+    codes_of, scales, zeros = _unpack(codes, scales_zeros)
+    steps = levels.levels(codes_of.view(*scales.shape, -1), _bits(codes))
+    steps = steps - levels.levels(zeros.unsqueeze(-1), _bits(codes))
+    return (steps * scales.unsqueeze(-1).float()).view(len(scales), -1)
+
+
 def _bits(codes: torch.Tensor) -> int:
     return codes.shape[2] // 256
 
@@ -241,10 +249,7 @@ def reference(
 ) -> torch.Tensor:
     """`int4_linear` in plain PyTorch, accumulated in fp32; with ``parts``, of inputs that are so many e4m3 numbers each."""
     _check(x, codes, scales_zeros, bias)
-    codes_of, scales, zeros = _unpack(codes, scales_zeros)
-    steps = levels.levels(codes_of.view(*scales.shape, -1), _bits(codes))
-    steps = steps - levels.levels(zeros.unsqueeze(-1), _bits(codes))
-    weight = (steps * scales.unsqueeze(-1).float()).view(len(scales), -1)[:, : x.shape[1]]
+    weight = dequantize(codes, scales_zeros)[:, : x.shape[1]]
     inputs = rotate_inputs(x).to(x.dtype) if rotated else x
     out = (inputs.float() if parts is None else split(inputs, parts)) @ weight.t()
     return (out if bias is None else out + bias.float()).to(x.dtype)

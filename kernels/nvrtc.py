@@ -91,7 +91,7 @@ def launch(kernel: Kernel, params: ctypes.Structure, grid_y: int = 1, grid_x: in
 def compile_source(source: Path, macros: tuple[tuple[str, int], ...], architecture: str) -> bytes:
     """The machine code of ``source`` for ``architecture`` ("sm_90"; PTX for "compute_80"), with ``macros`` defined.
 
-    It may include the headers (``*.cuh``) beside it.
+    It may include the headers (``*.cuh``) beside it and those of this package.
 
     Raises:
         RuntimeError: it does not compile; the message is the compiler's log.
@@ -100,7 +100,7 @@ def compile_source(source: Path, macros: tuple[tuple[str, int], ...], architectu
 
     options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{name}={value}" for name, value in macros)]
     options = [x.encode() for x in options]
-    headers = sorted(source.parent.glob("*.cuh"))
+    headers = sorted({*source.parent.glob("*.cuh"), *Path(__file__).parent.glob("*.cuh")})
     texts, names = [h.read_bytes() for h in headers], [h.name.encode() for h in headers]
     program = call("nvrtcCreateProgram", source.read_bytes(), source.name.encode(), len(headers), texts, names)
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)

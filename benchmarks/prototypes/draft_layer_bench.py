@@ -1,0 +1,210 @@
+"""A draft's decoder layer between two attentions: one launch against four INT4 linears and three kernels of Inductor's.
+
+    python benchmarks/prototypes/draft_layer_bench.py --json OUT.json
+    python benchmarks/prototypes/draft_layer_bench.py --tune            # launch configurations
+
+Needs a CUDA GPU of compute capability 9.0 or newer. Times are of one layer: medians of CUDA graph replays of a whole model,
+every layer with weights of its own, so that nothing comes from the L2 cache. The first channels of a layer's qkv stand for
+what attention makes of it, so that every launch depends on the one before.
+"""
+
+import argparse
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import draft_layer as module
+import torch
+import torch.nn.functional as F
+from draft_layer import Shape, choose_plan, launch, plan_of, reference
+
+from vllm_quantspec.kernels.device import device_properties
+from vllm_quantspec.kernels.int4_linear import int4_linear
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import write_json  # noqa: E402
+from int4_linear import DEVICE, DTYPE, Ours, copy_bandwidth, median, random_packed  # noqa: E402
+
+# Layers, sizes, whether qkv has a bias.
+MODELS = {
+    "Llama-3.1-8B": (32, Shape(4096, 4096, 14336, 6144), False),
+    "Qwen2.5-7B": (28, Shape(3584, 3584, 18944, 4608), True),
+}
+TOKENS = (1, 2, 3, 4)
+EPSILON = 1e-5
+
+
+def linears_of(shape):
+    """(in, out) of o, gate_up, down and qkv."""
+    return (
+        (shape.attention, shape.hidden),
+        (shape.hidden, 2 * shape.intermediate),
+        (shape.intermediate, shape.hidden),
+        (shape.hidden, shape.qkv),
+    )
+
+
+def layer_bytes(shape):
+    return int(sum(k * n for k, n in linears_of(shape)) * Ours.bytes_per_weight)
+
+
+class Layer:
+    def __init__(self, shape, has_bias):
+        self.weights = [t for size in linears_of(shape) for t in random_packed(size)]
+        self.norms = [torch.rand(shape.hidden, device=DEVICE).add_(0.5).to(DTYPE) for _ in range(2)]
+        self.bias = torch.randn(shape.qkv, device=DEVICE).to(DTYPE) if has_bias else None
+
+    @property
+    def arguments(self):
+        return self.weights, *self.norms, self.bias, EPSILON, EPSILON
+
+
+def add_and_norm(x, residual, weight):
+    """vLLM's RMSNorm in PyTorch, as torch.compile sees it."""
+    x = x.float() + residual.float()
+    residual = x.to(DTYPE)
+    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPSILON)
+    return x.to(DTYPE) * weight, residual
+
+
+def activate(x):
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+@cache
+def compiled():
+    """Inductor's kernels, which overlap with those around them as in an engine."""
+    import torch._inductor.config as config
+
+    if hasattr(config.triton, "enable_pdl"):
+        config.triton.enable_pdl = True
+    return tuple(torch.compile(f, fullgraph=True, dynamic=False) for f in (add_and_norm, activate))
+
+
+def seven_launches(attention, residual, layer):
+    norm, act = compiled()
+    o, gate_up, down, qkv = (layer.weights[i : i + 2] for i in range(0, 8, 2))
+    x, residual = norm(int4_linear(attention, *o), residual, layer.norms[0])
+    x = int4_linear(act(int4_linear(x, *gate_up)), *down)
+    x, residual = norm(x, residual, layer.norms[1])
+    return int4_linear(x, *qkv, layer.bias), residual
+
+
+def four_linears(attention, residual, layer):
+    """What the seven take without norms and activation; the numbers mean nothing."""
+    o, gate_up, down, qkv = (layer.weights[i : i + 2] for i in range(0, 8, 2))
+    x = int4_linear(int4_linear(attention, *o), *gate_up)
+    return int4_linear(int4_linear(x[:, : x.shape[1] // 2], *down), *qkv, layer.bias), residual
+
+
+def one_launch(plan=None):
+    return lambda attention, residual, layer: launch(attention, residual, *layer.arguments, plan)
+
+
+def time_layer(method, layers, shape, tokens, rep=60):
+    attention, residual = inputs_of(shape, tokens)
+
+    def run():
+        x, r = attention, residual
+        for layer in layers:
+            qkv, r = method(x, r, layer)
+            x = qkv[:, : shape.attention]
+
+    run()
+    return median(run, rep) / len(layers)
+
+
+def inputs_of(shape, tokens):
+    return (torch.randn(tokens, n, device=DEVICE).to(DTYPE) for n in (shape.attention, shape.hidden))
+
+
+def relative_error(out, expected):
+    return float((out.double() - expected.double()).norm() / expected.double().norm())
+
+
+def check(layer, shape, tokens):
+    """The largest relative error of both results against the reference."""
+    inputs = list(inputs_of(shape, tokens))
+    ours = one_launch()(*inputs, layer)
+    return max(relative_error(a, b) for a, b in zip(ours, reference(*inputs, *layer.arguments), strict=True))
+
+
+def options_of(shape, tokens, gpu):
+    """Plans by warps, passes over gate and up, depth of the ring, stages asked for at a time, CTAs per multiprocessor."""
+    default = plan_of(shape, tokens, gpu)
+    options = {"default": default, "no overlap": default._replace(overlap=False)}
+    for stages in (4, 6, 8, default.stages):
+        for flight in (2, 3, 4, 5, 6, 8, 12):
+            if flight <= stages <= default.stages:
+                options[f"stages {stages} flight {flight}"] = default._replace(stages=stages, flight=flight)
+    tries = [(w, None, 1) for w in (8, 12, 14, 15)] + [(None, p, 1) for p in (2, 4)] + [(8, None, 2), (8, 2, 2)]
+    for warps, pairs, ctas in tries:
+        try:
+            options[f"warps {warps} pairs {pairs} ctas {ctas}"] = plan_of(shape, tokens, gpu, warps, pairs, ctas)
+        except RuntimeError:
+            continue
+    return options
+
+
+def tune(layers, shape, tokens):
+    gpu = device_properties(0)
+    options = options_of(shape, tokens, gpu)
+    compile_all(options.values(), gpu)
+    times = {}
+    for name, plan in options.items():
+        try:
+            times[name] = time_layer(one_launch(plan), layers, shape, tokens, 8)
+        except RuntimeError as error:
+            print("failed", name, plan, str(error)[:200])
+    for name in sorted(times, key=times.get):
+        print(f"   {times[name]:6.2f} us  {name}: {tuple(options[name])}", flush=True)
+    return times
+
+
+def compile_all(plans, gpu):
+    from vllm_quantspec.kernels.nvrtc import compile_source
+
+    with ThreadPoolExecutor(16) as pool:
+        macros = dict.fromkeys(tuple(plan.macros(True).items()) for plan in plans)
+        list(pool.map(lambda m: compile_source(module.SOURCE, m, gpu.architecture), macros))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the numbers here")
+    parser.add_argument("--tune", action="store_true", help="time launch configurations")
+    parser.add_argument("--tokens", type=int, nargs="*", default=TOKENS)
+    parser.add_argument("--models", nargs="*", default=MODELS, help=f"of {', '.join(MODELS)}")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    bandwidth = copy_bandwidth()
+    print(f"copy: {bandwidth / 1e12:.2f} TB/s", flush=True)
+    rows = []
+    for name in args.models:
+        number, shape, has_bias = MODELS[name]
+        layers = [Layer(shape, has_bias) for _ in range(number)]
+        for tokens in args.tokens:
+            floor = layer_bytes(shape) / bandwidth * 1e6
+            row = {"model": name, "tokens": tokens, "bytes": layer_bytes(shape), "floor_us": floor}
+            if args.tune:
+                print(f"{name}, {tokens} tokens, floor {floor:.2f} us")
+                row["plans"] = tune(layers, shape, tokens)
+            else:
+                row["error"] = check(layers[0], shape, tokens)
+                row["plan"] = choose_plan(shape, tokens, 0)._asdict()
+                for key, method in (("one", one_launch()), ("seven", seven_launches), ("linears", four_linears)):
+                    row[f"{key}_us"] = time_layer(method, layers, shape, tokens)
+                row["again_us"] = time_layer(one_launch(), layers, shape, tokens)
+                row["ratio"] = row["seven_us"] / row["one_us"]
+                print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+            rows.append(row)
+            if args.json:
+                write_json(args.json, rows, copy_bandwidth=bandwidth)
+        del layers
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
