@@ -7,9 +7,11 @@ A group that does not divide a linear's input is the largest smaller one that do
 
     python benchmarks/weight_rounding.py [--model DIR] [--text DIR] [--context 4096] [--methods NAME ...]
     python benchmarks/weight_rounding.py --rotation --model DIR --context 512       # rotated weights; minutes on a CPU
+    python benchmarks/weight_rounding.py --inputs --model DIR --context 512         # inputs of fewer bits
 """
 
 import argparse
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -23,6 +25,7 @@ from tokenizers import Tokenizer
 
 from vllm_quantspec import rotation
 from vllm_quantspec import weights as rounding
+from vllm_quantspec.kernels import int4_linear_fp8
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -65,8 +68,8 @@ class Llama:
     ) -> torch.Tensor:
         """float32 [..., tokens, hidden size] of the last norm, for int64 ids [..., tokens] at positions from ``first`` on.
 
-        ``inputs(name, x)`` sees a linear's input. ``attend(layer, q, k, v)``, of tensors [..., heads, tokens, head size]
-        after the rotary embedding, replaces causal attention among these tokens.
+        ``inputs(name, x)`` sees a linear's input, and may return another. ``attend(layer, q, k, v)``, of tensors
+        [..., heads, tokens, head size] after the rotary embedding, replaces causal attention among these tokens.
         """
         c = self.config
         head, kv_heads, eps = c["head_dim"], c["num_key_value_heads"], c["rms_norm_eps"]
@@ -81,8 +84,8 @@ class Llama:
             return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
         def linear(name: str, x: torch.Tensor) -> torch.Tensor:
-            if inputs is not None:
-                inputs(name, x)
+            if inputs is not None and (other := inputs(name, x)) is not None:
+                x = other
             return F.linear(x, linears[name])
 
         def causal(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -190,6 +193,15 @@ def in_blocks(w: torch.Tensor, size: int, moments: torch.Tensor) -> torch.Tensor
     return rotate(rounding.quantize_weight(rotate(w), g, **options).dequantize())
 
 
+def e4m3(parts: int) -> Callable[[str, torch.Tensor], torch.Tensor]:
+    """Inputs as ``int4_linear_fp8.cu`` multiplies them, from bfloat16."""
+
+    def inputs(name: str, x: torch.Tensor) -> torch.Tensor:
+        return int4_linear_fp8.split(x.bfloat16().flatten(0, -2), parts).view(x.shape)
+
+    return inputs
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=SHARED / "models/books-30m")
@@ -198,6 +210,7 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=20000, help="characters left out at the start of each novel")
     parser.add_argument("--methods", nargs="*")
     parser.add_argument("--rotation", action="store_true", help="ways to rotate, not ways to round")
+    parser.add_argument("--inputs", action="store_true", help="inputs of linears in 16 bits and as e4m3 numbers")
     parser.add_argument("--json", type=Path, help="default: benchmarks/results/weight_rounding-MODEL.json")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -275,18 +288,23 @@ def main() -> None:
             }
             for size in (8, 16, rotation.SIZE, 128, 512)
         }
+    ways: dict[str, Callable | None] = {"": None}
+    if args.inputs:
+        methods = {"search g128": methods["search g128"], "gptq g128": ours("gptq", 128, lambda: sampled(64, 256))}
+        ways |= {f", inputs in {what}": e4m3(parts) for what, parts in (("two e4m3 parts", 2), ("e4m3", 1))}
     targets = [model.logits(ids, linears) for ids in texts]
     results = []
     print(f"{'method':48s} {'greedy':>7s} {'sampling':>8s} {'T=0.7':>8s} {'KL':>8s} {'error':>8s} {'seconds':>8s}")
-    for name in args.methods or methods:
+    for method, (way, inputs) in itertools.product(args.methods or methods, ways.items()):
+        name = method + way
         started = time.perf_counter()
-        quantized = methods[name]()
+        quantized = methods[method]()
         if device == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
         sums, tokens = torch.zeros(4, dtype=torch.float64), 0
         for ids, exact in zip(texts, targets, strict=True):
-            logits = model.logits(ids, quantized)
+            logits = model.logits(ids, quantized, inputs)
             sums[3] += torch.minimum((logits / 0.7).softmax(-1), (exact / 0.7).softmax(-1)).sum().item()
             draft, target = logits.log_softmax(-1), exact.log_softmax(-1)
             sums[0] += (draft.argmax(-1) == target.argmax(-1)).sum().item()
@@ -300,7 +318,7 @@ def main() -> None:
         row = {"method": name, "greedy": greedy, "sampling": sampling, "sampling_0.7": cold, "kl": kl, "error": float(error)}
         results.append(row | {"seconds": seconds})
         print(f"{name:48s} {greedy:7.4f} {sampling:8.4f} {cold:8.4f} {kl:8.5f} {error:8.5f} {seconds:8.2f}", flush=True)
-    kind = "weight_rotation" if args.rotation else "weight_rounding"
+    kind = "weight_rotation" if args.rotation else "input_precision" if args.inputs else "weight_rounding"
     output = args.json or ROOT / f"benchmarks/results/{kind}-{args.model.name}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     record = {
