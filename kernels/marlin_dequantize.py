@@ -1,4 +1,4 @@
-"""The 16-bit weight of a 4-bit one in Marlin's layout, to multiply many tokens by where vLLM's Marlin kernel does not run.
+"""The 16-bit weight of a 4-bit one in Marlin's layout, to multiply a prompt's tokens by.
 
 Such a product is bound by its arithmetic, of which unpacking is a small part: a step of many tokens writes the weight of one
 linear in 16 bits, multiplies by it, and forgets it. The idea of the kernel is in ``marlin_dequantize.cu``;

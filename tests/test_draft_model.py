@@ -14,7 +14,7 @@ from vllm.model_executor.layers.linear import LinearBase  # noqa: E402
 from vllm_quantspec.integration.draft import calibration, linears, own_linear, stored  # noqa: E402
 from vllm_quantspec.integration.draft import model as draft_model  # noqa: E402
 from vllm_quantspec.integration.draft.linears import choose_int4_method, int4_bytes  # noqa: E402
-from vllm_quantspec.integration.draft.loaded import effective_weight, local_shape  # noqa: E402, local_shape
+from vllm_quantspec.integration.draft.loaded import effective_weight, local_shape  # noqa: E402
 from vllm_quantspec.integration.draft.model import DRAFT_PREFIX, build_draft_model  # noqa: E402
 from vllm_quantspec.kernels import int4_linear, rescore_logits  # noqa: E402
 from vllm_quantspec.weights import quantize_weight  # noqa: E402

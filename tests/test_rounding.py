@@ -31,6 +31,7 @@ def settle(monkeypatch, shapes=((256, 512),), free=1 << 34, cpu=False, **changes
         "parallel_config": {"data_parallel_size": 1},
         "model_config": {"is_multimodal_model": False, "quantization": None, "dtype": torch.bfloat16},
         "scheduler_config": {"max_num_batched_tokens": 2048},
+        "speculative_config": {"draft_weights": "int4", "draft_experts": "int4"},
         "compilation_config": {"static_forward_context": {"attn": attention, "other": nn.Module()}},
     }
     for name, change in changes.items():

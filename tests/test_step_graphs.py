@@ -7,11 +7,12 @@ import torch
 from test_speculator import FULL, speculator_with_graphs
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu import cudagraph_utils, model_runner
+from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import SpeculatorCudaGraphManager
 
 from vllm_quantspec.config import AUTO_NUMBERS, AUTO_SCHEDULE
 from vllm_quantspec.integration.gpu import runner as runner_v2
 from vllm_quantspec.integration.gpu import step_graphs
-from vllm_quantspec.integration.gpu.speculator import ALL_SIZES, draft_capture_sizes
+from vllm_quantspec.integration.gpu.speculator import ALL_SIZES, DraftCudaGraphManager, draft_capture_sizes
 from vllm_quantspec.integration.gpu.step_graphs import PlainDescriptor, TargetCudaGraphManager
 
 
@@ -133,6 +134,30 @@ def test_drafts_have_a_plain_graph_each(drafts, schedule, monkeypatch):
 def test_the_runner_makes_ours():
     runner_v2.install()
     assert model_runner.ModelCudaGraphManager is TargetCudaGraphManager
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 7, 64, 100, 144, 192, 256, 320, 1000])
+def test_every_batch_that_vllm_has_a_draft_graph_for_has_one(monkeypatch, max_num_seqs):
+    """No size that remains is one that no batch may have."""
+    monkeypatch.setattr(cudagraph_utils, "get_pp_group", lambda: SimpleNamespace(is_first_rank=True, is_last_rank=True))
+    monkeypatch.setattr(cudagraph_utils, "current_platform", SimpleNamespace(get_global_graph_pool=lambda: None))
+    sizes = sorted({1, 2, 4, *range(8, 256, 8), *range(256, 513, 16), *range(5, 513, 40)})
+    config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs),
+        compilation_config=SimpleNamespace(cudagraph_capture_sizes=sizes, max_cudagraph_capture_size=512),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1, data_parallel_size=1, use_ubatching=False),
+        speculative_config=None,
+        cache_config=SimpleNamespace(use_kda_recoverssm=False),
+        lora_config=None,
+    )
+
+    def largest(manager) -> int:
+        made = manager(config, torch.device("cpu"), CUDAGraphMode.FULL_DECODE_ONLY, decode_query_len=1)
+        assert made.compilation_config.cudagraph_capture_sizes is sizes
+        return max(desc.num_tokens for desc in made._capture_descs[FULL])
+
+    possible = max(size for size in sizes if size <= max_num_seqs)
+    assert largest(DraftCudaGraphManager) == largest(SpeculatorCudaGraphManager) == possible
 
 
 def test_drafts_have_graphs_of_fewer_sizes():

@@ -246,16 +246,17 @@ def _moments(texts: Texts, linears: list[nn.Module]) -> Iterator[tuple[nn.Module
         seen[linear] += len(x)
         reached.add(linear)
         if len(reached) == len(linears):
-            reached.clear()
             raise Enough
 
     handles = [linear.register_forward_pre_hook(add) for linear in linears]
     try:
         for _ in texts.forward():
-            pass
+            reached.clear()
     finally:
         for handle in handles:
             handle.remove()
+    if sums and next(iter(sums.values())).is_cuda:
+        torch.cuda.synchronize()  # a mixture's shared experts may run on a stream of their own
     for linear in linears:
         if linear in sums:
             yield linear, sums.pop(linear).div_(seen[linear])

@@ -26,6 +26,7 @@ from torch import nn
 from vllm.compilation import backends
 from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.model_executor.layers.attention import Attention
@@ -348,15 +349,20 @@ class _Builder:
             with stored.writer() as writer:
                 self._calibrate(target_model, left, writer)
         except Exception as error:
-            if self.gptq_asked:
+            # Other ranks may be waiting for this one within a forward pass: they end with it.
+            if self.gptq_asked or get_tp_group().world_size > 1:
                 raise
             logger.warning(
                 "GPTQ cannot round the draft weights of this model, so they are rounded by search: %s: %s",
                 type(error).__name__,
                 " ".join(str(error).split()),
             )
-            for linear in left.values():
-                linear.put(linear.rounded())
+        if not left:
+            return
+        if device.type == "cuda":  # what the failed attempt held is free by now
+            torch.cuda.empty_cache()
+        for linear in left.values():
+            linear.put(linear.rounded())
 
     def _calibrate(self, target_model: nn.Module, left: dict[nn.Module, OwnLinear], writer) -> None:
         """Round the linears ``left`` and write them for the next start; each is taken out as soon as it is done."""

@@ -12,7 +12,9 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.platforms import current_platform
 
 from vllm_quantspec.integration.draft.loaded import local_shape
@@ -22,7 +24,8 @@ logger = init_logger("vllm.quantspec.rounding")
 
 # Weights of a GPU's share of a model that GPTQ rounds without being asked to: a minute or two (benchmarks/gptq_start.py).
 MOST_WEIGHTS = 1 << 34
-INT4_BYTES = 4.5 / 8  # per weight, at most, in groups of 64
+# Bytes per weight, at most: in groups of 32, and where some or all may get 8 bits.
+INT4_BYTES, INT8_BYTES = 5 / 8, 9 / 8
 
 
 def settle_rounding(vllm_config: VllmConfig, target_model: nn.Module) -> str:
@@ -74,11 +77,19 @@ def _why_not_gptq(vllm_config: VllmConfig, target_model: nn.Module) -> str | Non
         return "it goes by texts alone, and this model sees more"
     if vllm_config.model_config.quantization is not None:
         return "the checkpoint is quantized itself"
-    shapes = [local_shape(module) for module in target_model.modules() if isinstance(module, LinearBase)]
+    modules = list(target_model.modules())
+    shapes = [local_shape(module) for module in modules if isinstance(module, LinearBase | ParallelLMHead)]
     weights = sum(map(math.prod, shapes))
-    if not weights or weights > MOST_WEIGHTS:
+    if not weights:
+        return "the model has no linears"
+    if weights > MOST_WEIGHTS:
         return f"{weights / 1e9:.0f} billion weights per GPU take minutes; weight_rounding 'gptq' asks for it"
-    needed, free = gptq_needs(vllm_config, shapes) + int(INT4_BYTES * weights), torch.cuda.mem_get_info()[0]
+    config = vllm_config.speculative_config
+    copy = weights * (INT4_BYTES if config.draft_weights == "int4" else INT8_BYTES)
+    if config.draft_experts == "int4":  # their copy is made before
+        experts = (module.routed_experts for module in modules if isinstance(module, MoERunner))
+        copy += INT4_BYTES * sum(p.numel() for layer in experts for p in layer.parameters(recurse=False))
+    needed, free = gptq_needs(vllm_config, shapes) + int(copy), torch.cuda.mem_get_info()[0]
     if needed > free:
         return f"it would take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of the GPU are free"
     return None

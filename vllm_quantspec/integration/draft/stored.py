@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import os
+import secrets
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -31,7 +32,7 @@ from vllm_quantspec.weights import QuantizedWeight
 logger = init_logger("vllm.quantspec.stored")
 
 # Of the file, and of the arithmetic that it holds the result of: to be raised with either.
-FORMAT = 1
+FORMAT = 2
 _PARTS = ("codes", "scales", "zeros")
 _DTYPES = {torch.uint8: "U8", torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -69,6 +70,11 @@ def _place(what: Mapping) -> tuple[str, Path]:
     return text, Path(envs.VLLM_CACHE_ROOT, "quantspec", key)
 
 
+def _temporary(path: Path) -> Path:
+    """A name beside ``path`` that no other process has, of no other machine either."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+
+
 class KeptLosses:
     """Losses of linears by name, for ``what``, which says all that decides them. The first rank reads and writes for all."""
 
@@ -98,7 +104,7 @@ class KeptLosses:
         """Write them; a disk that fails costs the file, not the start."""
         if get_tp_group().rank_in_group:
             return
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        temporary = _temporary(self.path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_text(json.dumps({"quantspec": self.what, "losses": dict(losses)}), encoding="utf-8")
@@ -173,7 +179,7 @@ class Writer:
 
     def __init__(self, stored: Stored) -> None:
         self.stored, self.file, self.left = stored, None, set(stored.shapes)
-        self.temporary = stored.path.with_name(f".{stored.path.name}.{os.getpid()}")
+        self.temporary = _temporary(stored.path)
         header, self.offsets, end = {"__metadata__": {"quantspec": stored.what}}, {}, 0
         for name in stored.shapes:
             for part, (dtype, shape) in stored._layout(name).items():

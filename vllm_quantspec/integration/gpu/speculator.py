@@ -58,7 +58,9 @@ def any_request_samples(input_batch: InputBatch) -> bool:
 
 
 def draft_capture_sizes(sizes: Sequence[int]) -> list[int]:
-    """Those of vLLM's sizes that drafts have graphs of: all up to `ALL_SIZES`, then every size a fifth above the last.
+    """Those of vLLM's ``sizes`` that drafts have graphs of: all up to `ALL_SIZES`, then every size a fifth above the last.
+
+    The largest is always one of them, so sizes must be those that a batch may have.
 
     A graph is of all draft steps, for each number of drafts: capturing them takes much of an engine's start. Padding costs
     next to nothing beyond the sizes that INT4 linears are made for: a request that is not there has no pages to read.
@@ -80,7 +82,8 @@ class DraftCudaGraphManager(SpeculatorCudaGraphManager, PlainGraphs):
     def _init_candidates(self) -> None:
         whole = self.compilation_config
         self.compilation_config = copy.copy(whole)
-        self.compilation_config.cudagraph_capture_sizes = draft_capture_sizes(whole.cudagraph_capture_sizes or [])
+        possible = [size for size in whole.cudagraph_capture_sizes or [] if size <= self.max_num_reqs]
+        self.compilation_config.cudagraph_capture_sizes = draft_capture_sizes(possible)
         try:
             super()._init_candidates()
         finally:
