@@ -255,11 +255,6 @@ def test_audio_that_arrives_while_the_model_answers(architecture):
             "draft_context 'auto' is chosen by a scheduler of its own",
             "drop one of them",
         ),
-        (
-            {"data_parallel_size": 2, "speculative_config": AUTO},
-            "wait for each other",
-            "set num_speculative_tokens to a number",
-        ),
         ({"dtype": "float16", "kv_cache_dtype": "bfloat16"}, "model's own dtype, float16", "drop --kv-cache-dtype"),
         ({"disable_hybrid_kv_cache_manager": True}, "two KV cache groups", "drop --disable-hybrid"),
     ],
@@ -267,6 +262,16 @@ def test_audio_that_arrives_while_the_model_answers(architecture):
 def test_flags(kwargs, what, remedy, books_4m):
     sentence = refusal(books_4m, **kwargs)
     assert what in sentence and remedy in sentence
+
+
+def test_data_parallel_ranks_that_share_experts_draft_one_number(books_4m, tmp_path):
+    parallel = {"data_parallel_size": 2, "speculative_config": AUTO}
+    mixture = {**LLAMA, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
+    mixture |= {"num_local_experts": 4, "num_experts_per_tok": 2}
+    sentence = refusal(model_folder(tmp_path, mixture), **parallel)
+    assert "wait for each other" in sentence and "set num_speculative_tokens to a number" in sentence
+    config = EngineArgs(model=books_4m, max_model_len=1024, **parallel).create_engine_config()
+    assert config.speculative_config.chooses_number  # engines of a dense model know nothing of each other
 
 
 @pytest.fixture

@@ -255,11 +255,12 @@ def check_own_scheduler(config: VllmConfig) -> None:
     speculative = config.speculative_config
     if speculative.chooses_number and config.scheduler_config.scheduler_cls is not None:
         raise ValueError(f"quantspec: num_speculative_tokens 'auto' {another_scheduler(config)}; drop one of them.")
-    if speculative.chooses_number and config.parallel_config.data_parallel_size > 1:
+    # Data-parallel engines of a dense model know nothing of each other.
+    if speculative.chooses_number and config.parallel_config.data_parallel_size > 1 and config.model_config.is_moe:
         raise ValueError(
-            "quantspec: num_speculative_tokens 'auto' is chosen by each data-parallel rank for itself, and ranks that draft "
-            "different numbers wait for each other for ever; set num_speculative_tokens to a number, or drop "
-            "--data-parallel-size."
+            "quantspec: num_speculative_tokens 'auto' is chosen by each data-parallel rank for itself, and ranks that share "
+            "a mixture's experts wait for each other for ever if they draft different numbers; set num_speculative_tokens "
+            "to a number, or drop --data-parallel-size."
         )
 
 
