@@ -120,7 +120,8 @@ def test_workers_agree_on_rounded_weights_and_on_their_bits(books_4m, expected, 
     def start() -> tuple[dict[str, int], dict[str, int]]:
         """(when each worker's file was written, bits of each linear)"""
         prompts, answers = expected
-        with engine(books_4m, tensor_parallel_size=2, **quantspec(**options)) as llm:
+        # Texts are no longer than a request may be.
+        with engine(books_4m, tensor_parallel_size=2, max_model_len=160, **quantspec(**options)) as llm:
             actual = generate(llm, prompts[:1], MAX_TOKENS)
             drafts, accepted = speculation_counts(llm)
             choices = llm.collective_rpc(widths_of_draft)
