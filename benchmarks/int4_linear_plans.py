@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="whose linears")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8], help="up to 8 each")
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--keep", type=int, default=6, help="fastest plans of each in the JSON, beside the chosen one")
+    parser.add_argument("--keep", type=int, default=2, help="fastest plans of each in the JSON, beside the chosen one")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)
