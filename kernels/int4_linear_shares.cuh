@@ -140,3 +140,22 @@ DEV void merge_splits(const Params& p, const Range& r, int thread) {
   }
 }
 
+// Store a warp's sums, of its row tiles warp + i * NW; where CTAs share the channels, once theirs are added.
+DEV void finish(const Params& p, const Range& r, const float (&acc)[T][NT][4], int warp, int slots, int lane) {
+#pragma unroll
+  for (int i = 0; i < T; i++)
+    if (i < slots)
+#pragma unroll
+      for (int n = 0; n < NT; n++) {
+        if (r.token0 + n * 8 + (lane & 3) * 2 >= p.tokens) continue;
+        const float4 v = make_float4(acc[i][n][0], acc[i][n][1], acc[i][n][2], acc[i][n][3]);
+        const int tile = warp + i * NW;
+        if (SPLITS == 1) store(p, v, r.tile_begin + tile, r.token0 + n * 8, lane);
+        else leave(p, r, tile, n, lane, v);
+      }
+  if (SPLITS > 1) {
+    wait_for_splits(p, threadIdx.x);
+    merge_splits(p, r, threadIdx.x);
+    leave_splits(p, threadIdx.x);
+  }
+}

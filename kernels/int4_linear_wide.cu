@@ -260,20 +260,5 @@ int4_linear_wide(const __grid_constant__ Params p) {
 #if CLUSTER
   meet<32 * NW>();
 #endif
-#pragma unroll
-  for (int i = 0; i < T; i++)
-    if (i < slots)
-#pragma unroll
-      for (int n = 0; n < NT; n++) {
-        if (r.token0 + n * 8 + (lane & 3) * 2 >= p.tokens) continue;
-        const float4 v = make_float4(acc[i][n][0], acc[i][n][1], acc[i][n][2], acc[i][n][3]);
-        const int tile = warp + i * NW;
-        if (SPLITS == 1) store(p, v, r.tile_begin + tile, r.token0 + n * 8, lane);
-        else leave(p, r, tile, n, lane, v);
-      }
-  if (SPLITS > 1) {
-    wait_for_splits(p, threadIdx.x);
-    merge_splits(p, r, threadIdx.x);
-    leave_splits(p, threadIdx.x);
-  }
+  finish(p, r, acc, warp, slots, lane);
 }
