@@ -11,8 +11,6 @@ from vllm_quantspec.kernels.launch import check_device, jit, tl
 
 # Rows of a program.
 ROWS = 16
-# Added and taken away again, it rounds a float32 below 2^22 to an integer, halves to even.
-_ROUNDER = 1.5 * 2**23
 
 
 def round_group(
@@ -47,7 +45,7 @@ def round_group(
         strides = x.stride(0), feedback.stride(0)
         _round_group[grid](
             *(x, feedback, scale, zero, rounded, errors, rows, *strides),
-            **{"G": size, "R": ROWS, "BITS": bits, "ROUNDER": _ROUNDER, "num_warps": 4},
+            **{"G": size, "R": ROWS, "BITS": bits, "ROUNDER": levels.ROUNDER, "num_warps": 4},
         )
     return rounded, errors
 
@@ -60,7 +58,7 @@ def reference(
     for i in range(x.shape[1]):
         column = x[:, i : i + 1]
         if bits == 4:
-            level = torch.add(column / scale, _ROUNDER).sub_(_ROUNDER).add_(zero).clamp_(0, 15)
+            level = levels.round_whole(column / scale).add_(zero).clamp_(0, 15)
         else:
             level = levels.nearest(column / scale + zero, bits)
         error = (column - (level - zero) * scale) / feedback[i, i]

@@ -14,8 +14,6 @@ NARROWER, TRIES = 0.04, 7
 MAX_CODE = 15
 # Elements of a program, which are in registers, and how many groups it has at most.
 _ELEMENTS, _MOST_GROUPS = 2048, 64
-# Added and taken away again, it rounds a float32 below 2^22 to an integer, halves to even.
-_ROUNDER = 1.5 * 2**23
 
 
 def stored(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -53,7 +51,7 @@ def search_range(
         _search_range[(-(-n // groups),)](
             *(x, x if importance is None else importance.contiguous(), scale, zero, n, x.stride(0)),
             **{"G": size, "R": groups, "WEIGHED": importance is not None, "TRIES": TRIES, "NARROWER": NARROWER},
-            **{"STORED": types[dtype], "TINY": torch.finfo(dtype).tiny, "ROUNDER": _ROUNDER, "num_warps": 4},
+            **{"STORED": types[dtype], "TINY": torch.finfo(dtype).tiny, "ROUNDER": levels.ROUNDER, "num_warps": 4},
         )
     return scale, zero
 
@@ -62,10 +60,15 @@ def reference(
     x: torch.Tensor, importance: torch.Tensor | None, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`search_range` in plain PyTorch, on any device; ``x`` may have more dimensions in front, and any G."""
+    return narrowed(x, *full_range(x, dtype, 4), importance, dtype)
+
+
+def full_range(x: torch.Tensor, dtype: torch.dtype, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and level of zero that span each group of ``x`` [..., G] in 4 or 8 bits, each [..., 1]."""
     # Zero has to be inside the range, or its level would not be one of those that there are.
     low, high = x.amin(-1, keepdim=True).clamp_max_(0), x.amax(-1, keepdim=True).clamp_min_(0)
-    full_scale = stored((high - low) / MAX_CODE, dtype)
-    return narrowed(x, full_scale, levels.nearest(-low / full_scale, 4), importance, dtype)
+    scale = stored((high - low) / levels.span(bits), dtype)
+    return scale, levels.nearest((-low / scale).add_(levels.lowest(bits)), bits)
 
 
 def narrowed(

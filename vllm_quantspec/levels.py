@@ -17,7 +17,7 @@ BITS = (4, 8)
 _LOWEST, _HIGHEST = {4: 0, 8: 128}, {4: 15, 8: 510}
 # Where 8-bit steps become twice as wide.
 _WIDER = 256
-_ROUNDER = 1.5 * 2**23
+ROUNDER = 1.5 * 2**23
 
 
 def span(bits: int) -> int:
@@ -53,4 +53,4 @@ def nearest(x: torch.Tensor, bits: int) -> torch.Tensor:
 
 def round_whole(x: torch.Tensor) -> torch.Tensor:
     """``x`` (float32, below 2^22) rounded to integers in place; Tensor.round_ wakes every thread for a few elements."""
-    return x.add_(_ROUNDER).sub_(_ROUNDER)
+    return x.add_(ROUNDER).sub_(ROUNDER)

@@ -140,16 +140,13 @@ def _range(
     # Here, because kernels import this module.
     from vllm_quantspec.kernels import search_range
 
-    if search and bits == 4:
-        rows, groups, size = x.shape
-        if not x.is_cuda or size & (size - 1):
-            return search_range.reference(x, importance, dtype)
-        found = search_range.search_range(x.view(-1, size) if groups > 1 else x[:, 0], importance, dtype)
-        return tuple(t.view(rows, groups, 1) for t in found)
-    # Zero has to be inside the range, or its level would not be one of those that there are.
-    low, high = x.amin(-1, keepdim=True).clamp_max_(0), x.amax(-1, keepdim=True).clamp_min_(0)
-    scale = search_range.stored((high - low) / levels.span(bits), dtype)
-    return scale, levels.nearest((-low / scale).add_(levels.lowest(bits)), bits)
+    if not search or bits != 4:
+        return search_range.full_range(x, dtype, bits)
+    rows, groups, size = x.shape
+    if not x.is_cuda or size & (size - 1):
+        return search_range.reference(x, importance, dtype)
+    found = search_range.search_range(x.view(-1, size) if groups > 1 else x[:, 0], importance, dtype)
+    return tuple(t.view(rows, groups, 1) for t in found)
 
 
 def _round(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
