@@ -420,13 +420,7 @@ def fp8_shares(tiles, chunks, count, device):
                 options.append(plan_of(share, tiles, splits, token_tiles, GROUP, device))
     # A CTA's work for all its slots, at most half more than an even share.
     even = 1.5 * tiles * -(-chunks // 2) / device.num_multiprocessors
-    return [o for o in options if o is not None and fp8_fits(o, device) and fp8_work(o, chunks, device) <= even]
-
-
-def fp8_work(plan, chunks, device):
-    waves = -(-plan.blocks * plan.splits // device.num_multiprocessors)
-    pairs = -(-chunks // 2)
-    return waves * plan.warps * plan.tiles * -(-pairs // plan.splits)
+    return [o for o in options if o is not None and fp8_fits(o, device) and o.work(chunks, device) <= even]
 
 
 def fp8_fits(plan, device):

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from common import write_json
+from int4_linear import random_packed
 
 from vllm_quantspec.kernels import int4_linear, nvrtc
 from vllm_quantspec.kernels.device import device_properties
@@ -64,14 +65,6 @@ def wait_kernel() -> nvrtc.Kernel:
     path.write_text(WAIT)
     Path(path.parent, "none.cuh").write_text("// The compiler is given at least one header.\n")
     return nvrtc.load(path, {}, 0, grid=(WAIT_CTAS, 1), threads=128, shared_bytes=0, overlap=True)
-
-
-def random_weight(channels: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and scales in the kernel's order."""
-    codes = torch.randint(0, 256, (rows // ROWS, channels // CHUNK, 1024), dtype=torch.uint8, device="cuda")
-    scales = torch.empty(rows // ROWS, channels // CHUNK, 1, 8, 2, 1, device="cuda").uniform_(0.001, 0.002)
-    zeros = 128 + torch.randint(6, 10, scales.shape, device="cuda")
-    return codes, torch.cat((scales, zeros), dim=-1).bfloat16()
 
 
 def plans_of(tiles: int, chunks: int, default: Plan) -> list[Plan]:
@@ -137,7 +130,7 @@ def time_linear(channels: int, rows: int, tokens: int, rounds: int) -> dict[Plan
     """Microseconds by plan, the chosen one first; all must agree on the result."""
     x = torch.randn(tokens, channels, device="cuda").bfloat16()
     out = torch.empty(tokens, rows, dtype=torch.bfloat16, device="cuda")
-    weights = [random_weight(channels, rows) for _ in range(max(4, min(64, 2 * COPIES_BYTES // (channels * rows))))]
+    weights = [random_packed((channels, rows)) for _ in range(max(4, min(64, 2 * COPIES_BYTES // (channels * rows))))]
     default = int4_linear.choose_plan(rows // ROWS, channels // CHUNK, 1, tokens, 0)
     plans = plans_of(rows // ROWS, channels // CHUNK, default)
     compile_all(plans)

@@ -274,16 +274,6 @@ def _check(x: torch.Tensor, codes: torch.Tensor, scales_zeros: torch.Tensor, bia
         raise ValueError(f"bias must be {x.dtype} [{codes.shape[0] * ROWS}], got {bias.dtype} {list(bias.shape)}.")
 
 
-def _cpu(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scales_zeros: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    rotated: bool = False,
-) -> torch.Tensor:
-    return reference(x, codes, scales_zeros, bias, rotated)
-
-
 def _cuda(
     x: torch.Tensor,
     codes: torch.Tensor,
@@ -310,7 +300,7 @@ def _fake(
 
 _library = torch.library.Library("vllm_quantspec", "FRAGMENT")
 _library.define("int4_linear(Tensor x, Tensor codes, Tensor scales_zeros, Tensor? bias=None, bool rotated=False) -> Tensor")
-_library.impl("int4_linear", _cpu, "CPU")
+_library.impl("int4_linear", reference, "CPU")
 _library.impl("int4_linear", _cuda, "CUDA")
 torch.library.register_fake("vllm_quantspec::int4_linear", _fake, lib=_library)
 
@@ -445,7 +435,8 @@ def narrow_plan(tiles: int, chunks: int, groups: int, tokens: int, properties: D
     # Many channels of few rows: more warps share what each has to read in turn. The same for all numbers of tokens, since it
     # decides the order of sums.
     few_rows = bits == 4 and splits == 1 and per_block <= 2 and chunks >= MANY_CHUNKS
-    warps = 12 if few_rows else warps
+    if few_rows:
+        warps = 12
     token_tiles = 1 if tokens <= 8 else 2
     two = token_tiles == 1 and per_block > (8 if bits == 8 else MANY_TILES)
     if two:
@@ -454,11 +445,11 @@ def narrow_plan(tiles: int, chunks: int, groups: int, tokens: int, properties: D
     per_pass = -(-per_block // -(-per_block // (8 // token_tiles)))
     # A short launch gains by room for the next one's CTA beside its own, which fills its ring meanwhile; one of 3 row tiles
     # and more, or of many channels, by a longer ring.
-    alone = token_tiles == 2 or (bits == 4 and not two and (per_block > 2 or few_rows))
-    plan = Plan(warps, 0, per_pass, 1, token_tiles, splits, blocks, 1 if alone else 2, bits=bits)
-    # With 9 tokens and more two fit as well, by their shared memory.
+    long_ring = bits == 4 and token_tiles == 1 and not two and (per_block > 2 or few_rows)
+    min_ctas = 2 if token_tiles == 1 and not long_ring else 1
+    plan = Plan(warps, 0, per_pass, 1, token_tiles, splits, blocks, min_ctas, bits=bits)
     room = properties.shared_memory_per_multiprocessor // 2
-    if alone and token_tiles == 1:
+    if long_ring:
         room = min(2 * room, properties.shared_memory_per_block)
     budget = room - 2048 - plan.shared_bytes(CHUNK // groups)
     return plan._replace(stages=max(2, min(budget // (warps * (256 * bits + 64 * groups)), 16)))

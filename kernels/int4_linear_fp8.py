@@ -71,6 +71,11 @@ class Fp8Plan(NamedTuple):
         """Whether CTAs that wait for one another, if any, can be on the GPU at once."""
         return self.splits == 1 or self.blocks * self.splits * token_blocks <= device.num_multiprocessors * self.min_ctas
 
+    def work(self, chunks: int, device: Device) -> int:
+        """Row tiles times pairs of chunks of the busiest multiprocessor, as a CTA multiplies for all its warps."""
+        waves, pairs = -(-self.blocks * self.splits // device.num_multiprocessors), -(-chunks // 2)
+        return waves * self.warps * self.tiles * -(-pairs // self.splits)
+
     def input_bytes(self, group_size: int) -> int:
         """Of two chunks of the converted inputs of a block of tokens."""
         return 2 * self.token_tiles * (1024 * self.parts + 64 * (CHUNK // group_size))
@@ -153,16 +158,12 @@ def choose_fp8_plan(tiles: int, chunks: int, groups: int, tokens: int, device: D
         for share in shares
         for splits in range(1, 2 if alone else min(MOST_SPLITS, pairs) + 1)
     ]
-    return min((plan for plan in plans if plan is not None), key=lambda plan: _work(plan, pairs, sms))
 
+    def cost(plan: Fp8Plan) -> tuple[int, int]:
+        """Of equals two CTAs of a multiprocessor are preferred where it has room for them, else few to add up."""
+        return plan.work(chunks, device), -plan.splits if plan.min_ctas > 1 else plan.splits
 
-def _work(plan: Fp8Plan, pairs: int, sms: int) -> tuple[int, int]:
-    """Row tiles times pairs of chunks of the busiest multiprocessor, as a CTA multiplies for all its warps.
-
-    Then what is preferred of equals: two CTAs of a multiprocessor where it has room for them, else few to add up.
-    """
-    waves = -(-plan.blocks * plan.splits // sms)
-    return waves * plan.warps * plan.tiles * -(-pairs // plan.splits), -plan.splits if plan.min_ctas > 1 else plan.splits
+    return min((plan for plan in plans if plan is not None), key=cost)
 
 
 def plan_of(
