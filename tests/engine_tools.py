@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import math
 import random
@@ -12,7 +13,10 @@ from dataclasses import dataclass
 import torch
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
 
 # Rule 3 moves logits by the 8-bit error of the newest tokens: at most this much at a step's likeliest token (nats).
 RULE_3 = 0.25
@@ -154,6 +158,30 @@ def generate(llm: LLM, prompts: Sequence[list[int]], max_tokens: int | Sequence[
     params = [SamplingParams(max_tokens=n, **sampling) for n in lengths]
     outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
     return [answer_of(output) for output in outputs]
+
+
+def generate_on_ranks(
+    arguments: AsyncEngineArgs, rounds: Sequence[Sequence[tuple[list[int], int]]], max_tokens: int
+) -> list[list[Answer]]:
+    """Greedy answers of data-parallel engines to rounds of (prompt, rank), the prompts of a round together."""
+
+    async def ask(llm: AsyncLLM, name: str, prompt: list[int], rank: int) -> Answer:
+        sampling = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True, logprobs=5)
+        sampling.output_kind = RequestOutputKind.FINAL_ONLY
+        request = llm.generate({"prompt_token_ids": prompt}, sampling, name, data_parallel_rank=rank)
+        return [answer_of(output) async for output in request][-1]
+
+    async def run() -> list[list[Answer]]:
+        llm = AsyncLLM.from_engine_args(arguments)
+        try:
+            return [
+                await asyncio.gather(*(ask(llm, f"{i}-{j}", *request) for j, request in enumerate(requests)))
+                for i, requests in enumerate(rounds)
+            ]
+        finally:
+            llm.shutdown()
+
+    return asyncio.run(run())
 
 
 def answer_of(output: RequestOutput) -> Answer:

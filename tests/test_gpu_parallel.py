@@ -1,20 +1,17 @@
 """Two GPUs say what one says: as processes and as actors of Ray, in Python and behind `vllm serve`, and as two engines that
 share a mixture's experts. CUDA graphs, torch.compile and async scheduling on."""
 
-import asyncio
 from importlib.util import find_spec
 
 import pytest
 import torch
-from engine_tools import answer_of, assert_same_or_tied, engine, generate, quantspec, speculation_counts
+from engine_tools import assert_same_or_tied, engine, generate, generate_on_ranks, quantspec, speculation_counts
 from moe_tools import save_mixture
 from server_tools import serve
 from test_models import ENGINE, LENGTHS
 from test_serve import LOGPROBS, answers
-from vllm import AsyncEngineArgs, SamplingParams
+from vllm import AsyncEngineArgs
 from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
-from vllm.sampling_params import RequestOutputKind
-from vllm.v1.engine.async_llm import AsyncLLM
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
 
@@ -78,23 +75,7 @@ def test_a_mixture_with_an_idle_rank(tmp_path):
         one = generate(llm, prompts, 60)
     size = {"gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": 4 << 30}
     arguments = AsyncEngineArgs(str(tmp_path), data_parallel_size=2, **ENGINE, **size, **quantspec(3))
-
-    async def ask(llm: AsyncLLM, prompt: list[int], rank: int):
-        sampling = SamplingParams(max_tokens=60, temperature=0, ignore_eos=True, logprobs=5)
-        sampling.output_kind = RequestOutputKind.FINAL_ONLY
-        inputs = {"prompt_token_ids": prompt}
-        async for output in llm.generate(inputs, sampling, f"{rank}-{len(prompt)}", data_parallel_rank=rank):
-            last = output
-        return answer_of(last)
-
-    async def run():
-        llm = AsyncLLM.from_engine_args(arguments)
-        try:
-            alone = [await ask(llm, prompt, 0) for prompt in prompts]
-            return alone, await asyncio.gather(*(ask(llm, prompt, i % 2) for i, prompt in enumerate(prompts)))
-        finally:
-            llm.shutdown()
-
-    alone, both = asyncio.run(run())
-    assert_same_or_tied(one, alone, TIE, "one rank idle")
+    singly, together = [[(prompt, 0)] for prompt in prompts], [(prompt, i % 2) for i, prompt in enumerate(prompts)]
+    *alone, both = generate_on_ranks(arguments, [*singly, together], 60)
+    assert_same_or_tied(one, [answer for (answer,) in alone], TIE, "one rank idle")
     assert_same_or_tied(one, both, TIE, "requests on both")

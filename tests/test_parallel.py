@@ -1,6 +1,5 @@
 """Engines of two workers say what one of one says: as processes, and as actors of Ray on two nodes."""
 
-import asyncio
 import secrets
 import sys
 from importlib.util import find_spec
@@ -8,14 +7,19 @@ from itertools import count
 
 import pytest
 import torch
-from engine_tools import QUANTSPEC_CACHE, answer_of, assert_same_or_tied, engine, generate, quantspec, speculation_counts
+from engine_tools import (
+    QUANTSPEC_CACHE,
+    assert_same_or_tied,
+    engine,
+    generate,
+    generate_on_ranks,
+    quantspec,
+    speculation_counts,
+)
 from moe_tools import save_mixture
 from test_models import ENGINE
-from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.platforms import current_platform
-from vllm.sampling_params import RequestOutputKind
-from vllm.v1.engine.async_llm import AsyncLLM
 
 from vllm_quantspec.sparse_choice import SparseChoice
 
@@ -95,20 +99,7 @@ def test_data_parallel_engines_choose_their_own_numbers_of_drafts(books_4m, expe
     size = {"max_model_len": 4096, "max_num_seqs": 8, "enforce_eager": True}
     arguments = AsyncEngineArgs(books_4m, data_parallel_size=2, **size, **quantspec(num_speculative_tokens="auto"))
 
-    async def ask(llm: AsyncLLM, prompt: list[int], rank: int):
-        sampling = SamplingParams(max_tokens=MAX_TOKENS, temperature=0, ignore_eos=True, logprobs=5)
-        sampling.output_kind = RequestOutputKind.FINAL_ONLY
-        request = llm.generate({"prompt_token_ids": prompt}, sampling, f"{rank}-{len(prompt)}", data_parallel_rank=rank)
-        return [answer_of(output) async for output in request][-1]
-
-    async def run():
-        llm = AsyncLLM.from_engine_args(arguments)
-        try:
-            return await ask(llm, prompts[0], 0), await asyncio.gather(*(ask(llm, prompts[i], i) for i in (0, 1)))
-        finally:
-            llm.shutdown()
-
-    alone, both = asyncio.run(run())
+    (alone,), both = generate_on_ranks(arguments, [[(prompts[0], 0)], [(prompts[0], 0), (prompts[1], 1)]], MAX_TOKENS)
     assert_same_or_tied([answers[0], *answers[:2]], [alone, *both], TIE, "data parallel")
 
 
