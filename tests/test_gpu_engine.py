@@ -15,6 +15,7 @@ from engine_tools import (
     assert_close,
     assert_drafts_by_schedule,
     assert_same_or_tied,
+    draft_of,
     engine,
     generate,
     quantspec,
@@ -26,8 +27,9 @@ from vllm import SamplingParams
 from vllm_quantspec import sparse_policy
 from vllm_quantspec.config import AUTO_NUMBERS, NGRAM_NUMBERS
 from vllm_quantspec.draft_length import DraftLength, Drafts, Plan
+from vllm_quantspec.integration.draft.joined_layers import MAX_ROWS
 from vllm_quantspec.integration.gpu.step_graphs import PlainGraphs
-from vllm_quantspec.kernels import cache_update, gather_context
+from vllm_quantspec.kernels import cache_update, draft_layer, gather_context
 from vllm_quantspec.sparse_choice import SparseChoice
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -99,6 +101,21 @@ def test_lossless(llm, prompts, expected):
     assert_same_or_tied(expected, answers, TIE, "batch")
     alone = [generate(llm, [p], MAX_TOKENS)[0] for p in prompts[-3:]]
     assert_close(expected[-3:], alone)  # these were prefix-cache hits
+    assert after[1][0] - before[1][0] > 0.6 * (after[0] - before[0])
+
+
+@pytest.mark.parametrize("together", [1, 2, 3])
+def test_drafts_of_few_sequences_are_joined_launches(llm, prompts, expected, together):
+    """One launch per layer, in a graph: the same answers, and drafts that are believed as often."""
+    joined = draft_of(llm).joined
+    if torch.cuda.get_device_capability() < draft_layer.MIN_CAPABILITY:
+        assert joined is None
+        return
+    assert joined.max_rows == MAX_ROWS
+    before = speculation_counts(llm)
+    llm.reset_prefix_cache()
+    assert_same_or_tied(expected[-together:], generate(llm, prompts[-together:], MAX_TOKENS), TIE, "joined")
+    after = speculation_counts(llm)
     assert after[1][0] - before[1][0] > 0.6 * (after[0] - before[0])
 
 

@@ -77,6 +77,9 @@ class QuantSpecOptions:
     and zero points counted. None: what the cost model finds fastest."""
     quantize_lm_head: bool = True
     """Whether the draft's output layer is INT4 as well; its largest logits are computed again exactly."""
+    join_layers: bool = True
+    """Whether draft steps of up to `joined_layers.MAX_ROWS` sequences compute all between two attentions in one launch, on
+    models and GPUs where that is possible (the log says where it is not)."""
     draft_context: str | int | float = "auto"
     """What a draft step reads of the tokens older than the exact window, per layer and KV head: ``all``; a number of tokens
     (rounded up to whole pages); a fraction of them, above 0 and up to 1; or ``auto``: a sixteenth, where that pays.
@@ -110,6 +113,7 @@ class QuantSpecOptions:
             ("weight_rounding", ("auto", "search", "gptq")),
             ("weight_rotation", ("none", "hadamard")),
             ("quantize_lm_head", (False, True)),
+            ("join_layers", (False, True)),
             ("draft_selection", DRAFT_SELECTIONS),
             ("ngram", ("off", "auto")),
         ):

@@ -195,7 +195,7 @@ class QuantSpecProposer(DraftModelProposer):
             metadata[draft] = by_group[pages_gid]
             metadata[window_name] = WindowMetadata(tables[window_gid])
         with set_forward_context(metadata, self.vllm_config, num_tokens=batch_size, slot_mapping={}):
-            return self.model(
+            return self.draft.forward_of(batch_size)(
                 input_ids=self.input_ids[:batch_size],
                 positions=self._get_positions(batch_size),
                 inputs_embeds=None,

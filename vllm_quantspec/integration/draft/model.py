@@ -51,6 +51,7 @@ from vllm_quantspec.integration.draft.experts import (
     why_no_room,
 )
 from vllm_quantspec.integration.draft.finite import with_finite_logits
+from vllm_quantspec.integration.draft.joined_layers import Joined, join_layers
 from vllm_quantspec.integration.draft.linears import choose_int4_method
 from vllm_quantspec.integration.draft.loaded import effective_weight, is_plain, loaded_bytes, local_shape
 from vllm_quantspec.integration.draft.own_linear import OwnLinear
@@ -73,6 +74,7 @@ class DraftModel:
     """What `build_draft_model` built.
 
     model: called like the target (``input_ids``, ``positions``, ``inputs_embeds``) and has its ``compute_logits``.
+    joined: what computes the same for few tokens, where that is faster, or None.
     attention_layers: name of each of the draft's attention layers -> the target's layer whose KV cache it reads.
     int4_bytes: device bytes of the weights in 4 and 8 bits, scales and zero points; target_bytes: of the same as loaded.
     quantized: names of the linears that run in INT4 or INT8; experts: of the mixtures' layers whose experts do.
@@ -82,6 +84,7 @@ class DraftModel:
     """
 
     model: nn.Module | None = None
+    joined: Joined | None = None
     attention_layers: dict[str, str] = field(default_factory=dict)
     int4_bytes: int = 0
     target_bytes: int = 0
@@ -91,6 +94,10 @@ class DraftModel:
     shared: dict[str, str] = field(default_factory=dict)
     updates: list[Callable[[], None]] = field(default_factory=list)
     stale: bool = False
+
+    def forward_of(self, num_tokens: int) -> nn.Module:
+        """What computes the hidden states of so many tokens: ``joined``, or ``model``."""
+        return self.model if self.joined is None or num_tokens > self.joined.max_rows else self.joined.model
 
 
 def build_draft_model(
@@ -106,6 +113,7 @@ def build_draft_model(
     gptq_asked: bool = True,
     weight_rotation: str = "none",
     weight_bits: float | None = None,
+    join_layers: bool = True,
 ) -> DraftModel:
     """Build the draft model out of ``target_model``, whose weights are loaded and processed.
 
@@ -127,6 +135,7 @@ def build_draft_model(
         gptq_asked: whether the user asked for that: otherwise a model for which it fails has weights rounded by search.
         weight_rotation: ``"hadamard"`` for weights of rotated inputs, see `vllm_quantspec.rotation`, or ``"none"``.
         weight_bits: of ``"mixed"``: the most bits per weight on average; None: as the cost model finds fastest.
+        join_layers: for few tokens, compute what lies between two attentions in one launch where that can be had.
 
     Raises:
         ValueError: an unknown option, or a layer whose cache cannot be shared (MLA, Mamba, linear attention).
@@ -152,6 +161,7 @@ def build_draft_model(
         gptq_asked,
         weight_rotation == "hadamard",
         weight_bits,
+        join_layers,
     )
     with torch.no_grad():
         draft = builder.build(target_model)
@@ -216,6 +226,7 @@ def build_configured_draft(vllm_config: VllmConfig, target_model: nn.Module) -> 
             gptq_asked=config.weight_rounding == "gptq",
             weight_rotation=config.weight_rotation,
             weight_bits=config.weight_bits,
+            join_layers=config.join_layers,
         )
     if not draft.experts:
         config.draft_experts = "target"  # where the scheduler is in this process, its cost model goes by this
@@ -250,6 +261,7 @@ class _Builder:
         gptq_asked: bool,
         rotated: bool,
         weight_bits: float | None,
+        join_layers: bool,
     ) -> None:
         self.vllm_config = vllm_config
         self.layers = vllm_config.compilation_config.static_forward_context
@@ -261,6 +273,7 @@ class _Builder:
         self.group_size = weight_group_size
         self.quantize_lm_head = quantize_lm_head
         self.rounding, self.gptq_asked, self.rotated = weight_rounding, gptq_asked, rotated
+        self.join_layers = join_layers
         self.own: list[OwnLinear] = []
         self.draft = DraftModel()
         self.clones: dict[int, nn.Module] = {}
@@ -308,7 +321,25 @@ class _Builder:
             self._round_by_gptq(target_model)
         self.draft.int4_bytes += sum(linear.num_bytes for linear in self.own)
         with_finite_logits(self.draft.model)
+        if self.join_layers and self.draft.quantized:
+            self._join_layers()
         return self.draft
+
+    def _join_layers(self) -> None:
+        config, of_draft = self._compile_config("joined"), DRAFT_PREFIX[:-1]
+
+        def clone(module: nn.Module) -> nn.Module:
+            copy = _shallow_clone(module)
+            self._reset_compilation(copy, config)
+            return copy
+
+        with backends.set_model_tag(f"{of_draft}_joined"):
+            joined = join_layers(self.draft.model, self.vllm_config, clone)
+        if isinstance(joined, str):
+            logger.info("Every linear and norm of a draft step is a launch of its own: %s", joined)
+        else:
+            logger.info("Draft steps of up to %d sequences compute all between attentions in one launch", joined.max_rows)
+            self.draft.joined = joined
 
     def _choose_bits(self, target_model: nn.Module) -> None:
         """Give 8 bits to linears that are worth them."""
@@ -567,7 +598,7 @@ class _Builder:
             return value if all(items[k] is v for k, v in value.items()) else items
         return value
 
-    def _compile_config(self) -> VllmConfig:
+    def _compile_config(self, *more: str) -> VllmConfig:
         """The target's config with a different hash: compiled code on disk is looked up by it."""
         config = copy.copy(self.vllm_config)
         extra = config.additional_config
@@ -580,6 +611,7 @@ class _Builder:
                 self.quantize_lm_head,
                 len(self.own_experts),
                 sorted(linear.name for linear in self.own if linear.bits == 8),
+                *more,
             ]
         }
         return config

@@ -235,6 +235,10 @@ class QuantSpecSpeculator(TargetDependentARSpeculator):
             seq_lens_upper_bound,
             num_speculative_tokens,
         )
+        if is_profile and self.draft.joined is not None:
+            # Compiled now: what that takes is part of the start, and the memory it takes is counted.
+            for rows in range(self.draft.joined.max_rows, 0, -1):
+                self._run_model(rows, None, None, None)
         if plan is not None and plan.ngram_requests:
             self.ngrams.write(plan, input_batch, num_sampled, last_sampled, self.draft_tokens, self.draft_logits)
         return self.draft_tokens[:num_reqs]
@@ -329,7 +333,7 @@ class QuantSpecSpeculator(TargetDependentARSpeculator):
             slot_mapping=slot_mappings,
             batch_descriptor=BatchDescriptor(num_tokens=num_tokens),
         ):
-            hidden_states = self.model(
+            hidden_states = self.draft.forward_of(num_tokens)(
                 input_ids=self.input_buffers.input_ids[:num_tokens],
                 positions=positions if self.rotary is None else self.rotary(positions),
                 inputs_embeds=None,

@@ -43,6 +43,7 @@ class QuantSpecConfig(SpeculativeConfig):
     weight_rotation: str = "none"
     weight_bits: float | None = None
     quantize_lm_head: bool = True
+    join_layers: bool = True
     draft_context: str | int | float = "auto"
     draft_selection: str = "attention"
     ngram: str = "off"

@@ -162,7 +162,8 @@ def _cuda(attention, residual, weights, norm, next_norm, bias, epsilon, next_eps
 
 
 def _fake(attention, residual, weights, norm, next_norm, bias, epsilon, next_epsilon):
-    return attention.new_empty(len(attention), weights[6].shape[0] * ROWS), torch.empty_like(
+    # Not len(): the number of rows is a symbol here, and must not become a number.
+    return attention.new_empty(attention.shape[0], weights[6].shape[0] * ROWS), torch.empty_like(
         residual, memory_format=torch.contiguous_format
     )
 

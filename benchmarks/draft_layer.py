@@ -1,7 +1,7 @@
 """A draft's decoder layer between two attentions: one launch against four INT4 linears and three kernels of Inductor's.
 
-    python benchmarks/prototypes/draft_layer_bench.py --json OUT.json
-    python benchmarks/prototypes/draft_layer_bench.py --tune            # launch configurations
+    python benchmarks/draft_layer.py --json OUT.json
+    python benchmarks/draft_layer.py --tune            # launch configurations
 
 Needs a CUDA GPU of compute capability 9.0 or newer. Times are of one layer: medians of CUDA graph replays of a whole model,
 every layer with weights of its own, so that nothing comes from the L2 cache. The first channels of a layer's qkv stand for
@@ -9,22 +9,19 @@ what attention makes of it, so that every launch depends on the one before.
 """
 
 import argparse
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
-import draft_layer as module
 import torch
 import torch.nn.functional as F
-from draft_layer import Shape, choose_plan, launch, plan_of, reference
+from common import write_json
+from int4_linear import DEVICE, DTYPE, Ours, copy_bandwidth, median, random_packed
 
+from vllm_quantspec.kernels import draft_layer as module
 from vllm_quantspec.kernels.device import device_properties
+from vllm_quantspec.kernels.draft_layer import Shape, choose_plan, launch, plan_of, reference
 from vllm_quantspec.kernels.int4_linear import int4_linear
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import write_json  # noqa: E402
-from int4_linear import DEVICE, DTYPE, Ours, copy_bandwidth, median, random_packed  # noqa: E402
 
 # Layers, sizes, whether qkv has a bias.
 MODELS = {

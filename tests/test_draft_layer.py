@@ -1,20 +1,16 @@
 """A decoder layer between two attentions in one launch: the operator on the CPU, its launches, the kernel on a GPU."""
 
 import random
-import sys
-from pathlib import Path
 
-import draft_layer as module
 import pytest
 import torch
 import torch.nn.functional as F
-from draft_layer import MAX_TOKENS, Plan, Shape, draft_layer, launch, plan_of, reference, supported
+from emulated_gpus import GPUS, KIB
 
+from vllm_quantspec.kernels import draft_layer as module
 from vllm_quantspec.kernels.device import Device, device_properties
+from vllm_quantspec.kernels.draft_layer import MAX_TOKENS, Plan, Shape, draft_layer, launch, plan_of, reference, supported
 from vllm_quantspec.kernels.int4_linear import pack
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
-from emulated_gpus import GPUS, KIB  # noqa: E402
 
 BF16, FP16 = torch.bfloat16, torch.float16
 TOLERANCE = {BF16: 8e-3, FP16: 2e-3}

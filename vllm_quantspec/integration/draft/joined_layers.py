@@ -1,0 +1,187 @@
+"""A view of the draft for few sequences: what it computes between two attentions is one launch (`kernels.draft_layer`).
+
+Seven launches become one, whose weights are on their way while attention runs. The view's modules are the draft's own, but
+for those from the model down to its decoder layers, which are cut elsewhere: a layer is given the query, keys and values of
+its attention, and ends with those of the next one. So the model's loop over its layers stays as it is, and hands these on
+in the place of hidden states. The first layer computes its own, and the last one ends as it always did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from vllm import envs
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP
+from vllm.model_executor.models.mistral import MistralAttention, MistralDecoderLayer
+from vllm.model_executor.models.qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2MLP
+from vllm.model_executor.models.qwen3 import Qwen3Attention, Qwen3DecoderLayer
+from vllm.platforms import current_platform
+
+from vllm_quantspec.integration.draft.linears import SCALES, WEIGHT, FastInt4LinearMethod
+from vllm_quantspec.kernels import draft_layer
+from vllm_quantspec.kernels.device import device_properties
+
+# Rows up to which one launch is the faster one (benchmarks/draft_layer.py).
+MAX_ROWS = 3
+# Of these, and of no class derived from them, the forward pass is known: norm, attention, norm, MLP, each into the residual.
+_LAYERS = LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer
+# An attention begins with `qkv_proj` and ends with `o_proj`.
+_ATTENTIONS = LlamaAttention, MistralAttention, Qwen2Attention, Qwen3Attention
+_MLPS = LlamaMLP, Qwen2MLP
+_OTHER_LAYERS = "its decoder layers are of a class that is not known here"
+
+
+class Joined(NamedTuple):
+    """What `join_layers` made: ``model`` is called as the draft is, with up to ``max_rows`` tokens; first with several."""
+
+    model: nn.Module
+    max_rows: int
+
+
+class Given(nn.Module):
+    """In the place of a linear whose input is its result already."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return x, None
+
+
+class JoinedLayer(nn.Module):
+    """A decoder layer that begins at its attention and ends before the next layer's, if there is one.
+
+    Args:
+        layer: the draft's decoder layer. following: the one after it, or None. attention: ``layer``'s, without linears.
+        is_first: whether it is given hidden states as a decoder layer is, not the result of another `JoinedLayer`.
+    """
+
+    def __init__(self, layer: nn.Module, following: nn.Module | None, attention: nn.Module, is_first: bool) -> None:
+        super().__init__()
+        self.attention, self.is_first, self.is_last = attention, is_first, following is None
+        if is_first:
+            self.input_layernorm, self.qkv_proj = layer.input_layernorm, layer.self_attn.qkv_proj
+        self.o_proj, self.norm, self.mlp = layer.self_attn.o_proj, layer.post_attention_layernorm, layer.mlp
+        if following is not None:
+            self.next_norm, self.next_qkv = following.input_layernorm, following.self_attn.qkv_proj
+
+    def forward(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next layer's qkv [rows, out], or of the last layer the MLP's result, and the residual [rows, hidden].
+
+        ``hidden_states``: the qkv of this layer; of the first one, embeddings, with None as the residual.
+        """
+        qkv = hidden_states
+        if self.is_first:
+            residual = hidden_states
+            qkv, _ = self.qkv_proj(self.input_layernorm(hidden_states))
+        out = self.attention(positions=positions, hidden_states=qkv)
+        if self.is_last:
+            out, _ = self.o_proj(out)
+            out, residual = self.norm(out, residual)
+            return self.mlp(out), residual
+        linears = self.o_proj, self.mlp.gate_up_proj, self.mlp.down_proj, self.next_qkv
+        weights = [getattr(linear, name) for linear in linears for name in (WEIGHT, SCALES)]
+        return torch.ops.vllm_quantspec.draft_layer(
+            out,
+            residual,
+            weights,
+            self.norm.weight,
+            self.next_norm.weight,
+            self.next_qkv.bias,
+            self.norm.variance_epsilon,
+            self.next_norm.variance_epsilon,
+        )
+
+
+def join_layers(
+    draft: nn.Module, vllm_config: VllmConfig, clone: Callable[[nn.Module], nn.Module]
+) -> Joined | str:
+    """The view of ``draft``, or why it cannot be had.
+
+    Args:
+        draft: the draft model, whose linears have their weights.
+        clone: makes a new module of the same class with the same attributes, which is compiled anew.
+    """
+    parallel = vllm_config.parallel_config
+    if parallel.tensor_parallel_size > 1 or parallel.pipeline_parallel_size > 1:
+        return "other GPUs compute a part of each layer"
+    if envs.VLLM_BATCH_INVARIANT:
+        return "VLLM_BATCH_INVARIANT is set, and one launch rounds elsewhere than seven"
+    stacks = [m for m in draft.modules() if isinstance(m, nn.ModuleList) and any(type(x) in _LAYERS for x in m)]
+    if len(stacks) != 1 or len(stack := stacks[0]) < 2:
+        return _OTHER_LAYERS
+    shapes = _shapes_of(list(stack), vllm_config.model_config.dtype)
+    if isinstance(shapes, str):
+        return shapes
+    if (max_rows := _max_rows(shapes)) == 0:
+        return "this GPU's shared memory cannot hold the launch"
+    layers = nn.ModuleList()
+    for i, layer in enumerate(stack):
+        attention = clone(layer.self_attn)
+        attention._modules |= {"qkv_proj": Given(), "o_proj": Given()}
+        layers.append(JoinedLayer(layer, stack[i + 1] if i + 1 < len(stack) else None, attention, is_first=i == 0))
+
+    def rebuilt(module: nn.Module) -> nn.Module:
+        """``module``, or a clone of it that has the joined layers somewhere below."""
+        if module is stack:
+            return layers
+        children = {name: child and rebuilt(child) for name, child in module._modules.items()}
+        if all(children[name] is child for name, child in module._modules.items()):
+            return module
+        copy = clone(module)
+        copy._modules = children
+        return copy
+
+    return Joined(rebuilt(draft), max_rows)
+
+
+def _shapes_of(layers: list[nn.Module], dtype: torch.dtype) -> set[draft_layer.Shape] | str:
+    """Of the launches, or why these layers cannot have them."""
+    capability = current_platform.get_device_capability()
+    if capability is None:
+        return "one launch needs a GPU"
+    shapes = set()
+    for layer, following in zip(layers, [*layers[1:], layers[-1]], strict=True):
+        if type(layer) not in _LAYERS or type(layer.self_attn) not in _ATTENTIONS or type(layer.mlp) not in _MLPS:
+            return _OTHER_LAYERS
+        if getattr(layer, "ada_rms_norm_t_cond", None) is not None or type(layer.mlp.act_fn) is not SiluAndMul:
+            return "its MLP computes something else"
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            is_plain = type(norm) is RMSNorm and norm.has_weight and norm.variance_size_override is None
+            if not is_plain or norm.weight.dtype != dtype:
+                return "its norms compute something else"
+        inner = layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj
+        linears = *inner, following.self_attn.qkv_proj
+        for linear in linears:
+            method = linear.quant_method
+            if type(method) is not FastInt4LinearMethod or method.rotated:
+                return "not all linears are in 4 bits, on this package's GPU kernel and without rotation"
+            if linear.skip_bias_add or (linear in inner and linear.bias is not None):
+                return "its linears have biases"
+        o, gate_up, down, qkv = (linear.quant_method for linear in linears)
+        shape = draft_layer.Shape(o.in_features, o.out_features, down.in_features, qkv.out_features)
+        group_size = min(method.group_size for method in (o, gate_up, down, qkv))
+        reason = draft_layer.supported(shape, group_size, dtype, (capability.major, capability.minor))
+        if reason is not None:
+            return reason.rstrip(".")
+        shapes.add(shape)
+    return shapes
+
+
+def _max_rows(shapes: set[draft_layer.Shape]) -> int:
+    if not torch.cuda.is_available():
+        return MAX_ROWS  # the operator's twin, in a test
+    gpu = device_properties(torch.cuda.current_device())
+    for rows in range(MAX_ROWS, 1, -1):  # torch.compile takes a single row for a constant
+        try:
+            for shape in shapes:
+                draft_layer.plan_of(shape, rows, gpu)
+        except RuntimeError:
+            continue
+        return rows
+    return 0
