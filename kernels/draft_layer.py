@@ -24,7 +24,7 @@ MAX_TOKENS = 4
 MIN_CAPABILITY = (9, 0)
 UNIT = 1024 + 64  # bytes of a row tile's chunk: codes, then scales and zero points
 # Pieces of 8 channels in a thread's registers, and bytes of weights that a CTA asks for at a time.
-MAX_PIECES, FLIGHT_BYTES = 8, 64 << 10
+MAX_PIECES, FLIGHT_BYTES = 8, 52 << 10
 
 
 class Shape(NamedTuple):
@@ -244,7 +244,9 @@ def plan_of(
     most = 4 * warps // tokens  # a thread finishes one position
     pieces = -(-tokens * shape.hidden // (256 * warps))
     whole = min(gpu.shared_memory_per_block, gpu.shared_memory_per_multiprocessor // min_ctas - 1024) - 1024
-    pairs = min(pairs or (10 if warps < 16 else 7), most)  # in registers
+    # As many as registers hold: a thread of 16 warps has 128 of them, and more tokens need some more (H200).
+    fitting = 2 if tokens > 2 else 10 if warps < 16 else 7 if tokens == 1 else 4
+    pairs = min(pairs or fitting, most)
     tiles = per_pass(hidden, min(3, most)), per_pass(gate, pairs), per_pass(qkv, min(4, most))
     flight = max(2, round(FLIGHT_BYTES / (warps * UNIT)))
     plan = Plan(warps, 0, flight, tokens, *tiles, pieces, blocks, min_ctas)
