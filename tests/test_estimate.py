@@ -85,6 +85,12 @@ REFUSED = {
     "bart": (LLAMA_8B | {"is_encoder_decoder": True}, "an encoder and a decoder"),
     "phi": (LLAMA_8B | {"head_dim": 80}, "heads of size 80"),
 }
+LLAMA_70B = LLAMA_8B | {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+}
 LLAMA_2_7B = LLAMA_8B | {"intermediate_size": 11008, "num_key_value_heads": 32, "vocab_size": 32000}
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 MEASURED = {"draft_context": "all", "draft_experts": "target"}  # where the results name no option
@@ -142,12 +148,15 @@ def test_experts_that_a_step_chooses():
     assert 8 < experts.chosen(1, 4) < experts.chosen(4) < 32  # a sequence's tokens choose alike
 
 
-@pytest.mark.parametrize("name", ["qwen3-30b-a3b", "qwen2.5-7b"])
-def test_speed_of_other_shapes_is_what_was_measured(name):
+@pytest.mark.parametrize(
+    ("name", "config", "points"), [("qwen3-30b-a3b", QWEN3_30B_A3B, 4), ("qwen2.5-7b", QWEN2_5_7B, 6), ("70b", LLAMA_70B, 6)]
+)
+def test_speed_of_other_shapes_is_what_was_measured(name, config, points):
     """Mixtures at batch 1: sequences of random weights choose the same experts, those of a model do not."""
     results = json.loads((RESULTS / f"end_to_end-{name}.json").read_text())
-    model = estimate.model_from(QWEN3_30B_A3B if "a3b" in name else QWEN2_5_7B, name)
+    model = estimate.model_from(config, name)
     rows = [row for row in results["rows"] if "ms_per_step" in row and (row["batch"] == 1 or not model.experts)]
+    rows = [row for row in rows if row["config"] == "bf16" or row["config"].isdigit()]
     for row in rows:
         drafts = int(row["config"]) if row["config"].isdigit() else 1
         s = estimate.speed(
@@ -155,7 +164,7 @@ def test_speed_of_other_shapes_is_what_was_measured(name):
             4.26e12,
             row["context"],
             row["batch"],
-            1,
+            results.get("tensor_parallel_size", 1),
             128,
             results["acceptance"],
             drafts,
@@ -163,7 +172,7 @@ def test_speed_of_other_shapes_is_what_was_measured(name):
         )
         predicted = s.exact if row["config"] == "bf16" else s.cycle
         assert predicted == pytest.approx(row["ms_per_step"], rel=0.05), row
-    assert len(rows) == (4 if model.experts else 6)
+    assert len(rows) == points
 
 
 def test_a_draft_reads_its_experts_in_4_bits_where_asked():

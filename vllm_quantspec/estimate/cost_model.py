@@ -1,10 +1,11 @@
 """The cost model: what decoding takes.
 
-A step reads its bytes at a fraction of the GPU's bandwidth, and each layer costs a fixed time on top. The constants below
-reproduce benchmarks/results/end_to_end-8b.json and end_to_end-7b.json (an H200; one to 16 sequences of 4k to 128k tokens)
-within 4 %. Of a mixture of experts a step reads those that its tokens choose, in 16 bits, and so does a draft step (in 4
-with ``draft_experts: int4``, as fast as INT4 linears). The steps of end_to_end-qwen3-30b-a3b.json with one sequence come out
-within 3 %; its eight sequences choose the same experts, as random weights do, and read fewer than this model expects.
+A step reads its bytes at a fraction of the GPU's bandwidth, and layers and linears cost a fixed time on top: small models
+wait for launches, not for bytes. The constants below reproduce benchmarks/results/end_to_end-8b.json and end_to_end-7b.json
+(an H200; one to 16 sequences of 4k to 128k tokens) within 4 %. Of a mixture of experts a step reads those that its tokens
+choose, in 16 bits, and so does a draft step (in 4 with ``draft_experts: int4``, as fast as INT4 linears). The steps of
+end_to_end-qwen3-30b-a3b.json with one sequence come out within 3 %; its eight sequences choose the same experts, as random
+weights do, and read fewer than this model expects.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ from vllm_quantspec.kernels.decode_attention import row_plans
 # benchmarks/results: [e] a fit to end_to_end-*.json, or times of single kernels in it; [p] a fit to
 # decode_attention_peers.json, which [e] confirms; [i] int4_linear.json.
 # The KV cache, by FlashAttention as by QuantSpec's kernel [p, e], and the LM head [e]; the 16-bit linear layers [e].
-READ, LINEAR = 1.05, 0.9
+READ, LINEAR = 1.05, 0.97
+# Microseconds that a linear takes beside that, in any precision, and linears of a layer (of attention alone, where there are
+# experts) [i: launches of 9 to 279 MB; e: shapes from 7B to 70B want the same].
+LINEAR_US, LINEARS, ATTENTION_LINEARS = 2.2, 4, 2
 # The INT4 linear layers [i], by the most tokens: tensor-core tiles of 8 tokens, another kernel beyond 16. A draft step of
 # more tokens than these uses the 16-bit layers.
-INT4_LINEAR = ((8, 0.6), (16, 0.45), (32, 0.38), (64, 0.26))
-# The same in 8 bits, where 16 tokens are the most: by what an H100 takes compared with INT4 and with 16 bits, which say 0.73
-# and 0.84 [int4_linear-int8.json]; beyond 8 tokens assumed.
-INT8_LINEAR = ((8, 0.77), (16, 0.6))
+INT4_LINEAR = ((8, 0.75), (16, 0.53), (32, 0.43), (64, 0.28))
+# The same in 8 bits, where 16 tokens are the most: by what an H100 takes compared with INT4 and with 16 bits, which say 0.84
+# and 0.97 [int4_linear-int8.json]; beyond 8 tokens assumed.
+INT8_LINEAR = ((8, 0.88), (16, 0.67))
 # The draft's output layer [i]: INT4, and microseconds, in all and per token, to compute its largest logits again.
 INT4_HEAD = ((8, 0.8), (16, 0.57), (32, 0.5))
 RESCORE_US, RESCORE_TOKEN_US = 3, 1.3
@@ -44,13 +48,12 @@ WIDE_TILES, WIDE = 3, 1.2
 LAYER_US = {"exact": 33.5, "target": 30, "draft": 22.5}
 # Microseconds per layer and token of a step [e].
 TOKEN_US = 0.2
-# Experts are read like the other 16-bit layers. What routing, sorting and two launches cost per layer of experts, in
-# microseconds [e, -qwen3-30b-a3b, batch 1].
-EXPERTS_US = {"exact": 20, "target": 20, "draft": 16}
-# Fraction of the bandwidth at which INT4 experts are read: that of INT4 linear layers of a few tokens.
-INT4_EXPERTS = INT4_LINEAR[0][1]
+# Experts are read like other layers, launches among it: in 16 bits, and in INT4, of a few tokens. What routing and sorting
+# cost per layer of experts, in microseconds [e, -qwen3-30b-a3b, batch 1].
+EXPERTS, INT4_EXPERTS = 0.9, 0.6
+EXPERTS_US = {"exact": 15.5, "target": 15.5, "draft": 11.5}
 # Microseconds that adding up over two GPUs costs, twice per layer [e, -8b-tp2].
-ALL_REDUCE_US = {"exact": 6, "target": 9, "draft": 9}
+ALL_REDUCE_US = {"exact": 4, "target": 7, "draft": 7}
 
 
 @dataclass(frozen=True)
@@ -134,12 +137,15 @@ def speed(
     per_head = max(1, model.num_heads // tp // fmt.num_kv_heads)
     head = read_ms(model.head_weights * model.dtype.itemsize / tp, READ)
     linears = read_ms(model.linear_weights * model.dtype.itemsize / tp, LINEAR)
+    layers_of_experts = model.experts.num_layers if model.experts else 0
+    launches = LINEARS * (model.num_layers - layers_of_experts) + ATTENTION_LINEARS * layers_of_experts
+    fixed = launches * LINEAR_US / 1e3
 
     def experts_ms(tokens: int, kind: str) -> float:
         """Of ``tokens`` tokens per request, in 16 bits."""
         if not model.experts:
             return 0.0
-        read = read_ms(model.experts.weights_read(batch, tokens) * model.dtype.itemsize / tp, LINEAR)
+        read = read_ms(model.experts.weights_read(batch, tokens) * model.dtype.itemsize / tp, EXPERTS)
         return read + model.experts.num_layers * EXPERTS_US[kind] / 1e3
 
     def draft_experts_ms() -> float:
@@ -147,8 +153,8 @@ def speed(
             return experts_ms(1, "draft")
         in_int4 = read_ms(model.experts.int4_weights_read(batch) * INT4_BITS / 8 / tp, INT4_EXPERTS)
         routers = model.experts.num_layers * model.experts.router_weights
-        fixed = model.experts.num_layers * EXPERTS_US["draft"] / 1e3
-        return in_int4 + read_ms(routers * model.dtype.itemsize / tp, LINEAR) + fixed
+        sorting = model.experts.num_layers * EXPERTS_US["draft"] / 1e3
+        return in_int4 + read_ms(routers * model.dtype.itemsize / tp, EXPERTS) + sorting
 
     def own_ms(weights: float, fractions, bits: float = INT4_BITS) -> float | None:
         """None where the draft uses the 16-bit weights."""
@@ -162,9 +168,9 @@ def speed(
     draft_linears += draft_linears_ms(wide_share, INT8_LINEAR, INT8_BITS)
     int4_head = own_ms(model.head_weights, INT4_HEAD) if quantize_lm_head else None
     draft_head = int4_head + (RESCORE_US + RESCORE_TOKEN_US * batch) / 1e3 if int4_head else head
-    base = head + linears + experts_ms(1, "exact")
-    draft_step = draft_head + draft_linears + draft_experts_ms() + layers_ms("draft", batch, draft, per_head)
-    verify = head + linears + experts_ms(rows, "target") + layers_ms("target", batch * rows, target, rows * per_head)
+    base = head + fixed + linears + experts_ms(1, "exact")
+    draft_step = draft_head + fixed + draft_linears + draft_experts_ms() + layers_ms("draft", batch, draft, per_head)
+    verify = head + fixed + linears + experts_ms(rows, "target") + layers_ms("target", batch * rows, target, rows * per_head)
     return Speed(
         exact=base + layers_ms("exact", batch, exact_bytes),
         cache=base + layers_ms("target", batch, target, per_head),
