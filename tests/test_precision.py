@@ -6,10 +6,10 @@ from vllm_quantspec import precision
 from vllm_quantspec.precision import Linear, fastest, within
 
 LINEARS = [
-    Linear("a", 1000, 4.25, 8.25, 0.004),
-    Linear("b", 4000, 4.25, 8.25, 0.010),
-    Linear("c", 2000, 4.5, 8.5, 0.009),
-    Linear("d", 1000, 4.25, 8.25, 0.0),
+    Linear("a", 1000, 4.25, 8.25, 0.004, 0.00004),
+    Linear("b", 4000, 4.25, 8.25, 0.010, 0.0001),
+    Linear("c", 2000, 4.5, 8.5, 0.009, 0.00009),
+    Linear("d", 1000, 4.25, 8.25, 0.0, 0.0),
 ]
 
 
@@ -34,13 +34,24 @@ def test_more_bits_are_expected_to_be_accepted_more_often():
     assert 0.9 < acceptances[0] < 0.94 and 0.98 < acceptances[-1] < 0.99
 
 
+def test_a_part_of_the_cache_hides_what_weights_lose():
+    few, many = within(LINEARS, 4.3), within(LINEARS, 8.5)
+    assert few.sparse_acceptance < few.acceptance and many.sparse_acceptance < many.acceptance
+    assert many.sparse_acceptance - few.sparse_acceptance < 0.8 * (many.acceptance - few.acceptance)
+    assert precision.acceptance(5.0) == 0
+
+
 def test_equal_losses_are_told_apart_by_name():
-    same = [Linear(name, 10, 4.25, 8.25, 0.1) for name in "cab"]
+    same = [Linear(name, 10, 4.25, 8.25, 0.1, 0.001) for name in "cab"]
     assert within(same, 5.6).wide == within(same[::-1], 5.6).wide == {"a"}
 
 
 def test_the_fastest_choice():
     assert fastest(LINEARS, lambda choice: choice.bits).wide == frozenset()
     assert fastest(LINEARS, lambda choice: choice.bits, some=True).wide == {"c"}
-    assert fastest(LINEARS, lambda choice: -choice.bits).share == 1
+    assert fastest(LINEARS, lambda choice: 1000 - choice.bits).wide == frozenset()  # less to gain than the model knows
+    assert fastest(LINEARS, lambda choice: 1000 - choice.bits, some=True).share == 1
+    assert fastest(LINEARS, lambda choice: 10 - choice.bits, most_bytes=2000).wide == {"a", "c"}  # 500 and 1000 bytes
+    assert fastest(LINEARS, lambda choice: 10 - choice.bits, most_bytes=100).wide == frozenset()
+    assert fastest(LINEARS, lambda choice: 10 - choice.bits).share == 1
     assert fastest(LINEARS, lambda choice: abs(choice.bits - 5.8)).wide == {"a", "c"}

@@ -8,6 +8,8 @@ TEXTS, LENGTH = 64, 256
 MOMENTS = 2 << 30
 # Of what is left for the KV cache, the share that an INT4 copy of a mixture's experts may take where nobody asked for it.
 EXPERTS_SHARE = 0.5
+# And the share that 8 bits may take beyond 4, of a draft's linears, where nobody asked for them.
+WIDER_SHARE = 0.1
 
 
 def experts_fit(copy_bytes: float, left_bytes: float) -> bool:

@@ -4,10 +4,20 @@ Memory is counted (`gpu_memory`), speed is modelled (`cost_model`), and `report`
 refuse is refused here first, with the engine's sentence.
 """
 
-from vllm_quantspec.estimate.cost_model import expected_tokens, speed
+from vllm_quantspec.estimate.cost_model import Speed, expected_tokens, speed
 from vllm_quantspec.estimate.draft_weights import share_in_8_bits
 from vllm_quantspec.estimate.gpu_memory import GIB, memory
-from vllm_quantspec.estimate.sizes import model_from
+from vllm_quantspec.estimate.sizes import Model, model_from
 from vllm_quantspec.estimate.sparse_drafts import cycle_bytes
 
-__all__ = ["GIB", "cycle_bytes", "expected_tokens", "memory", "model_from", "share_in_8_bits", "speed"]
+__all__ = [
+    "GIB",
+    "Model",
+    "Speed",
+    "cycle_bytes",
+    "expected_tokens",
+    "memory",
+    "model_from",
+    "share_in_8_bits",
+    "speed",
+]

@@ -33,6 +33,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 from vllm.platforms import current_platform
 from vllm.scalar_type import scalar_types
 
+from vllm_quantspec.integration.draft.room import left_for_cache
 from vllm_quantspec.integration.gpu.trial import problem_of
 from vllm_quantspec.kernels import int4_experts
 from vllm_quantspec.memory import experts_fit
@@ -338,12 +339,7 @@ def why_no_room(vllm_config: VllmConfig, methods: Collection[Int4ExpertsMethod])
     the KV cache. None if it has them; the same on every rank."""
     if current_platform.is_cpu() or not methods:  # there the cache has a memory of its own
         return None
-    cache, copy = vllm_config.cache_config, sum(method.copy_bytes for method in methods)
-    free, total = torch.cuda.mem_get_info()
-    free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    left = free - (1 - cache.gpu_memory_utilization) * total
-    if cache.kv_cache_memory_bytes is not None:
-        left = free - cache.kv_cache_memory_bytes
+    copy, left = sum(method.copy_bytes for method in methods), left_for_cache(vllm_config)
     reason = None
     if not experts_fit(copy, left):
         reason = (

@@ -1,13 +1,14 @@
 """What each linear of the draft loses in 4 bits, measured when the engine starts, on texts that the model writes itself.
 
 One linear of the target at a time computes with the draft's weight while the texts go through the model, and its loss is the
-KL divergence of the next-token distributions from the target's own. That takes a forward pass per linear: few tokens do.
+KL divergence of the next-token distributions from the target's own. That takes a forward pass per linear: few tokens do. In
+one pass more all of them compute so, and losses are scaled to add up to that pass's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -26,7 +27,7 @@ _ROWS = 64
 def measure_losses(vllm_config: VllmConfig, model: nn.Module, linears: Sequence[OwnLinear]) -> dict[str, float]:
     """Loss of each of ``linears``, whose clones have their weights, in nats per token; the same on every rank.
 
-    ``model``: the loaded target of this rank; tensor-parallel ranks take part together.
+    ``model``: the loaded target of this rank; tensor-parallel ranks take part together. The sum is what all lose together.
     """
     losses = {}
     with Texts(vllm_config, model, TEXTS, LENGTH, "Choosing bits") as texts:
@@ -35,6 +36,12 @@ def measure_losses(vllm_config: VllmConfig, model: nn.Module, linears: Sequence[
             with _computed_by_draft(linear):
                 losses[linear.name] = _divergence(exact, _logits(model, texts))
             texts.progress("Choosing bits: measured %d of %d linears", number + 1, len(linears))
+        with ExitStack() as all_linears:
+            for linear in linears:
+                all_linears.enter_context(_computed_by_draft(linear))
+            together = _divergence(exact, _logits(model, texts))
+    if (total := sum(losses.values())) > 0:
+        losses = {name: loss * together / total for name, loss in losses.items()}
     group = get_tp_group()
     return group.broadcast_object(losses, src=0) if group.world_size > 1 else losses
 

@@ -308,6 +308,8 @@ class _Builder:
 
     def build(self, target_model: nn.Module) -> DraftModel:
         self.draft.model = self._visit(target_model, "")
+        if self.rounding == "gptq" and self.own:
+            self._round_by_gptq(target_model)
         if self.chooses_bits:
             self._choose_bits(target_model)
         config = self._compile_config()
@@ -317,8 +319,6 @@ class _Builder:
             for name in clone.__dict__.keys() - _MODULE_STATE:
                 clone.__dict__[name] = self._redirect(clone.__dict__[name])
             self._reset_compilation(clone, config)
-        if self.rounding == "gptq" and self.own:
-            self._round_by_gptq(target_model)
         self.draft.int4_bytes += sum(linear.num_bytes for linear in self.own)
         with_finite_logits(self.draft.model)
         if self.join_layers and self.draft.quantized:
@@ -342,24 +342,18 @@ class _Builder:
             self.draft.joined = joined
 
     def _choose_bits(self, target_model: nn.Module) -> None:
-        """Give 8 bits to linears that are worth them."""
+        """Give 8 bits to linears that are worth them: by search, as there is next to nothing left for GPTQ to win."""
         linears = [x for x in self.own if {4, 8} <= x.methods.keys() and not x.is_head]
         if not linears:
             return
-
-        def prepare() -> None:
-            if self.rounding == "gptq":  # others have their weights already
-                for linear in linears:
-                    linear.put(linear.rounded())
-
-        kept = KeptLosses(self._what_decides(target_model, linears) | {"losses": [losses.TEXTS, losses.LENGTH]})
-        more = self.draft_weights, self.weight_bits, kept, prepare
+        measured = {"losses": [losses.TEXTS, losses.LENGTH], "rounding": self.rounding}
+        kept = KeptLosses(self._what_decides(target_model, linears) | measured)
+        more = self.draft_weights, self.weight_bits, self.rounding, kept
         wide = choose_bits(self.vllm_config, target_model, linears, *more).wide
         for linear in linears:
             if linear.name in wide:
                 linear.bits = 8
-                if self.rounding != "gptq":
-                    linear.put(linear.rounded())
+                linear.put(linear.rounded())
 
     def _round_by_gptq(self, target_model: nn.Module) -> None:
         """Put the weights of all linears, as the last start has left them on disk or newly rounded."""
@@ -388,6 +382,7 @@ class _Builder:
                 type(error).__name__,
                 " ".join(str(error).split()),
             )
+            self.rounding = "search"
         if not left:
             return
         if device.type == "cuda":  # what the failed attempt held is free by now
