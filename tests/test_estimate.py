@@ -310,6 +310,27 @@ def test_weights_in_8_bits_are_counted(tmp_path, capsys):
     assert "INT4 and INT8 copy for drafting" in out and "expected from single layers on an H100" in out
 
 
+def test_when_weights_in_8_bits_are_faster_is_said(tmp_path, capsys):
+    """By hand: a model of 8B has some 3 ms a step; a small one waits for launches, so 8 bits take next to nothing."""
+    small = LLAMA_8B | {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "head_dim": 64}
+    for config, arguments, low, high in (
+        (small, [], 0.93, 0.94),
+        (LLAMA_8B, ["--acceptance", "0.7"], 0.74, 0.84),
+        (LLAMA_8B, ["--acceptance", "0.95"], None, None),
+    ):
+        drafts = ["--context", "4096", "--num-speculative-tokens", "4"]
+        assert run(tmp_path, config, *drafts, *arguments) == 0
+        out = capsys.readouterr().out
+        found = re.search(r"with its weights in 8 bits +as fast at (\S+) accepted", out)
+        assert (low < float(found[1]) < high) if low else "never faster (draft_weights auto" in out
+        if low:
+            assert run(tmp_path, config, *drafts, "--weight-bits", "8.25", "--acceptance", found[1]) == 0
+            times = [re.search(r"4 tokens drafted +([\d.]+)", text)[1] for text in (out, capsys.readouterr().out)]
+            assert float(times[0]) == pytest.approx(float(times[1]), abs=0.015)
+    assert estimate.expected_tokens(cost_model.needed_acceptance(3.0, 4, 1.0), 4) == pytest.approx(3)
+    assert cost_model.needed_acceptance(6.0, 4, 1.0) is None and cost_model.needed_acceptance(1.0, 4, 1.0) < 1e-6
+
+
 def test_draft_experts_are_chosen_as_in_the_engine():
     parser = cli.build_parser()
     assert parser.parse_args(["estimate", "x"]).draft_experts is None and QuantSpecOptions.draft_experts == "int4"

@@ -99,7 +99,8 @@ def test_a_loss_is_what_the_model_loses_with_this_linear_alone_in_4_bits(runner,
         narrow.clear()
         with texts:
             exact = torch.cat([target.compute_logits(x) for x in texts.forward()]).float().log_softmax(-1)
-            narrow.update((x, quantize_weight(effective_weight(x, torch.bfloat16)[0]).dequantize().bfloat16()) for x in layers)
+            weights = (effective_weight(x, torch.bfloat16)[0] for x in layers)
+            narrow.update((x, quantize_weight(w).dequantize().bfloat16()) for x, w in zip(layers, weights, strict=True))
             other = torch.cat([target.compute_logits(x) for x in texts.forward()]).float().log_softmax(-1)
         return (exact.exp() * (exact - other)).sum(-1).mean().item()
 

@@ -79,6 +79,18 @@ def expected_tokens(acceptance: float, num_speculative_tokens: int) -> float:
     return tokens if acceptance == 1 else (1 - acceptance**tokens) / (1 - acceptance)
 
 
+def needed_acceptance(cycle: float, num_speculative_tokens: int, ms_per_token: float) -> float | None:
+    """The acceptance with which cycles of so many milliseconds take ``ms_per_token`` per token; None: with none they do."""
+    wanted = cycle / ms_per_token
+    if wanted > num_speculative_tokens + 1:
+        return None
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if expected_tokens(middle, num_speculative_tokens) < wanted else (low, middle)
+    return high
+
+
 def speed(
     model: Model,
     bandwidth: float,

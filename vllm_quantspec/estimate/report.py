@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from vllm_quantspec.checkpoint import four_bits
 from vllm_quantspec.config import CACHE_DTYPES, parse_draft_context
-from vllm_quantspec.estimate.cost_model import Speed, speed
+from vllm_quantspec.estimate.cost_model import Speed, needed_acceptance, speed
 from vllm_quantspec.estimate.draft_weights import int4_experts_bytes, share_in_8_bits
 from vllm_quantspec.estimate.gpu_memory import GIB, Memory, default_max_num_seqs, memory, why_no_int4_experts
 from vllm_quantspec.estimate.sizes import Model, model_from, read_config
@@ -29,6 +29,7 @@ class Estimate:
     page_bits, wide_share: as of `memory`; draft_context, draft_experts: as of `QuantSpecOptions`, parsed.
     no_int4_experts: why a mixture's draft reads the target's experts though nobody said so.
     num_speculative_tokens: tokens drafted per verification; of those asked for, the number that ``speed`` is best with.
+    wide_speed: with the same number, and all of the draft's linears in 8 bits.
     """
 
     arguments: Namespace
@@ -43,6 +44,7 @@ class Estimate:
     max_num_seqs: int
     num_speculative_tokens: int
     speed: Speed
+    wide_speed: Speed
     memory: Memory
 
     @property
@@ -95,7 +97,7 @@ def estimate(arguments: Namespace) -> Estimate:
         no_int4_experts = why_no_int4_experts(model, quantized, free, arguments.tensor_parallel_size)
         draft_experts = "target" if no_int4_experts else "int4"
 
-    def speed_of(number: int, accepted: float) -> Speed:
+    def speed_of(number: int, accepted: float, wide_share: float = wide_share) -> Speed:
         return speed(
             model,
             arguments.bandwidth * 1e12,
@@ -132,6 +134,7 @@ def estimate(arguments: Namespace) -> Estimate:
         max_num_seqs=max_num_seqs,
         num_speculative_tokens=best,
         speed=speeds[best],
+        wide_speed=speed_of(best, speeds[best].acceptance, 1.0),
         memory=held,
     )
 
@@ -234,6 +237,10 @@ def speed_with_drafts(e: Estimate) -> Iterator[str]:
         f"({s.tokens_per_cycle:.2f} tokens per verification)",
     )
     yield line("one draft step", f"{s.draft_step:.2f}, {s.exact / s.draft_step:.2f}x less than a step in 16 bits")
+    if not e.wide_share and e.model.linear_bits is None:
+        needed = needed_acceptance(e.wide_speed.cycle, e.num_speculative_tokens, s.quantspec)
+        when = "never faster" if needed is None else f"as fast at {needed:.3f} accepted per token"
+        yield line("with its weights in 8 bits", f"{when} (draft_weights auto measures what is)")
     if e.draft_context != "all" and (e.draft_context != "auto" or s.draft_share < 1):
         read = f"{100 * s.draft_share:.1f} % of the older tokens" if s.draft_share < 1 else "all of the older tokens"
         yield line("a draft step reads", f"{read} (--draft-context {e.draft_context})")

@@ -66,7 +66,7 @@ def choose_bits(
     if weight_bits is not None:
         choice, why = precision.within(candidates, weight_bits), f"within weight_bits {weight_bits:g}"
     else:
-        choice, why = _fastest(vllm_config, candidates, some=draft_weights == "mixed")
+        choice, why = fastest_bits(vllm_config, candidates, some=draft_weights == "mixed")
     logger.info(
         "%d of %d linears of the draft in 8 bits, %.2f bits per weight on average, %s; expected acceptance %.3f, with 4 "
         "bits alone %.3f",
@@ -80,15 +80,17 @@ def choose_bits(
     return choice
 
 
-def _fastest(vllm_config: VllmConfig, candidates: Sequence[precision.Linear], some: bool) -> tuple[precision.Choice, str]:
-    """By the cost model, and why, for the log."""
+def fastest_bits(
+    vllm_config: VllmConfig, candidates: Sequence[precision.Linear], some: bool
+) -> tuple[precision.Choice, str]:
+    """The choice by the cost model, with one linear in 8 bits at least if ``some``; and why, for the log."""
     text = vllm_config.model_config.hf_text_config.to_dict()
     try:
         model = estimate.model_from(text | {"architectures": vllm_config.model_config.architectures}, "this model")
     except ValueError as error:
         why = f"as there is no estimate of speed here ({error})"
         return precision.within(candidates, MIXED_BITS if some else 0), why
-    load = _Load(vllm_config, model)
+    load = Load(vllm_config, model)
     most_bytes = float("inf") if some else _most_bytes(vllm_config)
     choice = precision.fastest(candidates, load.ms_per_token, some, most_bytes)
     narrow, wide = precision.within(candidates, 0), precision.within(candidates, 8.5)
@@ -100,11 +102,12 @@ def _fastest(vllm_config: VllmConfig, candidates: Sequence[precision.Linear], so
 
 
 @dataclass(frozen=True)
-class _Load:
+class Load:
     """What the engine is expected to have to do."""
 
     vllm_config: VllmConfig
     model: estimate.Model
+    batch: int = 1
 
     @property
     def context(self) -> int:
@@ -123,7 +126,7 @@ class _Load:
                 self.model,
                 _BANDWIDTH,
                 self.context,
-                1,
+                self.batch,
                 self.vllm_config.parallel_config.tensor_parallel_size,
                 config.group_size,
                 acceptance,
