@@ -39,6 +39,7 @@ def engine(config: dict, max_model_len: int, tp: int = 1, number: int | str = 4,
         parallel_config=SimpleNamespace(tensor_parallel_size=tp),
         additional_config={},
         speculative_config=SimpleNamespace(
+            join_layers=True,
             chooses_number=number == "auto",
             num_speculative_tokens=8 if number == "auto" else number,
             group_size=128,

@@ -175,6 +175,25 @@ def test_speed_of_other_shapes_is_what_was_measured(name, config, points):
     assert len(rows) == points
 
 
+def test_joined_launches_save_what_linears_and_norms_wait_for():
+    """One sequence of an 8B model on an H200: 1.78 ms instead of 2.37; two save less, and more none."""
+    model = estimate.model_from(LLAMA_8B | {"model_type": "llama"}, "8b")
+    assert model.can_join_layers and not estimate.model_from(LLAMA_8B, "8b").can_join_layers
+    assert not estimate.model_from(LLAMA_8B | {"model_type": "llama", "intermediate_size": 14300}, "8b").can_join_layers
+    assert not estimate.model_from(QWEN3_30B_A3B | {"model_type": "qwen3"}, "moe").can_join_layers
+
+    def saved(batch, **options):
+        steps = [
+            estimate.speed(model, 4.26e12, 8192, batch, 1, 128, 0.94, 4, join_layers=joined, **options).draft_step
+            for joined in (True, False)
+        ]
+        return steps[1] - steps[0]
+
+    assert estimate.speed(model, 4.26e12, 8192, 1, 1, 128, 0.94, 4).draft_step == pytest.approx(1.78, rel=0.02)
+    assert saved(1) == pytest.approx(0.57, abs=0.06) and 0.1 < saved(2) < saved(1)
+    assert saved(3) == 0 and saved(1, wide_share=0.1) == 0
+
+
 def test_a_draft_reads_its_experts_in_4_bits_where_asked():
     """By hand: 48 layers of 8 experts, 3 x 2048 x 768 weights each: 4.25 bits at 0.6 of the bandwidth, or 16 at 0.9."""
     model = estimate.model_from(QWEN3_30B_A3B, "moe")

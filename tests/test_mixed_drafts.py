@@ -161,7 +161,7 @@ def test_auto_is_what_the_cost_model_finds_faster(runner, again, monkeypatch):  
 
 
 QUANTSPEC = type("Config", (), {
-    "group_size": 128, "num_speculative_tokens": 4, "quantize_lm_head": True, "draft_context": "all",
+    "group_size": 128, "num_speculative_tokens": 4, "quantize_lm_head": True, "join_layers": True, "draft_context": "all",
     "draft_experts": "target", "draft_sample_method": "greedy", "chooses_number": False,
 })  # fmt: skip
 

@@ -33,6 +33,9 @@ INT4_LINEAR = ((8, 0.75), (16, 0.53), (32, 0.43), (64, 0.28))
 # The same in 8 bits, where 16 tokens are the most: by what an H100 takes compared with INT4 and with 16 bits, which say 0.84
 # and 0.97 [int4_linear-int8.json]; beyond 8 tokens assumed.
 INT8_LINEAR = ((8, 0.88), (16, 0.67))
+# Where all between two attentions is one launch, without a time per linear: by the most sequences [draft_layer.json]. Three
+# are padded to four where there are CUDA graphs.
+JOINED = ((1, 0.78), (2, 0.66))
 # The draft's output layer [i]: INT4, and microseconds, in all and per token, to compute its largest logits again.
 INT4_HEAD = ((8, 0.8), (16, 0.57), (32, 0.5))
 RESCORE_US, RESCORE_TOKEN_US = 3, 1.3
@@ -45,7 +48,7 @@ ROW_TILE, ROW_TILE_US = 0.07, 4
 WIDE_TILES, WIDE = 3, 1.2
 # Microseconds per layer that do not grow with the context: attention's start and merge, norms, activations, rotary
 # embedding, stores and launches [e]. Less for drafts, whose kernels start under the end of those before.
-LAYER_US = {"exact": 33.5, "target": 30, "draft": 22.5}
+LAYER_US = {"exact": 33.5, "target": 30, "draft": 22.5, "joined": 15.5}
 # Microseconds per layer and token of a step [e].
 TOKEN_US = 0.2
 # Experts are read like other layers, launches among it: in 16 bits, and in INT4, of a few tokens. What routing and sorting
@@ -106,6 +109,7 @@ def speed(
     draft_context: str | int | float = QuantSpecOptions.draft_context,
     draft_experts: str = QuantSpecOptions.draft_experts,
     wide_share: float = 0.0,
+    join_layers: bool = True,
 ) -> Speed:
     """Decode times by the cost model: bytes over bandwidth plus fixed costs.
 
@@ -120,6 +124,7 @@ def speed(
             to say. What it takes to choose the pages is not in the model.
         draft_experts: as of `QuantSpecOptions`; with ``"int4"`` an engine may still keep the target's, and says so.
         wide_share: as of `memory`.
+        join_layers: as of `QuantSpecOptions`.
     """
     tp, rows = tensor_parallel_size, num_speculative_tokens + 1
     fmt = PageFormat(max(1, model.num_kv_heads // tp), model.head_size, group_size, model.dtype, page_bits)
@@ -129,7 +134,7 @@ def speed(
 
     def layers_ms(kind: str, num_tokens: int, bytes_per_token: float, query_rows: int = 1) -> float:
         """All but the linear layers; ``query_rows`` are per KV head."""
-        cache_bytes, tiles, passes = context * bytes_per_token * (share if kind == "draft" else 1), 1, 1
+        cache_bytes, tiles, passes = context * bytes_per_token * (share if kind in ("draft", "joined") else 1), 1, 1
         if kind != "exact":
             cache_bytes += WINDOW_READ_GROUPS * group_size * exact_bytes
             plan = row_plans(model.head_size, group_size, query_rows, wgmma=True)[0]
@@ -181,7 +186,13 @@ def speed(
     int4_head = own_ms(model.head_weights, INT4_HEAD) if quantize_lm_head else None
     draft_head = int4_head + (RESCORE_US + RESCORE_TOKEN_US * batch) / 1e3 if int4_head else head
     base = head + fixed + linears + experts_ms(1, "exact")
-    draft_step = draft_head + fixed + draft_linears + draft_experts_ms() + layers_ms("draft", batch, draft, per_head)
+    joined = None
+    if join_layers and model.can_join_layers and tp == 1 and not wide_share:
+        joined = own_ms(model.linear_weights, JOINED)
+    if joined is not None:
+        draft_step = draft_head + joined + layers_ms("joined", batch, draft, per_head)
+    else:
+        draft_step = draft_head + fixed + draft_linears + draft_experts_ms() + layers_ms("draft", batch, draft, per_head)
     verify = head + fixed + linears + experts_ms(rows, "target") + layers_ms("target", batch * rows, target, rows * per_head)
     return Speed(
         exact=base + layers_ms("exact", batch, exact_bytes),

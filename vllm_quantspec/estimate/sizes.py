@@ -16,6 +16,8 @@ from vllm_quantspec.supported import has_recurrent_layers, head_size_of, num_sli
 # Experts are chosen evenly, but tokens of one sequence choose alike: each token of a verification after the first counts as
 # this much of a token.
 EXPERT_TOKEN = 0.55
+# Model types whose decoder layers `draft.joined_layers` knows.
+JOINED_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ class Model:
     sliding_window: int = 0
     linear_bits: float | None = None
     """Of a weight of linear layers in a 4-bit checkpoint, with its scale and zero point; None: as the dtype."""
+    can_join_layers: bool = False
+    """Whether a draft step of few sequences computes all between two attentions in one launch (`joined_layers`)."""
 
     @property
     def layers_in_pool(self) -> tuple[int, int]:
@@ -178,7 +182,11 @@ def model_from(config: dict, name: str) -> Model:
         experts,
         num_sliding_layers(text),
         text.get("sliding_window") or 0,
-        None if isinstance(checkpoint, str) else checkpoint.bits(c.hidden_size),
+        linear_bits := None if isinstance(checkpoint, str) else checkpoint.bits(c.hidden_size),
+        text.get("model_type") in JOINED_TYPES
+        and experts is None
+        and linear_bits is None
+        and not any(n % 128 for n in (c.hidden_size, c.intermediate_size, c.num_attention_heads * head_size)),
     )
 
 

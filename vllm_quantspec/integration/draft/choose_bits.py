@@ -136,6 +136,7 @@ class Load:
                 draft_context=config.draft_context,
                 draft_experts=config.draft_experts,
                 wide_share=choice.share,
+                join_layers=config.join_layers,
             )
 
         found = speed(choice.acceptance)
