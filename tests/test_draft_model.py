@@ -268,6 +268,21 @@ def test_moments_are_of_texts_that_the_model_writes(runner, monkeypatch):
     assert torch.cat(surprise).mean().abs() < 0.4  # nats: a sampled token is as likely as tokens are on average
 
 
+def test_the_model_is_given_contiguous_ids(runner, monkeypatch):
+    """vLLM's embedding refuses others where ranks share the vocabulary: texts are written a column at a time."""
+    model, given = runner.get_model(), []
+    forward = type(model).forward
+
+    def noting(self, input_ids, *args, **kwargs):
+        given.append(input_ids.is_contiguous())
+        return forward(self, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", noting)
+    linear = next(m for name, m in model.named_modules() if name.endswith("o_proj"))
+    calibration.calibrate(runner.vllm_config, model, {linear: lambda moments: None}, texts=3, length=6)
+    assert len(given) > 5 and all(given)
+
+
 def test_a_forward_pass_has_no_more_tokens_than_a_step_of_the_engine(runner, monkeypatch):
     """Moments that are added up over parts of texts, some linears at a time, are those of all texts at once."""
     model = runner.get_model()

@@ -67,8 +67,8 @@ def test_a_mixture_with_an_idle_rank(tmp_path):
     """Two engines that share the experts: one drafts, the other has no request and must keep step with it."""
     try:
         NCCLLibrary()
-    except OSError as error:
-        pytest.skip(f"vLLM gathers the inputs of experts by NCCL, which it does not find (VLLM_NCCL_SO_PATH): {error}")
+    except (OSError, AttributeError) as error:  # none, or one older than vLLM's
+        pytest.skip(f"vLLM gathers the inputs of experts by an NCCL that is not here (VLLM_NCCL_SO_PATH): {error}")
     save_mixture("mixtral", tmp_path, torch.bfloat16, every_expert=True)
     prompts = [torch.randint(3, 1000, (length,)).tolist() for length in LENGTHS]
     with engine(str(tmp_path), **ENGINE, **quantspec(3)) as llm:

@@ -208,7 +208,8 @@ class _Forward:
         if self.rotary is not None:
             positions = self.rotary(positions)
         with set_forward_context(None, self.vllm_config, num_tokens=ids.numel(), skip_compiled=True):
-            return self.model(input_ids=ids.flatten(), positions=positions, inputs_embeds=None)
+            # A column of ids is not contiguous, as vLLM's embedding with tensor parallelism wants them.
+            return self.model(input_ids=ids.flatten().contiguous(), positions=positions, inputs_embeds=None)
 
 
 def _within(budget: int, linears: list[nn.Module]) -> Iterator[list[nn.Module]]:
