@@ -160,6 +160,16 @@ def test_auto_is_what_the_cost_model_finds_faster(runner, again, monkeypatch):  
     assert 8 in widths(again(draft_weights="mixed")).values()  # it has some, or it would be int4
 
 
+@pytest.mark.parametrize("rounding", ["search", "gptq"])
+def test_auto_gives_a_small_model_8_bits(runner, again, rounding, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(runner.vllm_config, "speculative_config", QUANTSPEC)
+    said = []
+    monkeypatch.setattr(choose_bits.logger, "info", lambda message, *values: said.append(message % values))
+    bits = widths(again(draft_weights="auto", weight_rounding=rounding))
+    assert sum(b == 8 for b in bits.values()) > 15 and bits["lm_head"] == 4
+    assert "a request of 1024 tokens on an H200" in said[-1] and "all in 4 bits" in said[-1]
+
+
 QUANTSPEC = type("Config", (), {
     "group_size": 128, "num_speculative_tokens": 4, "quantize_lm_head": True, "join_layers": True, "draft_context": "all",
     "draft_experts": "target", "draft_sample_method": "greedy", "chooses_number": False,
