@@ -170,6 +170,38 @@ def test_auto_gives_a_small_model_8_bits(runner, again, rounding, monkeypatch): 
     assert "a request of 1024 tokens on an H200" in said[-1] and "all in 4 bits" in said[-1]
 
 
+def test_bits_are_chosen_by_default_where_gptq_runs_unasked(runner, monkeypatch):  # noqa: F811
+    built = []
+    monkeypatch.setattr(draft_model, "build_draft_model", lambda *args, **o: built.append(o) or draft_model.DraftModel())
+    config = type("Config", (QUANTSPEC,), {
+        "draft_weights": "int4", "weight_rounding": "auto", "weight_group_size": 128, "weight_rotation": "none",
+        "weight_bits": None, "asked_for": (),
+    })  # fmt: skip
+    monkeypatch.setattr(runner.vllm_config, "speculative_config", config)
+
+    def weights(settled: str, **more) -> tuple[str, bool]:
+        monkeypatch.setattr(draft_model, "settle_rounding", lambda *args: settled)
+        for name, value in ({"weight_rounding": "auto", "asked_for": ()} | more).items():
+            monkeypatch.setattr(config, name, value)
+        draft_model.build_configured_draft(runner.vllm_config, runner.get_model())
+        return built[-1]["draft_weights"], built[-1]["weights_asked"]
+
+    assert weights("gptq") == ("auto", False)
+    assert weights("search") == ("int4", False)
+    assert weights("gptq", asked_for=("draft_weights",)) == ("int4", True)
+    assert weights("gptq", weight_rounding="gptq", asked_for=("weight_rounding",)) == ("int4", False)
+
+
+def test_a_default_that_gptq_fails_for_measures_nothing(runner, again, monkeypatch):  # noqa: F811
+    def fail(*args):
+        raise RuntimeError("no texts")
+
+    monkeypatch.setattr(draft_model, "calibrate", fail)
+    monkeypatch.setattr(choose_bits, "measure_losses", fail)
+    draft = again(draft_weights="auto", weights_asked=False, weight_rounding="gptq", gptq_asked=False)
+    assert set(widths(draft).values()) == {4}
+
+
 QUANTSPEC = type("Config", (), {
     "group_size": 128, "num_speculative_tokens": 4, "quantize_lm_head": True, "join_layers": True, "draft_context": "all",
     "draft_experts": "target", "draft_sample_method": "greedy", "chooses_number": False,

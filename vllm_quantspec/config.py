@@ -58,7 +58,7 @@ class QuantSpecOptions:
     draft_weights: str = "int4"
     """``int4``: the draft's linears are quantized when the engine starts. ``int8``: to 8 bits. ``mixed``: to 8 bits where
     they lose most in 4, which is measured then. ``auto``: as ``mixed``, or ``int4`` where the cost model finds that faster.
-    ``target``: the draft uses the target's. (8 bits are not the default: their speed on a GPU is not measured.)"""
+    ``target``: the draft uses the target's. Where nothing is said, and GPTQ runs unasked, it is ``auto``."""
     draft_experts: str = "int4"
     """``target``: a mixture's draft reads the target's experts. ``int4``: it has quantized ones, shared ones among them,
     where it can; by default only if their copy leaves room for the KV cache (`memory.experts_fit`)."""

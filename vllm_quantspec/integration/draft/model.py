@@ -105,6 +105,7 @@ def build_draft_model(
     target_model: nn.Module,
     *,
     draft_weights: str = "int4",
+    weights_asked: bool = True,
     draft_experts: str = "int4",
     experts_asked: bool = True,
     weight_group_size: int = 128,
@@ -124,6 +125,7 @@ def build_draft_model(
         target_model: the loaded model of this rank.
         draft_weights: ``"int4"``; ``"int8"`` for all linears but the output layer in 8 bits; ``"mixed"`` or ``"auto"`` for
             those that lose most in 4, see `choose_bits`; or ``"target"`` to share every linear.
+        weights_asked: whether the user asked for that: otherwise a model for which GPTQ fails has 4 bits.
         draft_experts: of a mixture: ``"target"`` to share its experts, or ``"int4"`` for INT4 ones, see `draft.experts`.
         experts_asked: whether the user asked for that: otherwise INT4 experts must leave room for the KV cache, and a
             mixture that has none is no matter of a warning.
@@ -153,6 +155,7 @@ def build_draft_model(
         vllm_config,
         target_model,
         draft_weights,
+        weights_asked,
         draft_experts,
         experts_asked,
         weight_group_size,
@@ -213,11 +216,15 @@ def build_configured_draft(vllm_config: VllmConfig, target_model: nn.Module) -> 
     rounding = config.weight_rounding
     if rounding == "auto":
         rounding = "search" if config.draft_weights == "target" else settle_rounding(vllm_config, target_model)
+    weights, weights_asked = config.draft_weights, "draft_weights" in config.asked_for
+    if not weights_asked and rounding == "gptq" and config.weight_rounding == "auto":
+        weights = "auto"  # what is lost is measured on texts, too: where these can be written, it costs little more
     with backends.set_model_tag("quantspec_draft"):
         draft = build_draft_model(
             vllm_config,
             target_model,
-            draft_weights=config.draft_weights,
+            draft_weights=weights,
+            weights_asked=weights_asked,
             draft_experts=config.draft_experts,
             experts_asked="draft_experts" in config.asked_for,
             weight_group_size=config.weight_group_size,
@@ -253,6 +260,7 @@ class _Builder:
         vllm_config: VllmConfig,
         target_model: nn.Module,
         draft_weights: str,
+        weights_asked: bool,
         draft_experts: str,
         experts_asked: bool,
         weight_group_size: int,
@@ -266,7 +274,7 @@ class _Builder:
         self.vllm_config = vllm_config
         self.layers = vllm_config.compilation_config.static_forward_context
         self.dtype = vllm_config.model_config.dtype
-        self.draft_weights, self.weight_bits = draft_weights, weight_bits
+        self.draft_weights, self.weights_asked, self.weight_bits = draft_weights, weights_asked, weight_bits
         self.quantize = draft_weights != "target"
         self.chooses_bits = draft_weights in ("mixed", "auto")
         self.quantize_experts = self.quantize and draft_experts == "int4"
@@ -310,7 +318,7 @@ class _Builder:
         self.draft.model = self._visit(target_model, "")
         if self.rounding == "gptq" and self.own:
             self._round_by_gptq(target_model)
-        if self.chooses_bits:
+        if self.chooses_bits and (self.weights_asked or self.rounding == "gptq"):
             self._choose_bits(target_model)
         config = self._compile_config()
         for clone in self.clones.values():
