@@ -91,7 +91,7 @@ def attend(
     group: int,
     groups: int,
 ) -> torch.Tensor:
-    """Attention of queries [query heads, n, D] at positions from ``first`` on; the result has their shape.
+    """Attention of queries [query heads, n, D] at positions from ``first`` on; the result has their shape (the values' D).
 
     Args:
         own: keys and values [heads, n, D] of the queries' positions, of the same stream as the queries.
@@ -103,7 +103,7 @@ def attend(
     q = q.unflatten(0, (heads, per_head)) * q.shape[-1] ** -0.5
     end = first + q.shape[2]
     rows = max(1, SCORES // (q.shape[0] * per_head * end))
-    output = torch.empty_like(q)
+    output = q.new_empty(*q.shape[:-1], own[1].shape[-1])
     at = first
     while at < end:
         # Queries of one group share the window's start; without a cache read quantized there is none.
