@@ -86,6 +86,12 @@ def test_a_large_model_has_8_bits_where_they_win_most():
     assert 0.3 < share(LLAMA_1B, 0.05, 16384) < 0.9
 
 
+def test_one_launch_per_layer_is_worth_more_than_8_bits():
+    """It reads 4 bits alone, and saves more than a better draft would; on two GPUs there is none."""
+    joined = LLAMA_8B | {"model_type": "llama"}
+    assert share(joined, 0.05, 8192) == 0 < share(joined, 0.05, 8192, tp=2)
+
+
 def test_sparse_drafts_have_fewer_bits():
     """Weights are less of what they lose."""
     assert share(LLAMA_8B, 0.05, 131072) < share(LLAMA_8B, 0.05, 131072, draft_context="all")
