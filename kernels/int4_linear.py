@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from vllm_quantspec import levels
 from vllm_quantspec.kernels import nvrtc
 from vllm_quantspec.kernels.device import MIN_CAPABILITY, Device, device_properties
-from vllm_quantspec.kernels.int4_linear_fp8 import INPUTS_SOURCE, Fp8Plan, choose_fp8_plan, split
+from vllm_quantspec.kernels.int4_linear_fp8 import INPUT_THREADS, INPUTS_SOURCE, Fp8Plan, choose_fp8_plan, split
 from vllm_quantspec.kernels.int4_linear_wide import WidePlan, choose_wide_plan
 from vllm_quantspec.kernels.workspace import Workspace
 from vllm_quantspec.rotation import rotate_inputs
@@ -400,7 +400,8 @@ def launch(
         if isinstance(plan, Fp8Plan) and plan.ready:
             (ready,) = _ready.tensors(device, token_blocks * -(-chunks // 2) * plan.input_bytes(group_size))
             params.out = ready.data_ptr()
-            nvrtc.launch(_inputs_kernel(plan, group_size, bf16, device, rotated), params, token_blocks, chunks + chunks % 2)
+            converts = _inputs_kernel(plan, group_size, bf16, device, rotated)
+            nvrtc.launch(converts, params, token_blocks, plan.input_blocks(chunks))
             params.x, params.out = ready.data_ptr(), out.data_ptr()
         nvrtc.launch(kernel, params, token_blocks)
     return out
@@ -489,7 +490,7 @@ def _inputs_kernel(plan: Fp8Plan, group_size: int, bf16: bool, device: int, rota
         plan.input_macros(group_size, bf16, rotated),
         device,
         grid=(1, 1),
-        threads=32 * plan.token_tiles,
+        threads=INPUT_THREADS,
         shared_bytes=0,
         overlap=plan.overlap,
     )

@@ -10,7 +10,7 @@
 // Rows are M and tokens N. Work is divided as in int4_linear_wide.cu: a CTA has a share of the row tiles and of the channels (SPLITS);
 // a warp has up to TILES row tiles and a ring of their codes of its own; four warps are a warp group; x comes through a ring
 // of the CTA. A few more warps (PRODUCERS) fill that: they convert, a tile of 8 tokens each. With READY, x was converted
-// by int4_linear_fp8_inputs.cu and one warp asks for copies.
+// by int4_linear_fp8_inputs.cu, and the warps that multiply ask for copies in turn: a warp more would take registers of four.
 //
 // The launch overlaps with its predecessor: only codes are read before the wait.
 //
@@ -25,7 +25,8 @@
 #define BYTES
 #include "wgmma.cuh"
 
-constexpr int XS = X_STAGES, NP = PRODUCERS, PER_GROUP = GROUP_SIZE / 32;  // products of k = 32 of a group and part
+constexpr int XS = X_STAGES, NP = READY ? 0 : PRODUCERS, AHEAD = XS > 2 ? XS - 2 : 1;  // stages of x asked for in advance
+constexpr int PER_GROUP = GROUP_SIZE / 32;  // products of k = 32 of a group and part
 constexpr int X_STAGE = 2 * X_BYTES, FACTOR_STAGE = 2 * FACTOR_BYTES, STAGE = T * 2 * UNIT;  // of two chunks
 constexpr int FACTORS_AT = XS * X_STAGE, RINGS_AT = FACTORS_AT + XS * FACTOR_STAGE;
 constexpr int BARRIERS_AT = RINGS_AT + NW * S * STAGE;
@@ -35,7 +36,6 @@ static_assert((NP + 2 * NT - 1) / (2 * NT) <= XS, "a warp that is a whole ring a
 static_assert(XS >= 2, "a stage is filled while another is used");
 static_assert(NW % 4 == 0, "four warps are a warp group");
 static_assert(!TURNS || TEAMS > 1, "turns are of several warp groups");
-static_assert(!READY || NP == 1, "one warp asks for copies");
 
 struct ToShared {
   u32 x, factors_at;
@@ -44,22 +44,18 @@ struct ToShared {
   DEV void factors(int group, float4 v) const { sts128(factors_at + group * FACTORS_OF_GROUP + n * 64 + lane * 16, v); }
 };
 
+#if READY
+// Ask for the copies of a stage of x.
+DEV void ask_for_x(const Params& p, const Range& r, u32 ring, u32 full, int c) {
+  const u8* from = ready_at(reinterpret_cast<const u8*>(p.x), p, blockIdx.y, r.chunk_begin / 2 + c);
+  const int slot = c % XS;
+  arrive_expecting(full + slot * 8, X_STAGE + FACTOR_STAGE);
+  copy_bulk(ring + slot * X_STAGE, from, X_STAGE, full + slot * 8);
+  copy_bulk(ring + FACTORS_AT + slot * FACTOR_STAGE, from + X_STAGE, FACTOR_STAGE, full + slot * 8);
+}
+#else
 // One of the warps that fill the ring of x: every NP-th tile of tokens, chunk by chunk, with two loads of 2 KB under way.
 DEV void produce(const Params& p, const Range& r, u32 ring, u32 full, u32 empty, int producer, int lane) {
-#if READY
-  if (lane > 0) return;
-  const u8* from = ready_at(reinterpret_cast<const u8*>(p.x), p, blockIdx.y, r.chunk_begin / 2);
-  int slot = 0;
-  u32 parity = 1;
-#pragma unroll 1
-  for (int c = 0; c < r.chunks / 2; c++, from += X_STAGE + FACTOR_STAGE) {
-    if (c >= XS) wait_for(empty + slot * 8, parity);
-    arrive_expecting(full + slot * 8, X_STAGE + FACTOR_STAGE);
-    copy_bulk(ring + slot * X_STAGE, from, X_STAGE, full + slot * 8);
-    copy_bulk(ring + FACTORS_AT + slot * FACTOR_STAGE, from + X_STAGE, FACTOR_STAGE, full + slot * 8);
-    if (++slot == XS) slot = 0, parity ^= 1;
-  }
-#else
 #if ROTATED
   const u32 signs = signs_of_lane(lane);
 #endif
@@ -88,8 +84,8 @@ DEV void produce(const Params& p, const Range& r, u32 ring, u32 full, u32 empty,
       if (lane == 0) arrive(full + slot * 8);
       load(x[b], i + 2 * NP);
     }
-#endif
 }
+#endif
 
 // Two chunks of a warp's codes; the second is the first again where the weight has no more.
 DEV void fetch_stage(Place& from, u32 to, i64 chunks, bool both, int lane) {
@@ -125,23 +121,27 @@ DEV void expand(u32 (&a)[4], const uint4 (&w)[2], int j) {
   }
 }
 
-// A group's sums to those of all groups. The result is 0, and there when all that was loaded is.
-DEV u32 add_group(float (&acc)[NT][4], const float (&part)[NT][4], u32 scales, u32 factors, int lane) {
+// A group's sums to those of all groups; with READY without the factors, which are the same for all.
+DEV void add_group(float (&acc)[NT][4], const float (&part)[NT][4], u32 scales, u32 factors, int lane) {
   const uint2 v = lds64(scales + (lane >> 2) * 8);
   const float magic = IS_BF16 ? 128.f : 64.f, s0 = low_float(v.x), s1 = low_float(v.y);
   const float z0 = magic - high_float(v.x), z1 = magic - high_float(v.y);
-  u32 loaded;
+  factors += (lane & 3) * 16;
 #pragma unroll
   for (int n = 0; n < NT; n++) {
-    const uint4 u = lds128(factors + n * 64 + (lane & 3) * 16);
-    const float f0 = __uint_as_float(u.x), f1 = __uint_as_float(u.y), x0 = __uint_as_float(u.z), x1 = __uint_as_float(u.w);
+    float f0 = 1.f, f1 = 1.f, x0, x1;
+    if (READY) {
+      const uint2 u = lds64(factors + n * 64 + 8);
+      x0 = __uint_as_float(u.x), x1 = __uint_as_float(u.y);
+    } else {
+      const uint4 u = lds128(factors + n * 64);
+      f0 = __uint_as_float(u.x), f1 = __uint_as_float(u.y), x0 = __uint_as_float(u.z), x1 = __uint_as_float(u.w);
+    }
     acc[n][0] = fmaf(s0 * f0, fmaf(z0, x0, part[n][0]), acc[n][0]);
     acc[n][1] = fmaf(s0 * f1, fmaf(z0, x1, part[n][1]), acc[n][1]);
     acc[n][2] = fmaf(s1 * f0, fmaf(z1, x0, part[n][2]), acc[n][2]);
     acc[n][3] = fmaf(s1 * f1, fmaf(z1, x1, part[n][3]), acc[n][3]);
-    loaded = u.x >> 31;  // the sign of a factor, which has none
   }
-  return loaded;
 }
 
 extern "C" __global__ void __launch_bounds__(32 * (NW + NP), MIN_CTAS)
@@ -156,10 +156,12 @@ int4_linear_fp8(const __grid_constant__ Params p) {
     barrier_init(empty + threadIdx.x * 8, NW);
   }
   __syncthreads();
+#if !READY
   if (warp >= NW) {
     wait_for_predecessor();
     return produce(p, r, x_ring, full, empty, warp - NW, lane);
   }
+#endif
 
   // This warp's tiles are tile_begin + warp + i * NW.
   const u32 ring = x_ring + RINGS_AT + warp * (S * STAGE);
@@ -172,6 +174,12 @@ int4_linear_fp8(const __grid_constant__ Params p) {
   }
   wait_for_predecessor();
   release_successor();
+#if READY
+  if (threadIdx.x == 0)
+#pragma unroll
+    for (int c = 0; c < AHEAD; c++)
+      if (c < stages) ask_for_x(p, r, x_ring, full, c);
+#endif
 
   // A warp without a tile multiplies what is there, as the four of a group do the same, and stores nothing.
   float acc[T][NT][4], part[DEPTH][NT][4];
@@ -181,13 +189,13 @@ int4_linear_fp8(const __grid_constant__ Params p) {
     for (int n = 0; n < NT; n++)
 #pragma unroll
       for (int e = 0; e < 4; e++) acc[i][n][e] = 0.f;
-  u32 stage, factors, loaded = 0;
+  u32 stage, factors;
   auto codes_at = [&](int of) { return stage + of % T * 2 * UNIT + of / T * CODES + lane * 16; };  // of a chunk's row tile
   auto add = [&](int step) {
     const int of = step / GROUPS, q = step % GROUPS;
     hold<NT>(part[step % DEPTH][0]);
-    loaded = add_group(acc[of % T], part[step % DEPTH], stage + of % T * 2 * UNIT + 2 * CODES + of / T * SCALES + q * 64,
-                       factors + of / T * FACTOR_BYTES + q * FACTORS_OF_GROUP, lane);
+    add_group(acc[of % T], part[step % DEPTH], stage + of % T * 2 * UNIT + 2 * CODES + of / T * SCALES + q * 64,
+              factors + of / T * FACTOR_BYTES + q * FACTORS_OF_GROUP, lane);
   };
   if (warp / 4 + 1 == TEAMS) pass_turn(warp / 4);  // to the first
   int slot = 0, x_slot = 0;
@@ -196,6 +204,15 @@ int4_linear_fp8(const __grid_constant__ Params p) {
   for (int c = 0; c < stages; c++) {
     stage = ring + slot * STAGE, factors = x_ring + FACTORS_AT + x_slot * FACTOR_STAGE;
     const u32 columns = columns_at(x_ring + x_slot * X_STAGE);
+#if READY
+    // The warps take turns. With more than two stages of x, those that are ahead seldom wait here: all are done with the one
+    // before the last.
+    const int asked = c + AHEAD;
+    if (asked % NW == warp && asked < stages && lane == 0) {
+      if (asked >= XS) wait_for(empty + asked % XS * 8, (asked / XS & 1) ^ 1);
+      ask_for_x(p, r, x_ring, full, asked);
+    }
+#endif
     wait_for_batches<S - 2>();
     __syncwarp();  // for the scales, which few lanes copy
     const int next = c + S - 1;
@@ -235,11 +252,22 @@ int4_linear_fp8(const __grid_constant__ Params p) {
       }
     }
     // The arrival needs what was loaded. Without that, factors of later chunks were read on an H200 (NOTES).
-    const u32 used = empty + x_slot * 8 + loaded;
+    const u32 used = empty + x_slot * 8 + (lds32(factors) >> 31);  // the sign of a factor, which has none
     __syncwarp();
     if (lane == 0) arrive(used);
     if (++slot == S) slot = 0;
     if (++x_slot == XS) x_slot = 0, parity ^= 1;
   }
+#if READY
+  // The factors of the last stage are still there.
+#pragma unroll
+  for (int n = 0; n < NT; n++) {
+    const uint2 u = lds64(factors + n * 64 + (lane & 3) * 16);
+#pragma unroll
+    for (int i = 0; i < T; i++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) acc[i][n][e] *= __uint_as_float(e % 2 ? u.y : u.x);
+  }
+#endif
   finish(p, r, acc, warp, slots, lane);
 }

@@ -1,8 +1,8 @@
 // Inputs of INT4 linears as e4m3 numbers, for products with codes that are e4m3 numbers (int4_linear_fp8.cu says why).
 //
-// A token's chunk of 128 channels has one power of two as its scale: multiplied by it, the largest number is from 128 to 256, and
-// x = (upper + lower) / scale with both of e4m3. Of bfloat16's 8 bits the upper part has 4 and the lower the rest, down to 2^-18 of
-// the largest number. With PARTS = 1 there is no lower part.
+// A token's chunk of 128 channels has one power of two as its scale, or with READY all chunks of a token have the same: multiplied by
+// it, the largest number is from 128 to 256, and x = (upper + lower) / scale with both of e4m3. Of bfloat16's 8 bits the upper
+// part has 4 and the lower the rest, down to 2^-18 of the largest number. With PARTS = 1 there is no lower part.
 //
 // A tile of 8 tokens is 8 rows of 128 bytes, one row a token, swizzled for wgmma. Product j has 32 of the channels, in the order of
 // the codes' bytes: byte 4*t + b of the first 16 is channel 32*j + 8*t + (0, 2, 1, 3)[b], and 4 more in the second 16.
@@ -39,13 +39,9 @@ struct Scaling {
   u32 by;
   float undo;
 };
-DEV Scaling scaling_of(const uint4 (&x)[4]) {
-  u32 top = larger(larger(x[0].x, x[0].y), larger(x[0].z, x[0].w));
-#pragma unroll
-  for (int j = 1; j < 4; j++) top = larger(top, larger(larger(x[j].x, x[j].y), larger(x[j].z, x[j].w)));
-  top = larger(top, top >> 16);
-#pragma unroll
-  for (int other = 1; other <= 2; other *= 2) top = larger(top, __shfl_xor_sync(~0u, top, other));
+DEV u32 larger_word(const uint4& x) { return larger(larger(x.x, x.y), larger(x.z, x.w)); }
+// `top`: the largest magnitude, in the lower half.
+DEV Scaling scaling_of(u32 top) {
   const int exponent = __float_as_uint(low_float(top & 0x7fff)) >> 23;
 #if IS_BF16
   const u32 e = min(max(exponent, 8), 252), by = (261 - e) << 7;
@@ -55,12 +51,47 @@ DEV Scaling scaling_of(const uint4 (&x)[4]) {
   return {by * 0x10001, __uint_as_float((e + 2) << 23)};
 }
 
-// A tile's numbers and factors, to where `put` brings them: `put.word(part, at, x)`, at an offset in the tile, and
-// `put.factors(group, x)` by lanes 0 to 3.
+// Lane 4*g+t's eight channels of product j, of a token that is row g of its tile, to where `put` brings them: `put.word(part, at, x)`,
+// at an offset in the tile. In `pairs` are the numbers that were put, as fp16: [half][even or odd channels].
+template <class Put>
+DEV void split_eight(u32 (&pairs)[2][2], const uint4& x, u32 by, int g, int j, int t, const Put& put) {
+#pragma unroll
+  for (int half = 0; half < 2; half++) {  // four channels: 0 and 2, 1 and 3
+    const u32 w0 = times(word(x, 2 * half), by), w1 = times(word(x, 2 * half + 1), by);
+#if IS_BF16
+    u32 even = to_fp16(low_float(w0), low_float(w1)), odd = to_fp16(high_float(w0), high_float(w1));
+#else
+    u32 even = __byte_perm(w0, w1, 0x5410), odd = __byte_perm(w0, w1, 0x7632);
+#endif
+    const u32 at = g * 128 + (((2 * j + half) ^ g) << 4) + t * 4;
+    const u16 upper_even = to_e4m3(even), upper_odd = to_e4m3(odd);
+    put.word(0, at, upper_even | (u32)upper_odd << 16);
+    if (PARTS == 2) {
+      const u32 rest_even = minus_fp16(even, from_e4m3(upper_even)), rest_odd = minus_fp16(odd, from_e4m3(upper_odd));
+      const u16 lower_even = to_e4m3(rest_even), lower_odd = to_e4m3(rest_odd);
+      put.word(1, at, lower_even | (u32)lower_odd << 16);
+      if (!IS_BF16) {  // what both parts lack must not be in the sum
+        even = minus_fp16(even, minus_fp16(rest_even, from_e4m3(lower_even)));
+        odd = minus_fp16(odd, minus_fp16(rest_odd, from_e4m3(lower_odd)));
+      }
+    } else {
+      even = from_e4m3(upper_even), odd = from_e4m3(upper_odd);
+    }
+    pairs[half][0] = even, pairs[half][1] = odd;
+  }
+}
+
+// A tile's numbers and factors, those by lanes 0 to 3: `put.factors(group, x)`.
 template <class Put>
 DEV void split_tile(const uint4 (&x)[4], int lane, const Put& put) {
   const int g = lane >> 2, t = lane & 3;
-  const Scaling scaling = scaling_of(x);
+  u32 top = larger_word(x[0]);
+#pragma unroll
+  for (int j = 1; j < 4; j++) top = larger(top, larger_word(x[j]));
+  top = larger(top, top >> 16);
+#pragma unroll
+  for (int other = 1; other <= 2; other *= 2) top = larger(top, __shfl_xor_sync(~0u, top, other));
+  const Scaling scaling = scaling_of(top);
   const float first = __shfl_sync(~0u, scaling.undo, 8 * t), second = __shfl_sync(~0u, scaling.undo, 8 * t + 4);
   float sum[4];
 #pragma unroll
@@ -69,30 +100,7 @@ DEV void split_tile(const uint4 (&x)[4], int lane, const Put& put) {
 #pragma unroll
       for (int e = 0; e < 4; e++) sum[e] = 0.f;
     u32 pairs[2][2];
-#pragma unroll
-    for (int half = 0; half < 2; half++) {  // four channels: 0 and 2, 1 and 3
-      const u32 w0 = times(word(x[j], 2 * half), scaling.by), w1 = times(word(x[j], 2 * half + 1), scaling.by);
-#if IS_BF16
-      u32 even = to_fp16(low_float(w0), low_float(w1)), odd = to_fp16(high_float(w0), high_float(w1));
-#else
-      u32 even = __byte_perm(w0, w1, 0x5410), odd = __byte_perm(w0, w1, 0x7632);
-#endif
-      const u32 at = g * 128 + (((2 * j + half) ^ g) << 4) + t * 4;
-      const u16 upper_even = to_e4m3(even), upper_odd = to_e4m3(odd);
-      put.word(0, at, upper_even | (u32)upper_odd << 16);
-      if (PARTS == 2) {
-        const u32 rest_even = minus_fp16(even, from_e4m3(upper_even)), rest_odd = minus_fp16(odd, from_e4m3(upper_odd));
-        const u16 lower_even = to_e4m3(rest_even), lower_odd = to_e4m3(rest_odd);
-        put.word(1, at, lower_even | (u32)lower_odd << 16);
-        if (!IS_BF16) {  // what both parts lack must not be in the sum
-          even = minus_fp16(even, minus_fp16(rest_even, from_e4m3(lower_even)));
-          odd = minus_fp16(odd, minus_fp16(rest_odd, from_e4m3(lower_odd)));
-        }
-      } else {
-        even = from_e4m3(upper_even), odd = from_e4m3(upper_odd);
-      }
-      pairs[half][0] = even, pairs[half][1] = odd;
-    }
+    split_eight(pairs, x[j], scaling.by, g, j, t, put);
 #pragma unroll
     for (int half = 0; half < 2; half++) add_columns(sum, pairs[half][0], pairs[half][1]);
     if ((j + 1) * 32 % GROUP_SIZE == 0 && g == 0)

@@ -1,7 +1,8 @@
 """How the kernel for 9 to 64 tokens on Hopper (``int4_linear_fp8.cu``) is launched, and what its inputs become.
 
 Inputs become one or two e4m3 numbers each, with a scale per token and chunk of 128 channels (``int4_linear_fp8.cuh``);
-`split` is that in PyTorch.
+`split` is that in PyTorch. Where they are converted by a launch of their own, the scale is a token's: the same numbers, but
+for those below 2^-14 of its largest.
 """
 
 from pathlib import Path
@@ -14,6 +15,7 @@ from vllm_quantspec.kernels.device import Device
 
 SOURCE = Path(__file__).with_suffix(".cu")
 INPUTS_SOURCE = SOURCE.with_name("int4_linear_fp8_inputs.cu")
+INPUT_THREADS = 512  # of its CTAs
 CHUNK = 128
 # Tiles of 8 tokens that a kernel is compiled for.
 TOKEN_TILES = (2, 4, 6, 8)
@@ -49,7 +51,7 @@ class Fp8Plan(NamedTuple):
     blocks: int  # CTAs along the rows
     x_stages: int = 2  # in the ring of x, likewise
     producers: int = 4  # warps that convert x and fill its ring
-    ready: bool = False  # x is converted by a launch of its own; one warp fills the ring
+    ready: bool = False  # x is converted by a launch of its own, and the warps that multiply fill the ring
     turns: bool = True  # warp groups ask for products one after another
     depth: int = 1  # 2: a chunk's row tile is multiplied while the sums of the one before are added up
     min_ctas: int = 1  # CTAs that registers allow on a multiprocessor
@@ -65,7 +67,7 @@ class Fp8Plan(NamedTuple):
 
     @property
     def threads(self) -> int:
-        return 32 * (self.warps + (1 if self.ready else self.producers))
+        return 32 * (self.warps + (0 if self.ready else self.producers))
 
     def is_resident(self, token_blocks: int, device: Device) -> bool:
         """Whether CTAs that wait for one another, if any, can be on the GPU at once."""
@@ -75,6 +77,10 @@ class Fp8Plan(NamedTuple):
         """Row tiles times pairs of chunks of the busiest multiprocessor, as a CTA multiplies for all its warps."""
         waves, pairs = -(-self.blocks * self.splits // device.num_multiprocessors), -(-chunks // 2)
         return waves * self.warps * self.tiles * -(-pairs // self.splits)
+
+    def input_blocks(self, chunks: int) -> int:
+        """CTAs that convert a block of tokens: of each token for every 16 pairs of chunks."""
+        return 8 * self.token_tiles * -(-chunks // (2 * INPUT_THREADS // 32))
 
     def input_bytes(self, group_size: int) -> int:
         """Of two chunks of the converted inputs of a block of tokens."""
@@ -106,7 +112,7 @@ class Fp8Plan(NamedTuple):
             "STAGES": self.stages,
             "TILES": self.tiles,
             "X_STAGES": self.x_stages,
-            "PRODUCERS": 1 if self.ready else self.producers,
+            "PRODUCERS": self.producers,
             "READY": int(self.ready),
             "SPLITS": self.splits,
             "TURNS": int(self.turns and self.warps > 4),

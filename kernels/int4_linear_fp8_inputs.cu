@@ -1,31 +1,77 @@
 // Inputs of int4_linear_fp8.cu (READY), once for all its CTAs. Compiled by NVRTC.
 //
-// A CTA has a chunk of 128 channels of up to 64 tokens, each of its warps a tile of 8; `out` is where they go. The number of chunks
-// is even: one more than the weight has is zeros.
+// A CTA reads a token, whose largest number is its scale, and converts 16 pairs of chunks of it, one a warp. The scale is the same for
+// all chunks, so the kernel applies it once, to the token's result. (e4m3 numbers have exponents of their own: only what is below
+// 2^-14 of a token's largest number loses bits by it.) `out` is where the numbers go. Their number of chunks is even: one more
+// than the weight has is zeros.
 //
 // Macros: those of int4_linear_fp8.cuh
 #include "int4_linear_fp8.cuh"
 
+constexpr int WARPS = 16, THREADS = 32 * WARPS;
+constexpr int PIECES = 8;  // of eight channels each, that a thread reads at a time
+constexpr int PER_GROUP = GROUP_SIZE / 32;
+
 struct ToGlobal {
-  u8 *x, *factors_at;
-  int n;
-  DEV void word(int part, u32 at, u32 v) const { *reinterpret_cast<u32*>(x + part * X_PART + n * 1024 + at) = v; }
-  DEV void factors(int group, float4 v) const {
-    reinterpret_cast<float4*>(factors_at + group * FACTORS_OF_GROUP + n * 64)[threadIdx.x & 3] = v;
-  }
+  u8* x;
+  DEV void word(int part, u32 at, u32 v) const { *reinterpret_cast<u32*>(x + part * X_PART + at) = v; }
 };
 
-extern "C" __global__ void __launch_bounds__(32 * TOKEN_TILES) int4_linear_fp8_inputs(const __grid_constant__ Params p) {
-  const int lane = threadIdx.x & 31, n = threadIdx.x >> 5, chunk = blockIdx.x;
-  wait_for_predecessor();
-  release_successor();
-  uint4 x[4];
-  load_tile(x, p, (blockIdx.y * TOKEN_TILES + n) * 8, chunk, true, lane);
+extern "C" __global__ void __launch_bounds__(THREADS) int4_linear_fp8_inputs(const __grid_constant__ Params p) {
+  __shared__ u32 tops[WARPS];
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int of_block = blockIdx.x % (8 * TOKEN_TILES), n = of_block >> 3, g = of_block & 7;
+  const int token = blockIdx.y * 8 * TOKEN_TILES + of_block, pair = blockIdx.x / (8 * TOKEN_TILES) * WARPS + warp;
 #if ROTATED
   const u32 signs = signs_of_lane(lane);
-#pragma unroll
-  for (int j = 0; j < 4; j++) rotate(x[j], signs);
 #endif
-  u8* const to = ready_at(reinterpret_cast<u8*>(p.out), p, blockIdx.y, chunk / 2);
-  split_tile(x, lane, ToGlobal{to + chunk % 2 * X_BYTES, to + 2 * X_BYTES + chunk % 2 * FACTOR_BYTES, n});
+  wait_for_predecessor();
+  release_successor();
+  if (token >= p.tokens) return;
+  const u16* const from = p.x + token * p.x_stride;
+  auto load = [&](int piece) { return ldg128_if(from + piece * 8, piece * 8 < p.channels); };
+  uint4 own = load(pair * 32 + lane);
+#if ROTATED
+  rotate(own, signs);
+#endif
+  u32 top = 0;
+#pragma unroll 1
+  for (int first = threadIdx.x; (first - lane) * 8 < p.channels; first += PIECES * THREADS) {
+    uint4 x[PIECES];
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) x[i] = load(first + i * THREADS);
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) {
+#if ROTATED
+      rotate(x[i], signs);
+#endif
+      top = larger(top, larger_word(x[i]));
+    }
+  }
+#pragma unroll
+  for (int other = 1; other < 32; other *= 2) top = larger(top, __shfl_xor_sync(~0u, top, other));
+  if (lane == 0) tops[warp] = top;
+  __syncthreads();
+  if (pair >= (p.chunks + 1) / 2) return;
+  top = tops[lane % WARPS];
+#pragma unroll
+  for (int other = 1; other < WARPS; other *= 2) top = larger(top, __shfl_xor_sync(~0u, top, other));
+  const Scaling scaling = scaling_of(larger(top, top >> 16));
+
+  u8* const to = ready_at(reinterpret_cast<u8*>(p.out), p, blockIdx.y, pair);
+  u32 pairs[2][2];
+  split_eight(pairs, own, scaling.by, g, lane % 16 / 4, lane % 4, ToGlobal{to + lane / 16 * X_BYTES + n * 1024});
+  float sum[4] = {0.f, 0.f, 0.f, 0.f};  // of 32 channels each: what lanes 8*t..8*t+3 have, and the next four lanes
+#pragma unroll
+  for (int half = 0; half < 2; half++) add_columns(sum, pairs[half][0], pairs[half][1]);
+  if (PER_GROUP >= 2) sum[0] += sum[1];
+  if (PER_GROUP == 4) sum[0] += __shfl_xor_sync(~0u, sum[0], 1);
+#pragma unroll
+  for (int e = 0; e < (PER_GROUP == 1 ? 2 : 1); e++) {
+    const int block = 2 * lane + e;
+    if (block >= 8 || block % PER_GROUP != 0) continue;
+    u8* const factors = to + 2 * X_BYTES + block / 4 * FACTOR_BYTES + block % 4 / PER_GROUP * FACTORS_OF_GROUP;
+    float* const of_token = reinterpret_cast<float*>(factors + n * 64 + g / 2 * 16) + g % 2;
+    of_token[0] = scaling.undo, of_token[2] = sum[e] * 0x1p-9f;
+  }
 }
