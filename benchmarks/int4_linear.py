@@ -358,7 +358,8 @@ def time_shape(method, weights, shape, tokens, rep=20):
 def tune(names, tokens, bits, fp8_products=False):
     """Times of launch configurations, the best first; those of many tokens one choice after the other."""
     from vllm_quantspec.kernels.device import device_properties
-    from vllm_quantspec.kernels.int4_linear import MAX_NARROW, choose_plan
+    from vllm_quantspec.kernels.int4_linear import MAX_NARROW, narrow_plan
+    from vllm_quantspec.kernels.int4_linear_wide import choose_wide_plan
 
     device = device_properties(0)
     ours = Ours if bits == 4 else Int8
@@ -368,12 +369,14 @@ def tune(names, tokens, bits, fp8_products=False):
         weights = weights_of(ours(), {name: shape})[name]
         tiles, chunks = weights[0][0].shape[:2]
         for count in tokens:
-            times, default = {}, choose_plan(tiles, chunks, 1, count, 0, bits)
+            narrow = count <= MAX_NARROW or bits == 8
+            sizes = tiles, chunks, 1, count, device
+            times, default = {}, narrow_plan(*sizes, bits) if narrow else choose_wide_plan(*sizes)
             if fp8_products:
                 time_plans(ours, [default, *fp8_shares(tiles, chunks, count, device)], weights, shape, count, times)
                 best = sorted((p for p in times if hasattr(p, "ready")), key=times.get)[:2]
                 time_plans(ours, [o for plan in best for o in fp8_layouts(plan, device)], weights, shape, count, times)
-            elif count <= MAX_NARROW or bits == 8:
+            elif narrow:
                 time_plans(ours, narrow_options(tiles, default), weights, shape, count, times)
             else:
                 time_plans(ours, wide_shares(tiles, chunks, count, default, device), weights, shape, count, times)
@@ -414,8 +417,8 @@ def fp8_shares(tiles, chunks, count, device):
 
     token_tiles, options = next(n for n in TOKEN_TILES if 8 * n >= count), []
     for warps, per_warp in ((4, 1), (4, 2), (8, 1), (8, 2), (8, 3), (12, 1), (12, 2), (16, 1)):
-        for ready, depth, min_ctas in itertools.product((False, True), (1, 2), (1, 2)):
-            share = Share(warps, per_warp, ready, depth, min_ctas)
+        for producers, depth, min_ctas in itertools.product((4, 1, 0), (1, 2), (1, 2)):  # 1 and 0: x is there already
+            share = Share(warps, per_warp, producers < 4, depth, min_ctas, producers)
             for splits in range(1, min(8, -(-chunks // 2)) + 1):
                 options.append(plan_of(share, tiles, splits, token_tiles, GROUP, device))
     # A CTA's work for all its slots, at most half more than an even share.
@@ -435,7 +438,7 @@ def fp8_layouts(plan, device):
     options = [plan._replace(turns=not plan.turns), plan._replace(overlap=False)]
     room = min(device.shared_memory_per_block, device.shared_memory_per_multiprocessor // plan.min_ctas) - 1024
     for x_stages in (2, 3, 4):
-        for producers in (plan.producers,) if plan.ready else (2, 4, 8):
+        for producers in (0, 1) if plan.ready else (2, 4, 8):
             one = plan._replace(x_stages=x_stages, producers=producers)
             options += [one._replace(stages=s) for s in (2, 3, 5) if s <= one.most_stages(room, GROUP)]
     return [o for o in options if fp8_fits(o, device)]

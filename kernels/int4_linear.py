@@ -2,7 +2,7 @@
 
 On a GPU a CUDA kernel, compiled by NVRTC when a shape is first used, reads the packed weight once at nearly the
 memory's bandwidth; on the CPU the same operator is plain PyTorch (`reference`). There are three kernels, on one layout: the
-ideas are in ``int4_linear.cu`` (up to 16 tokens), ``int4_linear_wide.cu`` (more) and ``int4_linear_fp8.cu`` (`USE_FP8`).
+ideas are in ``int4_linear.cu`` (up to 16 tokens), ``int4_linear_wide.cu`` (more) and ``int4_linear_fp8.cu`` (Hopper).
 
 Packed layout. Rows are cut in tiles of 16, input channels in chunks of 128 (the last one padded). A chunk of a tile is
 what eight mma.m16n8k16 take as their A operand, in fragment order: lane ``4*g + t`` holds the words ``[half][lane][word]``;
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from vllm_quantspec import levels
 from vllm_quantspec.kernels import nvrtc
 from vllm_quantspec.kernels.device import MIN_CAPABILITY, Device, device_properties
-from vllm_quantspec.kernels.int4_linear_fp8 import INPUT_THREADS, INPUTS_SOURCE, Fp8Plan, choose_fp8_plan, split
+from vllm_quantspec.kernels.int4_linear_fp8 import INPUT_THREADS, INPUTS_SOURCE, Fp8Plan, choose_fp8_plan, is_faster, split
 from vllm_quantspec.kernels.int4_linear_wide import WidePlan, choose_wide_plan
 from vllm_quantspec.kernels.workspace import Workspace
 from vllm_quantspec.rotation import rotate_inputs
@@ -42,8 +42,7 @@ MAX_NARROW = 16
 # above which a launch has two CTAs there: measured on an H200 (benchmarks/NOTES.md, "Plans behind a norm").
 MANY_CHUNKS, MANY_TILES = 48, 11
 # On Hopper a third kernel, with FP8 products (int4_linear_fp8.py), takes bfloat16 inputs of more than MAX_ALIKE and up to
-# MAX_FP8 tokens. It is not chosen until it has been timed as it is (NOTES, "FP8 products").
-USE_FP8 = False
+# MAX_FP8 tokens, where it is faster. (float16 has more bits than its inputs hold.)
 MAX_ALIKE, MAX_FP8 = 8, 64
 # Up to so many tokens an H200 is faster with 4 bits than with a BF16 weight, 1.24 times (results/int4_linear-wide.json).
 MAX_FASTER_TOKENS = 64
@@ -212,10 +211,11 @@ def int4_linear(
     scales_zeros: torch.Tensor,
     bias: torch.Tensor | None = None,
     rotated: bool = False,
+    fp8_inputs: bool = False,
 ) -> torch.Tensor:
     """``x W^T + bias`` with the weight of a `PackedLinear`, in fp32 sums.
 
-    A token's result is the same whatever the others, and for any number of them up to 16 (in 8 bits for any number).
+    A token's result is the same whatever the others, and for any number of them up to 8 (in 8 bits for any number).
 
     Can be captured in a CUDA graph, after one run with the same shapes. Launches on a device share a workspace,
     so they have to follow one another, on one stream or ordered by events. A launch starts to read the weight
@@ -228,6 +228,8 @@ def int4_linear(
         bias: [out] in the same dtype, or None.
         rotated: the weight is that of rotated inputs: x is rotated here (`vllm_quantspec.rotation`), in fp32, and rounded to
             its dtype once.
+        fp8_inputs: with 4 bits, x may be rounded to an e4m3 number each (`split`), and is where that is faster: from 9 to
+            64 tokens.
 
     Returns:
         [M, out] in the same dtype.
@@ -236,7 +238,7 @@ def int4_linear(
         ValueError: an argument does not fit the above.
         RuntimeError: on a GPU older than compute capability 8.0, or where a shape is first seen during a capture.
     """
-    return torch.ops.vllm_quantspec.int4_linear(x, codes, scales_zeros, bias, rotated)
+    return torch.ops.vllm_quantspec.int4_linear(x, codes, scales_zeros, bias, rotated, fp8_inputs)
 
 
 def reference(
@@ -274,18 +276,36 @@ def _check(x: torch.Tensor, codes: torch.Tensor, scales_zeros: torch.Tensor, bia
         raise ValueError(f"bias must be {x.dtype} [{codes.shape[0] * ROWS}], got {bias.dtype} {list(bias.shape)}.")
 
 
+def rounds_inputs(tokens: int, bits: int = 4) -> bool:
+    """Whether `int4_linear` rounds so many tokens' inputs to e4m3 numbers where it may."""
+    return bits == 4 and MAX_ALIKE < tokens <= MAX_FP8
+
+
+def _cpu(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales_zeros: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    rotated: bool = False,
+    fp8_inputs: bool = False,
+) -> torch.Tensor:
+    parts = 1 if fp8_inputs and rounds_inputs(len(x), _bits(codes)) else None
+    return reference(x, codes, scales_zeros, bias, rotated, parts)
+
+
 def _cuda(
     x: torch.Tensor,
     codes: torch.Tensor,
     scales_zeros: torch.Tensor,
     bias: torch.Tensor | None = None,
     rotated: bool = False,
+    fp8_inputs: bool = False,
 ) -> torch.Tensor:
     _check(x, codes, scales_zeros, bias)
     out = x.new_empty(x.shape[0], codes.shape[0] * ROWS)
     if x.shape[0] == 0:
         return out
-    return launch(x, codes, scales_zeros, bias, out, rotated=rotated)
+    return launch(x, codes, scales_zeros, bias, out, rotated=rotated, fp8_inputs=fp8_inputs)
 
 
 def _fake(
@@ -294,13 +314,17 @@ def _fake(
     scales_zeros: torch.Tensor,
     bias: torch.Tensor | None = None,
     rotated: bool = False,
+    fp8_inputs: bool = False,
 ) -> torch.Tensor:
     return x.new_empty(x.shape[0], codes.shape[0] * ROWS)
 
 
 _library = torch.library.Library("vllm_quantspec", "FRAGMENT")
-_library.define("int4_linear(Tensor x, Tensor codes, Tensor scales_zeros, Tensor? bias=None, bool rotated=False) -> Tensor")
-_library.impl("int4_linear", reference, "CPU")
+_library.define(
+    "int4_linear(Tensor x, Tensor codes, Tensor scales_zeros, Tensor? bias=None, bool rotated=False, bool fp8_inputs=False) "
+    "-> Tensor"
+)
+_library.impl("int4_linear", _cpu, "CPU")
 _library.impl("int4_linear", _cuda, "CUDA")
 torch.library.register_fake("vllm_quantspec::int4_linear", _fake, lib=_library)
 
@@ -370,6 +394,7 @@ def launch(
     out: torch.Tensor,
     plan: Plan | WidePlan | Fp8Plan | None = None,
     rotated: bool = False,
+    fp8_inputs: bool = False,
 ) -> torch.Tensor:
     """The kernel on checked arguments, into a contiguous ``out``; ``plan`` overrides the launch, for tuning."""
     if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
@@ -382,7 +407,7 @@ def launch(
     group_size, bf16 = CHUNK // scales_zeros.shape[2], x.dtype == torch.bfloat16
     with torch.cuda.device(device):
         if plan is None:
-            plan = choose_plan(tiles, chunks, scales_zeros.shape[2], tokens, device, _bits(codes), bf16)
+            plan = choose_plan(tiles, chunks, scales_zeros.shape[2], tokens, device, _bits(codes), bf16, fp8_inputs)
         kernel = _kernel(plan, group_size, bf16, device, rotated)
         token_blocks = -(-tokens // (8 * plan.token_tiles))
         if isinstance(plan, Fp8Plan) and not plan.is_resident(token_blocks, device_properties(device)):
@@ -409,13 +434,23 @@ def launch(
 
 @cache
 def choose_plan(
-    tiles: int, chunks: int, groups: int, tokens: int, device: int, bits: int = 4, bf16: bool = True
+    tiles: int,
+    chunks: int,
+    groups: int,
+    tokens: int,
+    device: int,
+    bits: int = 4,
+    bf16: bool = True,
+    fp8_inputs: bool = False,
 ) -> Plan | WidePlan | Fp8Plan:
     """The launch for a weight of ``tiles`` x ``chunks``; sums are in one order up to 16 tokens (8 with FP8 products), in
     8 bits for any number."""
     properties = device_properties(device)
-    if USE_FP8 and bits == 4 and bf16 and properties.has_wgmma and MAX_ALIKE < tokens <= MAX_FP8:
-        return choose_fp8_plan(tiles, chunks, groups, tokens, properties)
+    if properties.has_wgmma and rounds_inputs(tokens, bits):
+        if fp8_inputs:
+            return choose_fp8_plan(tiles, chunks, groups, tokens, properties, 1)
+        if bf16 and is_faster(tiles, chunks, tokens):
+            return choose_fp8_plan(tiles, chunks, groups, tokens, properties)
     if tokens > MAX_NARROW and bits == 4:
         return choose_wide_plan(tiles, chunks, groups, tokens, properties)
     return narrow_plan(tiles, chunks, groups, tokens, properties, bits)

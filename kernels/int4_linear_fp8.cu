@@ -10,12 +10,12 @@
 // Rows are M and tokens N. Work is divided as in int4_linear_wide.cu: a CTA has a share of the row tiles and of the channels (SPLITS);
 // a warp has up to TILES row tiles and a ring of their codes of its own; four warps are a warp group; x comes through a ring
 // of the CTA. A few more warps (PRODUCERS) fill that: they convert, a tile of 8 tokens each. With READY, x was converted
-// by int4_linear_fp8_inputs.cu, and the warps that multiply ask for copies in turn: a warp more would take registers of four.
+// by int4_linear_fp8_inputs.cu; a warp asks for copies, or those that multiply do in turn: a warp more takes registers of four.
 //
 // The launch overlaps with its predecessor: only codes are read before the wait.
 //
 // Macros: GROUP_SIZE IS_BF16 WARPS (that multiply) STAGES (of two chunks each, of a warp's codes) TILES TOKEN_TILES PARTS (1: inputs have 4 bits
-//         and an exponent) X_STAGES (of x) PRODUCERS READY SPLITS TURNS (of warp groups at the tensor cores) DEPTH (sets of a
+//         and an exponent) X_STAGES (of x) PRODUCERS (with READY 0 or 1) READY SPLITS TURNS (of warp groups at the tensor cores) DEPTH (sets of a
 //         group's sums: products of one are made while another is added up) MIN_CTAS (CTAs that registers allow on a multiprocessor) ROTATED
 
 #define CLUSTER 0
@@ -25,7 +25,8 @@
 #define BYTES
 #include "wgmma.cuh"
 
-constexpr int XS = X_STAGES, NP = READY ? 0 : PRODUCERS, AHEAD = XS > 2 ? XS - 2 : 1;  // stages of x asked for in advance
+constexpr int XS = X_STAGES, NP = PRODUCERS;
+constexpr int AHEAD = XS > 2 ? XS - 2 : 1;  // stages of x that are asked for in advance, without a warp for it
 constexpr int PER_GROUP = GROUP_SIZE / 32;  // products of k = 32 of a group and part
 constexpr int X_STAGE = 2 * X_BYTES, FACTOR_STAGE = 2 * FACTOR_BYTES, STAGE = T * 2 * UNIT;  // of two chunks
 constexpr int FACTORS_AT = XS * X_STAGE, RINGS_AT = FACTORS_AT + XS * FACTOR_STAGE;
@@ -35,6 +36,7 @@ constexpr int STEPS = 2 * T * GROUPS;  // of a stage: a chunk's row tile's group
 static_assert((NP + 2 * NT - 1) / (2 * NT) <= XS, "a warp that is a whole ring ahead would take the parity of an earlier round for its own");
 static_assert(XS >= 2, "a stage is filled while another is used");
 static_assert(NW % 4 == 0, "four warps are a warp group");
+static_assert(READY ? NP <= 1 : NP >= 1, "a warp asks for copies, or those that multiply do");
 static_assert(!TURNS || TEAMS > 1, "turns are of several warp groups");
 
 struct ToShared {
@@ -52,6 +54,18 @@ DEV void ask_for_x(const Params& p, const Range& r, u32 ring, u32 full, int c) {
   arrive_expecting(full + slot * 8, X_STAGE + FACTOR_STAGE);
   copy_bulk(ring + slot * X_STAGE, from, X_STAGE, full + slot * 8);
   copy_bulk(ring + FACTORS_AT + slot * FACTOR_STAGE, from + X_STAGE, FACTOR_STAGE, full + slot * 8);
+}
+DEV void wait_for_place(u32 empty, int c) {
+  if (c >= XS) wait_for(empty + c % XS * 8, (c / XS & 1) ^ 1);
+}
+// A warp that does nothing else.
+DEV void produce(const Params& p, const Range& r, u32 ring, u32 full, u32 empty, int, int lane) {
+  if (lane > 0) return;
+#pragma unroll 1
+  for (int c = 0; c < r.chunks / 2; c++) {
+    wait_for_place(empty, c);
+    ask_for_x(p, r, ring, full, c);
+  }
 }
 #else
 // One of the warps that fill the ring of x: every NP-th tile of tokens, chunk by chunk, with two loads of 2 KB under way.
@@ -156,12 +170,10 @@ int4_linear_fp8(const __grid_constant__ Params p) {
     barrier_init(empty + threadIdx.x * 8, NW);
   }
   __syncthreads();
-#if !READY
   if (warp >= NW) {
     wait_for_predecessor();
     return produce(p, r, x_ring, full, empty, warp - NW, lane);
   }
-#endif
 
   // This warp's tiles are tile_begin + warp + i * NW.
   const u32 ring = x_ring + RINGS_AT + warp * (S * STAGE);
@@ -174,7 +186,7 @@ int4_linear_fp8(const __grid_constant__ Params p) {
   }
   wait_for_predecessor();
   release_successor();
-#if READY
+#if PRODUCERS == 0
   if (threadIdx.x == 0)
 #pragma unroll
     for (int c = 0; c < AHEAD; c++)
@@ -204,12 +216,12 @@ int4_linear_fp8(const __grid_constant__ Params p) {
   for (int c = 0; c < stages; c++) {
     stage = ring + slot * STAGE, factors = x_ring + FACTORS_AT + x_slot * FACTOR_STAGE;
     const u32 columns = columns_at(x_ring + x_slot * X_STAGE);
-#if READY
+#if PRODUCERS == 0
     // The warps take turns. With more than two stages of x, those that are ahead seldom wait here: all are done with the one
     // before the last.
     const int asked = c + AHEAD;
     if (asked % NW == warp && asked < stages && lane == 0) {
-      if (asked >= XS) wait_for(empty + asked % XS * 8, (asked / XS & 1) ^ 1);
+      wait_for_place(empty, asked);
       ask_for_x(p, r, x_ring, full, asked);
     }
 #endif

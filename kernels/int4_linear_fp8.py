@@ -20,7 +20,7 @@ CHUNK = 128
 # Tiles of 8 tokens that a kernel is compiled for.
 TOKEN_TILES = (2, 4, 6, 8)
 # The largest exponents below which a chunk's scale does not grow any more: what a multiplication in each type can reach.
-LEAST_EXPONENT = {torch.bfloat16: -119, torch.float16: -8}
+LEAST_EXPONENT = {torch.bfloat16: -119, torch.float16: -8, torch.float32: -119}
 
 
 def split(x: torch.Tensor, parts: int = 2) -> torch.Tensor:
@@ -51,7 +51,7 @@ class Fp8Plan(NamedTuple):
     blocks: int  # CTAs along the rows
     x_stages: int = 2  # in the ring of x, likewise
     producers: int = 4  # warps that convert x and fill its ring
-    ready: bool = False  # x is converted by a launch of its own, and the warps that multiply fill the ring
+    ready: bool = False  # x is converted by a launch of its own; without producers the warps that multiply fill the ring
     turns: bool = True  # warp groups ask for products one after another
     depth: int = 1  # 2: a chunk's row tile is multiplied while the sums of the one before are added up
     min_ctas: int = 1  # CTAs that registers allow on a multiprocessor
@@ -67,7 +67,7 @@ class Fp8Plan(NamedTuple):
 
     @property
     def threads(self) -> int:
-        return 32 * (self.warps + (0 if self.ready else self.producers))
+        return 32 * (self.warps + self.producers)
 
     def is_resident(self, token_blocks: int, device: Device) -> bool:
         """Whether CTAs that wait for one another, if any, can be on the GPU at once."""
@@ -122,52 +122,70 @@ class Fp8Plan(NamedTuple):
 
 
 class Share(NamedTuple):
-    """How a CTA works; the names are those of `Fp8Plan`."""
+    """How a CTA works; the names are those of `Fp8Plan`. Of ``stages`` there are more where that keeps other CTAs away."""
 
     warps: int
     tiles: int
     ready: bool
-    depth: int = 1
-    min_ctas: int = 1
-    producers: int = 4
+    depth: int
+    min_ctas: int
+    producers: int
+    stages: int = 2
     x_stages: int = 2
-    turns: bool = True
+    turns: bool = False
 
 
-# The best of sweeps on an H200 with an earlier version of the kernel (NOTES), by tiles of tokens: where rows alone fill the
-# GPU, and where CTAs share few or many channels.
-_ROWS = dict.fromkeys(TOKEN_TILES, (Share(16, 1, True),))
+# The best of sweeps on an H200 (NOTES), by tiles of tokens: where rows alone fill the GPU (and many times), and where CTAs
+# share few or many channels. Of several it is the one that leaves the busiest multiprocessor least to do.
+_ROWS = {
+    2: (Share(8, 1, True, 1, 2, 0, 3, 3), Share(12, 1, True, 1, 2, 0, 2, 3)),
+    4: (Share(8, 1, True, 1, 2, 0), Share(12, 1, True, 1, 2, 0)),
+    6: (Share(16, 1, True, 1, 1, 0, 2, 3), Share(12, 1, True, 1, 1, 1)),
+    8: (Share(16, 1, True, 1, 1, 0, 2, 3), Share(12, 1, True, 1, 1, 1)),
+}
+_MANY_ROWS = _ROWS | {2: (Share(8, 2, True, 2, 1, 0),), 4: (Share(16, 1, True, 1, 1, 0, 2, 3),)}
 _FEW = {
-    2: (Share(8, 2, False, 2), Share(8, 3, False, 2)),
-    4: (Share(8, 2, False, 2, producers=8), Share(12, 2, False)),
-    6: (Share(8, 1, True), Share(12, 1, True)),
-    8: (Share(8, 1, True), Share(12, 1, True)),
+    2: (Share(8, 2, False, 1, 2, 4), Share(8, 3, False, 2, 1, 4)),
+    4: (Share(8, 1, True, 1, 2, 0),),
+    6: (Share(4, 1, True, 2, 2, 1), Share(12, 1, True, 1, 1, 1)),
+    8: (Share(4, 1, True, 2, 2, 1), Share(12, 1, True, 1, 1, 1)),
 }
 _MANY = {
-    2: (Share(4, 2, True, 2, min_ctas=2),),
-    4: (Share(4, 2, True, 2, min_ctas=2),),
-    6: (Share(4, 1, True, 1, min_ctas=2),),
-    8: (Share(4, 1, True, 1, min_ctas=2),),
+    2: (Share(8, 2, False, 2, 1, 4),),
+    4: (Share(12, 1, True, 2, 1, 0, 2, 3),),
+    6: _FEW[6],
+    8: _FEW[8],
 }
 MANY_CHUNKS = 64
 MOST_SPLITS = 8
+# Row tiles times chunks from which on these products are faster than those of 16 bits: `o` and `qkv` of Llama-3.1-8B.
+LEAST_WORK = {2: 8192, 4: 12288, 6: 8192, 8: 8192}
+
+
+def tiles_of(tokens: int) -> int:
+    """Tiles of 8 tokens that a kernel for so many tokens is compiled for."""
+    return next(n for n in TOKEN_TILES if 8 * n >= tokens)
+
+
+def is_faster(tiles: int, chunks: int, tokens: int) -> bool:
+    """Whether this kernel is faster than the others for a weight of ``tiles`` x ``chunks`` and 9 to 64 tokens."""
+    return tiles * chunks >= LEAST_WORK[tiles_of(tokens)]
 
 
 def choose_fp8_plan(tiles: int, chunks: int, groups: int, tokens: int, device: Device, parts: int = 2) -> Fp8Plan:
     """The launch for a weight of ``tiles`` x ``chunks``, each chunk of ``groups`` groups, and up to 64 tokens."""
-    token_tiles = next(n for n in TOKEN_TILES if 8 * n >= tokens)
-    pairs, sms = -(-chunks // 2), device.num_multiprocessors
+    token_tiles, pairs, sms = tiles_of(tokens), -(-chunks // 2), device.num_multiprocessors
     alone = tiles >= 8 * sms
-    shares = (_ROWS if alone else _MANY if chunks >= MANY_CHUNKS else _FEW)[token_tiles]
+    shares = (_MANY_ROWS if tiles >= 32 * sms else _ROWS if alone else _MANY if chunks >= MANY_CHUNKS else _FEW)[token_tiles]
     plans = [
         plan_of(share, tiles, splits, token_tiles, CHUNK // groups, device, parts)
         for share in shares
         for splits in range(1, 2 if alone else min(MOST_SPLITS, pairs) + 1)
     ]
 
-    def cost(plan: Fp8Plan) -> tuple[int, int]:
-        """Of equals two CTAs of a multiprocessor are preferred where it has room for them, else few to add up."""
-        return plan.work(chunks, device), -plan.splits if plan.min_ctas > 1 else plan.splits
+    def cost(plan: Fp8Plan) -> tuple[int, bool, int]:
+        """Of equals even shares, then two CTAs of a multiprocessor where it has room for them, else few to add up."""
+        return plan.work(chunks, device), pairs % plan.splits > 0, -plan.splits if plan.min_ctas > 1 else plan.splits
 
     return min((plan for plan in plans if plan is not None), key=cost)
 
@@ -182,8 +200,13 @@ def plan_of(
         blocks = min(tiles, -(-blocks // sms) * sms)
     elif blocks * splits > sms:
         return None
-    plan = Fp8Plan(stages=1, token_tiles=token_tiles, splits=splits, blocks=blocks, parts=parts, **share._asdict())
+    plan = Fp8Plan(token_tiles=token_tiles, splits=splits, blocks=blocks, parts=parts, **share._asdict())
     room = device.shared_memory_per_block - 1024
     if share.min_ctas > 1:
         room = device.shared_memory_per_multiprocessor // share.min_ctas - 1024
-    return plan._replace(stages=max(2, min(plan.most_stages(room, group_size), 5)))
+    most = max(2, plan.most_stages(room, group_size))
+    # While the launch before ends, a multiprocessor that is free early would take CTAs that others then lack.
+    alone = device.shared_memory_per_multiprocessor // (share.min_ctas + 1)
+    while share.ready and plan.stages < most and plan.shared_bytes(group_size) + 1024 <= alone:
+        plan = plan._replace(stages=plan.stages + 1)
+    return plan._replace(stages=min(plan.stages, most))

@@ -60,6 +60,9 @@ def test_int4_linears_of_many_tokens_cover_the_weight(gpu, group, on):
             token_blocks = -(-tokens // (8 * plan.token_tiles))
             assert plan.blocks * plan.warps * plan.tiles >= tiles >= plan.blocks
             assert -(-tiles // plan.blocks) <= plan.warps * plan.tiles  # of the CTA with the most
+            if isinstance(plan, int4_linear.Fp8Plan):  # test_int4_linear_fp8.py has the rest
+                assert gpu is H200 and tokens <= int4_linear.MAX_FP8
+                continue
             assert 1 <= plan.splits <= chunks and plan.producers <= plan.x_stages
             assert plan.splits == 1 or plan.blocks * plan.splits * token_blocks <= gpu.num_multiprocessors
             assert not plan.cluster and plan.splits <= 8
@@ -197,7 +200,7 @@ def test_int4_linears_of_many_tokens_use_all_of_a_hopper_gpu(on):
     on(H200)
     for tiles, chunks in ((384, 32), (256, 32), (1792, 32), (256, 112)):
         for tokens in (17, 32, 64):
-            plan = int4_linear.choose_plan(tiles, chunks, 1, tokens, 0)
+            plan = int4_linear.choose_plan(tiles, chunks, 1, tokens, 0, bf16=False)
             busiest = -(-tiles // plan.blocks) * -(-chunks // plan.splits)
             assert busiest * 132 < 1.06 * tiles * chunks and plan.stages >= 4
 
