@@ -17,6 +17,8 @@ from vllm_quantspec.integration.draft.linears import choose_int4_method, int4_by
 from vllm_quantspec.integration.draft.loaded import effective_weight, local_shape  # noqa: E402
 from vllm_quantspec.integration.draft.model import DRAFT_PREFIX, build_draft_model  # noqa: E402
 from vllm_quantspec.kernels import int4_linear, rescore_logits  # noqa: E402
+from vllm_quantspec.kernels.int4_linear_fp8 import split  # noqa: E402
+from vllm_quantspec.rotation import rotate_weight  # noqa: E402
 from vllm_quantspec.weights import quantize_weight  # noqa: E402
 
 
@@ -115,6 +117,45 @@ def test_the_gpus_linear_takes_the_targets_weight_for_many_rows_unless_told_othe
         torch.testing.assert_close(method.apply_own(layer, x), own, rtol=0.01, atol=2e-3)
     with pytest.raises(ValueError, match="bits"):
         method.install(layer, quantize_weight(weight, 128, bits=12 - bits))
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rows", [1, 20])
+def test_inputs_in_fp8(runner, dtype, rows, rotated):
+    """On a CPU of any number of tokens; in float32 on this package's kernel, in 16 bits on vLLM's where it has one."""
+    generator = torch.Generator().manual_seed(rows)
+    weight, x = torch.randn(64, 256, generator=generator) * 0.05, torch.randn(rows, 256, generator=generator)
+    weight, x = weight.to(dtype), (x * torch.logspace(-2, 2, 256)).to(dtype)
+    quantized = quantize_weight(weight, 128, scale_dtype=dtype, rotated=rotated)
+    method, reason = choose_int4_method(256, 64, dtype, 128, rotated, fp8_inputs=True)
+    assert method is not None, reason
+    layer = torch.nn.Module()
+    method.install(layer, quantized)
+    out = method.apply(layer, x.unsqueeze(0)).squeeze(0).float()
+    rounded = split(linears.rotate(x) if rotated else x, 1)
+    if rotated:  # back to what the weight is dequantized for: the inverse of an input's rotation is a weight's
+        rounded = rotate_weight(rounded)
+    expected, exact = (F.linear(inputs, quantized.dequantize()) for inputs in (rounded, x.float()))
+    assert (out - expected).norm() < 0.006 * expected.norm()
+    assert 0.01 * exact.norm() < (expected - exact).norm() < 0.06 * exact.norm()
+
+
+@pytest.mark.parametrize("rows", [8, 9, 64, 65])
+def test_a_gpus_linear_rounds_inputs_where_that_is_faster(runner, monkeypatch, rows):
+    """From 9 to 64 tokens, on the operator's CPU twin."""
+    platform = SimpleNamespace(get_device_capability=lambda: SimpleNamespace(major=9, minor=0))
+    monkeypatch.setattr(linears, "current_platform", platform)
+    generator = torch.Generator().manual_seed(rows)
+    weight = (torch.randn(64, 256, generator=generator) * 0.05).bfloat16()
+    x = torch.randn(rows, 256, generator=generator).bfloat16()
+    quantized = quantize_weight(weight, 128)
+    method = linears.FastInt4LinearMethod(256, 64, torch.bfloat16, 128, fp8_inputs=True)
+    layer = torch.nn.Module()
+    method.install(layer, quantized)
+    expected = F.linear(split(x, 1) if 9 <= rows <= 64 else x.float(), quantized.dequantize())
+    out = method.apply(layer, x).float()
+    assert (out - expected).norm() < 0.005 * expected.norm()
 
 
 def test_shapes_without_a_kernel_say_why(runner):
@@ -467,6 +508,8 @@ def test_options_are_checked(build):
         build(draft_weights="int2")
     with pytest.raises(ValueError, match="weight_rotation"):
         build(weight_rotation="random")
+    with pytest.raises(ValueError, match="draft_activations"):
+        build(draft_activations="int8")
     with pytest.raises(ValueError, match="weight_group_size"):
         build(weight_group_size=100)
     with pytest.raises(ValueError, match="Duplicate"):

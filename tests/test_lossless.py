@@ -104,6 +104,7 @@ def test_compiled_engine(books_4m, prompts, expected):
         {"draft_weights": "mixed", "weight_bits": 6.0, "weight_rotation": "hadamard"},
         {"draft_weights": "int8"},
         {"draft_weights": "auto", "weight_rounding": "gptq"},
+        {"draft_activations": "fp8", "weight_rotation": "hadamard"},
     ],
 )
 def test_options_change_the_draft_only(options, books_4m, prompts, expected):

@@ -36,7 +36,7 @@ def registered():
 def test_defaults():
     options, vllm_options = parse_options("quantspec")
     assert options == QuantSpecOptions(
-        4, 128, "int4", "int4", "int4", 128, "auto", "none", None, True, True, "auto", "attention"
+        4, 128, "int4", "int4", "int4", 128, "auto", "none", None, "model", True, True, "auto", "attention"
     )
     assert vllm_options == {}
 
@@ -107,6 +107,9 @@ def test_dashes_and_vllm_options_are_taken():
         ({"draft_kv": "fp8"}, "must be 'int4' or 'int8'"),
         ({"weight_group_size": 48}, "must be 32 or 64 or 128"),
         ({"weight_rotation": "random"}, "must be 'none' or 'hadamard'"),
+        ({"draft_activations": "int8"}, "draft_activations must be 'model' or 'fp8', not 'int8'"),
+        ({"draft_activations": "fp8", "draft_weights": "int8"}, "for INT4 weights, but draft_weights is 'int8'; drop one"),
+        ({"draft_activations": "fp8", "draft_weights": "target"}, "INT4 weights, but draft_weights is 'target'; drop one"),
         ({"weight_rounding": "nearest"}, "must be 'auto' or 'search' or 'gptq'"),
         ({"weight_rounding": "gptq", "draft_weights": "target"}, "drop one of them"),
         ({"quantize_lm_head": "yes"}, "must be False or True"),

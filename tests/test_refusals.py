@@ -487,6 +487,14 @@ def test_a_gpu_that_has_it_all(config, monkeypatch):
     checks.check_gpu(config, Gpu())
 
 
+def test_fp8_inputs_on_another_gpu():
+    checks.check_fp8((9, 0))
+    for capability in ((8, 0), (8, 9), (10, 0), (12, 0)):
+        with pytest.raises(ValueError, match="^quantspec: draft_activations 'fp8' needs a Hopper GPU.*; drop it.$") as error:
+            checks.check_fp8(capability)
+        assert "has {}.{};".format(*capability) in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("change", "refused"),
     [

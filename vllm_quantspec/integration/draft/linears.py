@@ -20,6 +20,7 @@ from vllm.scalar_type import scalar_types
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from vllm_quantspec.kernels import int4_linear
+from vllm_quantspec.kernels.int4_linear_fp8 import split
 from vllm_quantspec.rotation import rotate_inputs
 from vllm_quantspec.weights import QuantizedWeight, fit_group_size
 
@@ -36,15 +37,22 @@ class Int4LinearMethod(LinearMethodBase):
         dtype: dtype of activations and of the stored scales.
         group_size: input channels per scale.
         rotated: whether weights are those of rotated inputs (`vllm_quantspec.rotation`); inputs are then rotated here.
+        fp8_inputs: whether inputs may be rounded to e4m3 numbers (``draft_activations: fp8``).
     """
 
     bits = 4
 
     def __init__(
-        self, in_features: int, out_features: int, dtype: torch.dtype, group_size: int, rotated: bool = False
+        self,
+        in_features: int,
+        out_features: int,
+        dtype: torch.dtype,
+        group_size: int,
+        rotated: bool = False,
+        fp8_inputs: bool = False,
     ) -> None:
         self.in_features, self.out_features, self.dtype, self.group_size = in_features, out_features, dtype, group_size
-        self.rotated = rotated
+        self.rotated, self.fp8_inputs = rotated, fp8_inputs
 
     @property
     def bits_per_weight(self) -> float:
@@ -91,6 +99,7 @@ def draft_linear(
     bias: torch.Tensor | None,
     original: torch.Tensor | None,
     rotated: bool,
+    fp8_inputs: bool = False,
 ) -> torch.Tensor:
     """``int4_linear``; with the target's own weight ([out, in] or None) from as many rows on as that is faster.
 
@@ -98,10 +107,10 @@ def draft_linear(
     """
     if original is not None and x.shape[0] > int4_linear.max_faster_tokens(codes):
         return F.linear(x, original, bias)
-    return int4_linear.int4_linear(x, codes, scales_zeros, bias, rotated)
+    return int4_linear.int4_linear(x, codes, scales_zeros, bias, rotated, fp8_inputs)
 
 
-def _draft_linear_fake(x, codes, scales_zeros, bias, original, rotated):
+def _draft_linear_fake(x, codes, scales_zeros, bias, original, rotated, fp8_inputs=False):
     return x.new_empty(x.shape[0], codes.shape[0] * int4_linear.ROWS)
 
 
@@ -117,6 +126,14 @@ def rotate(x: torch.Tensor) -> torch.Tensor:
 direct_register_custom_op("rotate", rotate, fake_impl=torch.empty_like, target_lib=library)
 
 
+def round_inputs(x: torch.Tensor) -> torch.Tensor:
+    """Each number as the nearest of e4m3, with a power of two per token and 128 channels as their scale; in x's dtype."""
+    return split(x.flatten(0, -2), 1).view(x.shape).to(x.dtype)
+
+
+direct_register_custom_op("round_inputs", round_inputs, fake_impl=torch.empty_like, target_lib=library)
+
+
 class FastInt4LinearMethod(Int4LinearMethod):
     """On ``kernels/int4_linear``, which is near the memory's bandwidth at the few tokens of a draft step.
 
@@ -125,9 +142,15 @@ class FastInt4LinearMethod(Int4LinearMethod):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, dtype: torch.dtype, group_size: int, rotated: bool = False
+        self,
+        in_features: int,
+        out_features: int,
+        dtype: torch.dtype,
+        group_size: int,
+        rotated: bool = False,
+        fp8_inputs: bool = False,
     ) -> None:
-        super().__init__(in_features, out_features, dtype, group_size, rotated)
+        super().__init__(in_features, out_features, dtype, group_size, rotated, fp8_inputs)
         capability = current_platform.get_device_capability()
         reason = int4_linear.supported(in_features, out_features, group_size, dtype, (capability.major, capability.minor))
         if reason is not None:
@@ -152,7 +175,7 @@ class FastInt4LinearMethod(Int4LinearMethod):
     def _run(self, layer, x: torch.Tensor, bias: torch.Tensor | None, original: torch.Tensor | None) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features)
         codes, scales = getattr(layer, WEIGHT), getattr(layer, SCALES)
-        out = torch.ops.vllm_quantspec.draft_linear(rows, codes, scales, bias, original, self.rotated)
+        out = torch.ops.vllm_quantspec.draft_linear(rows, codes, scales, bias, original, self.rotated, self.fp8_inputs)
         return out.view(*x.shape[:-1], self.out_features)
 
 
@@ -170,9 +193,15 @@ class CpuInt4LinearMethod(Int4LinearMethod):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, dtype: torch.dtype, group_size: int, rotated: bool = False
+        self,
+        in_features: int,
+        out_features: int,
+        dtype: torch.dtype,
+        group_size: int,
+        rotated: bool = False,
+        fp8_inputs: bool = False,
     ) -> None:
-        super().__init__(in_features, out_features, dtype, group_size, rotated)
+        super().__init__(in_features, out_features, dtype, group_size, rotated, fp8_inputs)
         # Here, because on a GPU nothing needs Numba.
         from vllm_quantspec.integration.cpu import llvm_scan
         from vllm_quantspec.kernels import cpu_int4_linear
@@ -202,7 +231,9 @@ class CpuInt4LinearMethod(Int4LinearMethod):
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features)
         weight = (getattr(layer, name) for name in (WEIGHT, SCALES, ZEROS))
-        out = self.operator(rows, *weight, bias, self.rotated)
+        if self.fp8_inputs:
+            rows = torch.ops.vllm_quantspec.round_inputs(torch.ops.vllm_quantspec.rotate(rows) if self.rotated else rows)
+        out = self.operator(rows, *weight, bias, self.rotated and not self.fp8_inputs)
         return out.view(*x.shape[:-1], self.out_features)
 
 
@@ -226,9 +257,16 @@ class LibraryInt4LinearMethod(Int4LinearMethod):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, dtype: torch.dtype, group_size: int, rotated: bool = False
+        self,
+        in_features: int,
+        out_features: int,
+        dtype: torch.dtype,
+        group_size: int,
+        rotated: bool = False,
+        fp8_inputs: bool = False,
     ) -> None:
-        super().__init__(in_features, out_features, dtype, group_size, rotated)
+        # On a GPU rounding them would cost time and save none.
+        super().__init__(in_features, out_features, dtype, group_size, rotated, fp8_inputs and current_platform.is_cpu())
         if dtype not in (torch.bfloat16, torch.float16):
             raise ValueError(f"vLLM's INT4 kernels take bfloat16 or float16 activations, not {dtype}.")
         if current_platform.is_cpu() and not hasattr(torch.ops._C, "cpu_gemm_wna16"):
@@ -263,15 +301,22 @@ class LibraryInt4LinearMethod(Int4LinearMethod):
         self.kernel.process_weights_after_loading(layer)
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return self.kernel.apply_weights(layer, torch.ops.vllm_quantspec.rotate(x) if self.rotated else x, bias)
+        x = torch.ops.vllm_quantspec.rotate(x) if self.rotated else x
+        return self.kernel.apply_weights(layer, torch.ops.vllm_quantspec.round_inputs(x) if self.fp8_inputs else x, bias)
 
 
 def choose_int4_method(
-    in_features: int, out_features: int, dtype: torch.dtype, group_size: int, rotated: bool = False, bits: int = 4
+    in_features: int,
+    out_features: int,
+    dtype: torch.dtype,
+    group_size: int,
+    rotated: bool = False,
+    bits: int = 4,
+    fp8_inputs: bool = False,
 ) -> tuple[Int4LinearMethod | None, str]:
     """The method for a shard of this shape in 4 or 8 bits, with the largest group that divides it and that a kernel takes.
 
-    ``rotated``: for weights of rotated inputs.
+    ``rotated``, ``fp8_inputs``: as of `Int4LinearMethod`; the latter for 4 bits.
 
     Returns ``(method, "")``, or ``(None, reason)`` when the layer has to stay as it is.
     """
@@ -284,7 +329,7 @@ def choose_int4_method(
     while (fitting := fit_group_size(in_features, group_size)) is not None:
         for method in methods:
             try:
-                chosen = method(in_features, out_features, dtype, fitting, rotated)
+                chosen = method(in_features, out_features, dtype, fitting, rotated, fp8_inputs)
             except ValueError as error:
                 reason = " ".join(str(error).split())
             else:

@@ -39,7 +39,7 @@ from vllm.model_executor.models.interfaces import supports_multimodal
 from vllm.platforms import current_platform
 from vllm.utils import torch_utils
 
-from vllm_quantspec.config import DRAFT_WEIGHTS
+from vllm_quantspec.config import DRAFT_ACTIVATIONS, DRAFT_WEIGHTS
 from vllm_quantspec.integration.draft import losses, one_copy
 from vllm_quantspec.integration.draft.calibration import calibrate
 from vllm_quantspec.integration.draft.choose_bits import choose_bits
@@ -115,6 +115,7 @@ def build_draft_model(
     weight_rotation: str = "none",
     weight_bits: float | None = None,
     join_layers: bool = True,
+    draft_activations: str = "model",
 ) -> DraftModel:
     """Build the draft model out of ``target_model``, whose weights are loaded and processed.
 
@@ -138,6 +139,7 @@ def build_draft_model(
         weight_rotation: ``"hadamard"`` for weights of rotated inputs, see `vllm_quantspec.rotation`, or ``"none"``.
         weight_bits: of ``"mixed"``: the most bits per weight on average; None: as the cost model finds fastest.
         join_layers: for few tokens, compute what lies between two attentions in one launch where that can be had.
+        draft_activations: ``"fp8"`` for inputs of INT4 linears as e4m3 numbers, or ``"model"``.
 
     Raises:
         ValueError: an unknown option, or a layer whose cache cannot be shared (MLA, Mamba, linear attention).
@@ -151,6 +153,8 @@ def build_draft_model(
     started = time.perf_counter()
     if weight_rotation not in ("hadamard", "none"):
         raise ValueError(f"weight_rotation must be 'none' or 'hadamard', not {weight_rotation!r}.")
+    if draft_activations not in DRAFT_ACTIVATIONS:
+        raise ValueError(f"draft_activations must be 'model' or 'fp8', not {draft_activations!r}.")
     builder = _Builder(
         vllm_config,
         target_model,
@@ -165,6 +169,7 @@ def build_draft_model(
         weight_rotation == "hadamard",
         weight_bits,
         join_layers,
+        draft_activations == "fp8",
     )
     with torch.no_grad():
         draft = builder.build(target_model)
@@ -234,6 +239,7 @@ def build_configured_draft(vllm_config: VllmConfig, target_model: nn.Module) -> 
             weight_rotation=config.weight_rotation,
             weight_bits=config.weight_bits,
             join_layers=config.join_layers,
+            draft_activations=config.draft_activations,
         )
     if not draft.experts:
         config.draft_experts = "target"  # where the scheduler is in this process, its cost model goes by this
@@ -270,6 +276,7 @@ class _Builder:
         rotated: bool,
         weight_bits: float | None,
         join_layers: bool,
+        fp8_inputs: bool,
     ) -> None:
         self.vllm_config = vllm_config
         self.layers = vllm_config.compilation_config.static_forward_context
@@ -280,7 +287,7 @@ class _Builder:
         self.quantize_experts = self.quantize and draft_experts == "int4"
         self.group_size = weight_group_size
         self.quantize_lm_head = quantize_lm_head
-        self.rounding, self.gptq_asked, self.rotated = weight_rounding, gptq_asked, rotated
+        self.rounding, self.gptq_asked, self.rotated, self.fp8_inputs = weight_rounding, gptq_asked, rotated, fp8_inputs
         self.join_layers = join_layers
         self.own: list[OwnLinear] = []
         self.draft = DraftModel()
@@ -514,7 +521,9 @@ class _Builder:
         widths = (4,) if is_head or self.draft_weights == "int4" else (4, 8) if self.chooses_bits else (8,)
         methods, reasons = {}, []
         for bits in widths:
-            method, reason = choose_int4_method(in_features, out_features, self.dtype, self.group_size, self.rotated, bits)
+            method, reason = choose_int4_method(
+                in_features, out_features, self.dtype, self.group_size, self.rotated, bits, self.fp8_inputs and bits == 4
+            )
             if method is None:
                 reasons.append(reason)
             else:
@@ -611,6 +620,7 @@ class _Builder:
                 self.quantize,
                 self.group_size,
                 self.rotated,
+                self.fp8_inputs,
                 self.quantize_lm_head,
                 len(self.own_experts),
                 sorted(linear.name for linear in self.own if linear.bits == 8),

@@ -16,7 +16,7 @@ from vllm_quantspec.integration.startup.cache_dtype import page_bits
 from vllm_quantspec.integration.startup.offloading import check_connector
 from vllm_quantspec.integration.startup.version import check_version
 from vllm_quantspec.kernels.decode_attention import MAX_REQUESTS
-from vllm_quantspec.kernels.device import MIN_CAPABILITY
+from vllm_quantspec.kernels.device import MIN_CAPABILITY, WGMMA_CAPABILITY
 from vllm_quantspec.kernels.page_selection import MAX_PAGES
 
 if TYPE_CHECKING:
@@ -222,6 +222,8 @@ def check_speculation(config: VllmConfig) -> None:
             f"quantspec: draft_context {context} is more tokens than a request of this engine has, {longest} "
             "(--max-model-len); make it smaller, or set it to 'all'."
         )
+    if config.speculative_config.draft_activations == "fp8" and not current_platform.is_cpu():
+        check_fp8(current_platform.get_device_capability())
     check_own_scheduler(config)
     settle_draft_context(config)
     settle_draft_experts(config)
@@ -248,6 +250,15 @@ def check_speculation(config: VllmConfig) -> None:
     ):
         if present:
             raise ValueError(supported.not_drafted_for(what, remedy))
+
+
+def check_fp8(capability: tuple[int, int]) -> None:
+    """Inputs in FP8 are multiplied by a kernel for Hopper alone; elsewhere they would lose acceptance and save nothing."""
+    if tuple(capability) != WGMMA_CAPABILITY:
+        raise ValueError(
+            "quantspec: draft_activations 'fp8' needs a Hopper GPU (compute capability {}.{}), and this one has {}.{}; drop "
+            "it.".format(*WGMMA_CAPABILITY, *capability)
+        )
 
 
 def check_own_scheduler(config: VllmConfig) -> None:

@@ -42,6 +42,7 @@ class QuantSpecConfig(SpeculativeConfig):
     weight_rounding: str = "auto"
     weight_rotation: str = "none"
     weight_bits: float | None = None
+    draft_activations: str = "model"
     quantize_lm_head: bool = True
     join_layers: bool = True
     draft_context: str | int | float = "auto"
@@ -83,7 +84,7 @@ class QuantSpecConfig(SpeculativeConfig):
         # Nothing of the draft changes the target's graph; the draft is compiled under a tag of its own.
         return (
             f"{METHOD}-{self.draft_weights}-{self.weight_bits}-{self.draft_experts}-{self.weight_group_size}-{self.weight_rotation}-"
-            f"{self.quantize_lm_head}"
+            f"{self.draft_activations}-{self.quantize_lm_head}"
         )
 
     def __repr__(self) -> str:
