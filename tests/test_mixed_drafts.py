@@ -176,6 +176,7 @@ def test_bits_are_chosen_by_default_where_gptq_runs_unasked(runner, monkeypatch)
     monkeypatch.setattr(draft_model, "build_draft_model", lambda *args, **o: built.append(o) or draft_model.DraftModel())
     config = type("Config", (QUANTSPEC,), {
         "draft_weights": "int4", "weight_rounding": "auto", "weight_group_size": 128, "weight_rotation": "none",
+        "draft_activations": "model",
         "weight_bits": None, "asked_for": (),
     })  # fmt: skip
     monkeypatch.setattr(runner.vllm_config, "speculative_config", config)
