@@ -240,6 +240,17 @@ def test_weights_in_8_bits(model, prompts, expected, options):
     assert accepted[0] > 0.65 * drafts
 
 
+def test_inputs_in_fp8(model, prompts, expected):
+    """More than 8 sequences are drafted for at once: their linears round inputs."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    assert len(prompts) > 8
+    with engine(model, **SIZE, **quantspec(4, draft_activations="fp8")) as llm:
+        assert_same_or_tied(expected, generate(llm, prompts, MAX_TOKENS), TIE, "FP8 inputs")
+        drafts, accepted = speculation_counts(llm)
+    assert accepted[0] > 0.6 * drafts
+
+
 def test_fewer_drafts_for_larger_batches(model, prompts, expected):
     with engine(model, **SIZE, **quantspec(4, num_speculative_tokens_per_batch_size=SCHEDULE)) as llm:
         assert_drafts_by_schedule(llm, prompts, expected, MAX_TOKENS, TIE)
