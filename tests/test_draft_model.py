@@ -11,7 +11,7 @@ vllm = pytest.importorskip("vllm")
 from vllm.forward_context import set_forward_context  # noqa: E402
 from vllm.model_executor.layers.linear import LinearBase  # noqa: E402
 
-from vllm_quantspec.integration.draft import calibration, linears, own_linear, stored  # noqa: E402
+from vllm_quantspec.integration.draft import calibration, linears, own_linear, rounding, stored  # noqa: E402
 from vllm_quantspec.integration.draft import model as draft_model  # noqa: E402
 from vllm_quantspec.integration.draft.linears import choose_int4_method, int4_bytes  # noqa: E402
 from vllm_quantspec.integration.draft.loaded import effective_weight, local_shape  # noqa: E402
@@ -269,7 +269,7 @@ def test_moments_choose_gptq(runner, build, monkeypatch):
     moments = inputs.T @ inputs / len(inputs)
     name, other = "model.layers.3.mlp.down_proj", "model.layers.2.mlp.down_proj"
     reached = runner.get_model().get_submodule(name)
-    monkeypatch.setattr(draft_model, "calibrate", lambda config, model, linears: linears[reached](moments))
+    monkeypatch.setattr(rounding, "calibrate", lambda config, model, linears: linears[reached](moments))
     draft = build(weight_rounding="gptq")
     for linear in (name, other):
         weight, _ = effective_weight(runner.get_model().get_submodule(linear), torch.bfloat16)
@@ -369,7 +369,7 @@ def test_what_gptq_has_rounded_is_kept(runner, build, cache_root, monkeypatch, c
         draft = build(**{"weight_rounding": "gptq"} | options)
         return {n: p.clone() for n, p in draft.model.named_parameters() if "int4" in n}
 
-    monkeypatch.setattr(draft_model, "calibrate", calibrate)
+    monkeypatch.setattr(rounding, "calibrate", calibrate)
     first = start()
     (file,) = cache_root.rglob("*.safetensors")
     content = file.read_bytes()
@@ -398,7 +398,7 @@ def test_a_disk_that_fails_costs_the_file_only(runner, build, cache_root, monkey
     (cache_root / "quantspec").write_text("a file where a folder is to be")
     warnings = []
     monkeypatch.setattr(stored.logger, "warning", lambda message, *values: warnings.append(message % values))
-    monkeypatch.setattr(draft_model, "calibrate", lambda config, model, linears: None)
+    monkeypatch.setattr(rounding, "calibrate", lambda config, model, linears: None)
     assert len(build(weight_rounding="gptq").quantized) == 21
     assert len(warnings) == 1 and "cannot be kept" in warnings[0]
 
@@ -407,7 +407,7 @@ def test_an_interrupted_start_leaves_nothing(runner, build, cache_root, monkeypa
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(draft_model, "calibrate", interrupted)
+    monkeypatch.setattr(rounding, "calibrate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build(weight_rounding="gptq")
     assert not [path for path in cache_root.rglob("*") if path.is_file()]
@@ -423,8 +423,8 @@ def test_a_model_for_which_gptq_fails(runner, build, cache_root, monkeypatch, as
         raise RuntimeError("no forward pass\nfor you")
 
     warnings = []
-    monkeypatch.setattr(draft_model.logger, "warning", lambda message, *values: warnings.append(message % values))
-    monkeypatch.setattr(draft_model, "calibrate", fails)
+    monkeypatch.setattr(rounding.logger, "warning", lambda message, *values: warnings.append(message % values))
+    monkeypatch.setattr(rounding, "calibrate", fails)
     if asked:
         with pytest.raises(RuntimeError, match="no forward pass"):
             build(weight_rounding="gptq")
@@ -444,7 +444,7 @@ def test_moments_that_gptq_cannot_use(runner, build, monkeypatch):
     monkeypatch.setattr(own_linear.logger, "warning", lambda message, *values: warnings.append(message % values))
     name = "model.layers.3.mlp.down_proj"
     reached = runner.get_model().get_submodule(name)
-    monkeypatch.setattr(draft_model, "calibrate", lambda config, model, all: all[reached](torch.zeros(640, 640)))
+    monkeypatch.setattr(rounding, "calibrate", lambda config, model, all: all[reached](torch.zeros(640, 640)))
     draft = build(weight_rounding="gptq")
     assert len(warnings) == 1 and name in warnings[0] and "search" in warnings[0]
     weight, _ = effective_weight(reached, torch.bfloat16)

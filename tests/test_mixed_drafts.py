@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_draft_model import build, cache_root, run, runner  # noqa: F401  fixtures
 
-from vllm_quantspec.integration.draft import choose_bits, losses, stored
+from vllm_quantspec.integration.draft import choose_bits, losses, rounding, stored
 from vllm_quantspec.integration.draft import model as draft_model
 from vllm_quantspec.integration.draft.loaded import effective_weight
 from vllm_quantspec.weights import quantize_weight
@@ -110,18 +110,18 @@ def test_a_loss_is_what_the_model_loses_with_this_linear_alone_in_4_bits(runner,
     assert measured[name] / measured[least] == pytest.approx(loss(name) / loss(least), rel=0.3)
 
 
-@pytest.mark.parametrize("rounding", ["search", "gptq"])
-def test_losses_and_weights_are_kept_for_the_next_start(runner, again, cache_root, rounding, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize("how", ["search", "gptq"])
+def test_losses_and_weights_are_kept_for_the_next_start(runner, again, cache_root, how, monkeypatch):  # noqa: F811
     calls = []
-    measure, calibrate = choose_bits.measure_losses, draft_model.calibrate
+    measure, calibrate = choose_bits.measure_losses, rounding.calibrate
     monkeypatch.setattr(choose_bits, "measure_losses", lambda *args: calls.append("losses") or measure(*args))
-    monkeypatch.setattr(draft_model, "calibrate", lambda *args: calls.append("moments") or calibrate(*args))
+    monkeypatch.setattr(rounding, "calibrate", lambda *args: calls.append("moments") or calibrate(*args))
 
     def start(**options) -> tuple[dict, dict]:
-        draft = again(**{"draft_weights": "mixed", "weight_rounding": rounding, "weight_bits": 6.0} | options)
+        draft = again(**{"draft_weights": "mixed", "weight_rounding": how, "weight_bits": 6.0} | options)
         return widths(draft), {n: p.clone() for n, p in draft.model.named_parameters() if "int4" in n}
 
-    once = ["moments"] * (rounding == "gptq") + ["losses"]  # of the weights as they are rounded
+    once = ["moments"] * (how == "gptq") + ["losses"]  # of the weights as they are rounded
     first, weights = start()
     assert calls == once
     second, same = start()
@@ -198,7 +198,7 @@ def test_a_default_that_gptq_fails_for_measures_nothing(runner, again, monkeypat
     def fail(*args):
         raise RuntimeError("no texts")
 
-    monkeypatch.setattr(draft_model, "calibrate", fail)
+    monkeypatch.setattr(rounding, "calibrate", fail)
     monkeypatch.setattr(choose_bits, "measure_losses", fail)
     draft = again(draft_weights="auto", weights_asked=False, weight_rounding="gptq", gptq_asked=False)
     assert set(widths(draft).values()) == {4}

@@ -12,7 +12,6 @@ parallelism, since it only ever sees local shards.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import itertools
 import time
@@ -26,7 +25,6 @@ from torch import nn
 from vllm.compilation import backends
 from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.model_executor.layers.attention import Attention
@@ -41,7 +39,6 @@ from vllm.utils import torch_utils
 
 from vllm_quantspec.config import DRAFT_ACTIVATIONS, DRAFT_WEIGHTS
 from vllm_quantspec.integration.draft import losses, one_copy
-from vllm_quantspec.integration.draft.calibration import calibrate
 from vllm_quantspec.integration.draft.choose_bits import choose_bits
 from vllm_quantspec.integration.draft.experts import (
     Int4ExpertsMethod,
@@ -55,7 +52,7 @@ from vllm_quantspec.integration.draft.joined_layers import Joined, join_layers
 from vllm_quantspec.integration.draft.linears import choose_int4_method
 from vllm_quantspec.integration.draft.loaded import effective_weight, is_plain, loaded_bytes, local_shape
 from vllm_quantspec.integration.draft.own_linear import OwnLinear
-from vllm_quantspec.integration.draft.rounding import gptq_needs, settle_rounding
+from vllm_quantspec.integration.draft.rounding import round_by_gptq, settle_rounding
 from vllm_quantspec.integration.draft.stored import KeptLosses, Stored, fingerprint
 from vllm_quantspec.memory import LENGTH, TEXTS, draft_logits_bytes
 
@@ -324,7 +321,9 @@ class _Builder:
     def build(self, target_model: nn.Module) -> DraftModel:
         self.draft.model = self._visit(target_model, "")
         if self.rounding == "gptq" and self.own:
-            self._round_by_gptq(target_model)
+            stored = Stored(self._what_decides(target_model, self.own), {x.name: x.layout for x in self.own})
+            if not round_by_gptq(self.vllm_config, target_model, self.own, stored, self.gptq_asked):
+                self.rounding = "search"
         if self.chooses_bits and (self.weights_asked or self.rounding == "gptq"):
             self._choose_bits(target_model)
         config = self._compile_config()
@@ -369,54 +368,6 @@ class _Builder:
             if linear.name in wide:
                 linear.bits = 8
                 linear.put(linear.rounded())
-
-    def _round_by_gptq(self, target_model: nn.Module) -> None:
-        """Put the weights of all linears, as the last start has left them on disk or newly rounded."""
-        stored = Stored(self._what_decides(target_model, self.own), {x.name: x.layout for x in self.own})
-        device = next(target_model.parameters()).device
-        if (kept := stored.load(device)) is not None:
-            logger.info("Draft weights as GPTQ rounded them at an earlier start: %s", stored.path)
-            for linear in self.own:
-                linear.put(dataclasses.replace(kept(linear.name), rotated=self.rotated))
-            return
-        logger.info(
-            "Rounding draft weights by GPTQ, on texts that the model writes for it; takes up to about %.1f GiB "
-            "beside the weights until it is done",
-            gptq_needs(self.vllm_config, [local_shape(linear.layer) for linear in self.own]) / 2**30,
-        )
-        left = {linear.layer: linear for linear in self.own}
-        try:
-            with stored.writer() as writer:
-                self._calibrate(target_model, left, writer)
-        except Exception as error:
-            # Other ranks may be waiting for this one within a forward pass: they end with it.
-            if self.gptq_asked or get_tp_group().world_size > 1:
-                raise
-            logger.warning(
-                "GPTQ cannot round the draft weights of this model, so they are rounded by search: %s: %s",
-                type(error).__name__,
-                " ".join(str(error).split()),
-            )
-            self.rounding = "search"
-        if not left:
-            return
-        if device.type == "cuda":  # what the failed attempt held is free by now
-            torch.cuda.empty_cache()
-        for linear in left.values():
-            linear.put(linear.rounded())
-
-    def _calibrate(self, target_model: nn.Module, left: dict[nn.Module, OwnLinear], writer) -> None:
-        """Round the linears ``left`` and write them for the next start; each is taken out as soon as it is done."""
-
-        def take(linear: OwnLinear, moments: torch.Tensor | None) -> None:
-            weight = linear.rounded(moments)
-            writer.put(linear.name, weight)
-            linear.put(weight)
-            del left[linear.layer]
-
-        calibrate(self.vllm_config, target_model, {x.layer: functools.partial(take, x) for x in self.own})
-        for linear in list(left.values()):
-            take(linear, None)  # it was not called: the output layer, say, which is never called as a module
 
     def _what_decides(self, target_model: nn.Module, linears: list[OwnLinear]) -> dict:
         """All that roundings of ``linears`` depend on, but for versions."""

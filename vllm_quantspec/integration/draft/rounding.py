@@ -1,8 +1,10 @@
-"""How the draft's weights are rounded where the user leaves it open (``weight_rounding: auto``): by GPTQ on a GPU, but by
-search where GPTQ cannot run or would keep an engine waiting."""
+"""Rounding the draft's weights by GPTQ, and where: with ``weight_rounding: auto`` on a GPU, but by search where GPTQ cannot
+run or would keep an engine waiting."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
@@ -17,7 +19,10 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.platforms import current_platform
 
+from vllm_quantspec.integration.draft.calibration import calibrate
 from vllm_quantspec.integration.draft.loaded import local_shape
+from vllm_quantspec.integration.draft.own_linear import OwnLinear
+from vllm_quantspec.integration.draft.stored import Stored
 from vllm_quantspec.memory import gptq_bytes
 
 logger = init_logger("vllm.quantspec.rounding")
@@ -45,6 +50,61 @@ def settle_rounding(vllm_config: VllmConfig, target_model: nn.Module) -> str:
     if not current_platform.is_cpu():
         logger.info("Draft weights are rounded by search, not by GPTQ: %s", reason)
     return "search"
+
+
+def round_by_gptq(
+    vllm_config: VllmConfig, target_model: nn.Module, linears: Sequence[OwnLinear], stored: Stored, asked: bool
+) -> bool:
+    """Put the weights of ``linears`` as GPTQ rounds them, or has rounded them at an earlier start; False if it fails.
+
+    Args:
+        stored: where they are kept for the next start.
+        asked: whether the user asked for GPTQ: otherwise those that are left after a failure are rounded by search.
+    """
+    device = next(target_model.parameters()).device
+    if (kept := stored.load(device)) is not None:
+        logger.info("Draft weights as GPTQ rounded them at an earlier start: %s", stored.path)
+        for linear in linears:
+            linear.put(dataclasses.replace(kept(linear.name), rotated=linear.method.rotated))
+        return True
+    logger.info(
+        "Rounding draft weights by GPTQ, on texts that the model writes for it; takes up to about %.1f GiB "
+        "beside the weights until it is done",
+        gptq_needs(vllm_config, [local_shape(linear.layer) for linear in linears]) / 2**30,
+    )
+    left = {linear.layer: linear for linear in linears}
+    try:
+        with stored.writer() as writer:
+            _calibrate(vllm_config, target_model, left, writer)
+        return True
+    except Exception as error:
+        # Other ranks may be waiting for this one within a forward pass: they end with it.
+        if asked or get_tp_group().world_size > 1:
+            raise
+        logger.warning(
+            "GPTQ cannot round the draft weights of this model, so they are rounded by search: %s: %s",
+            type(error).__name__,
+            " ".join(str(error).split()),
+        )
+    if device.type == "cuda":  # what the failed attempt held is free by now
+        torch.cuda.empty_cache()
+    for linear in left.values():
+        linear.put(linear.rounded())
+    return False
+
+
+def _calibrate(vllm_config: VllmConfig, target_model: nn.Module, left: dict[nn.Module, OwnLinear], writer) -> None:
+    """Round the linears ``left`` and write them for the next start; each is taken out as soon as it is done."""
+
+    def take(linear: OwnLinear, moments: torch.Tensor | None) -> None:
+        weight = linear.rounded(moments)
+        writer.put(linear.name, weight)
+        linear.put(weight)
+        del left[linear.layer]
+
+    calibrate(vllm_config, target_model, {x.layer: functools.partial(take, x) for x in left.values()})
+    for linear in list(left.values()):
+        take(linear, None)  # it was not called: the output layer, say, which is never called as a module
 
 
 def gptq_needs(vllm_config: VllmConfig, shapes: Sequence[tuple[int, int]]) -> int:
