@@ -495,6 +495,18 @@ def test_fp8_inputs_on_another_gpu():
         assert "has {}.{};".format(*capability) in str(error.value)
 
 
+def test_mps_is_warned_of(tmp_path, monkeypatch):
+    """Launches of two processes then share the multiprocessors, where each counts on all of them."""
+    said = []
+    monkeypatch.setattr(checks.logger, "warning_once", lambda message, *values: said.append(message % values))
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
+    checks.warn_of_mps()
+    assert not said
+    (tmp_path / "control").touch()
+    checks.warn_of_mps()
+    assert len(said) == 1 and "MPS" in said[0] and str(tmp_path) in said[0]
+
+
 @pytest.mark.parametrize(
     ("change", "refused"),
     [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm import envs
@@ -107,6 +109,7 @@ def check_config(config: VllmConfig) -> None:
     else:
         check_gpu(config, current_platform)
         check_linear_attention(config)
+        warn_of_mps()
     if model.is_hybrid:
         check_hybrid(config)
     if config.speculative_config is not None:
@@ -250,6 +253,17 @@ def check_speculation(config: VllmConfig) -> None:
     ):
         if present:
             raise ValueError(supported.not_drafted_for(what, remedy))
+
+
+def warn_of_mps() -> None:
+    """Without MPS a GPU is one process's at a time, so that CTAs that wait for each other are all on it."""
+    control = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")) / "control"
+    if control.exists():
+        logger.warning_once(
+            "quantspec: CUDA MPS runs here (%s), and kernels of this package have CTAs that wait for each other: two "
+            "engines that share a GPU by MPS can wait for ever; give each engine a GPU of its own.",
+            control,
+        )
 
 
 def check_fp8(capability: tuple[int, int]) -> None:
