@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import ablations  # noqa: E402
 import acceptance  # noqa: E402
 import needle  # noqa: E402
+import page_ranges  # noqa: E402
 
 
 @pytest.mark.parametrize("group", [64, 128])
@@ -93,6 +94,29 @@ def test_ways_to_read_the_first_page(way, group=128):
         assert (after[:, 0] - keys[:, 0]).abs().max() < 0.01 * (before[:, 0] - keys[:, 0]).abs().max()
     else:
         assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("head_size", [64, 128])
+def test_pages_with_the_ranges_of_the_product_are_the_products(head_size, group=page_ranges.GROUP):
+    torch.manual_seed(0)
+    exact = tuple(torch.randn(2, 3 * group + 5, head_size).bfloat16() for _ in range(2))
+    both = page_ranges.variants(2, [0.5], parts=True)[0]
+    expected = ablations.read_quantized(*exact, group, 4)
+    for read, wanted in zip(page_ranges.read_pages(*exact, both, 0), expected, strict=True):
+        torch.testing.assert_close(read, wanted, atol=1e-6, rtol=1e-6)
+    alone = page_ranges.read_pages(*exact, page_ranges.Variant("keys", values=None, layer=1, part=(0, 0.5)), 1)
+    assert torch.equal(alone[1], exact[1][:, : 3 * group].float())
+    assert torch.equal(alone[0][:, group:], exact[0][:, group : 3 * group].float())
+    assert (alone[0][:, :group] - expected[0][:, :group]).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("inset", [0.25, 0.5, 1.0])
+def test_an_inset_leaves_every_number_within_half_a_step(inset):
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 128, 16)
+    error = (page_ranges.read(x, 2, inset, first=False) - x).abs()
+    step = (x.amax(2, keepdim=True) - x.amin(2, keepdim=True)) / (15 + inset)
+    assert (error <= 0.505 * step + 4e-3).all()  # and the rounding of minimum and scale
 
 
 def test_symmetric_weights():
