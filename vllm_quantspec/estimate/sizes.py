@@ -17,7 +17,7 @@ from vllm_quantspec.supported import has_recurrent_layers, head_size_of, num_sli
 # this much of a token.
 EXPERT_TOKEN = 0.55
 # Model types whose decoder layers `draft.joined_layers` knows.
-JOINED_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+JOINED_TYPES = ("llama", "mistral", "phi3", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from vllm import envs
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP
-from vllm.model_executor.models.mistral import MistralAttention, MistralDecoderLayer
-from vllm.model_executor.models.qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2MLP
-from vllm.model_executor.models.qwen3 import Qwen3Attention, Qwen3DecoderLayer
+from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaModel
+from vllm.model_executor.models.mistral import MistralAttention, MistralDecoderLayer, MistralModel
+from vllm.model_executor.models.qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2MLP, Qwen2Model
+from vllm.model_executor.models.qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3Model
 from vllm.platforms import current_platform
 
 from vllm_quantspec.integration.draft.linears import SCALES, WEIGHT, FastInt4LinearMethod
@@ -29,12 +29,14 @@ from vllm_quantspec.kernels.device import device_properties
 
 # Rows up to which one launch is the faster one (benchmarks/draft_layer.py).
 MAX_ROWS = 3
-# Of these, and of no class derived from them, the forward pass is known: norm, attention, norm, MLP, each into the residual.
+# Of these models, and none derived from them, it is known that the loop hands on what a layer returns, and no more.
+_MODELS = LlamaModel, MistralModel, Qwen2Model, Qwen3Model
+# Likewise of layers: norm, attention, norm, MLP, each into the residual.
 _LAYERS = LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer
 # An attention begins with `qkv_proj` and ends with `o_proj`.
 _ATTENTIONS = LlamaAttention, MistralAttention, Qwen2Attention, Qwen3Attention
 _MLPS = LlamaMLP, Qwen2MLP
-_OTHER_LAYERS = "its decoder layers are of a class that is not known here"
+_OTHER_LAYERS = "its decoder, or a layer of it, is of a class that is not known here"
 
 
 class Joined(NamedTuple):
@@ -112,8 +114,8 @@ def join_layers(
         return "other GPUs compute a part of each layer"
     if envs.VLLM_BATCH_INVARIANT:
         return "VLLM_BATCH_INVARIANT is set, and one launch rounds elsewhere than seven"
-    stacks = [m for m in draft.modules() if isinstance(m, nn.ModuleList) and any(type(x) in _LAYERS for x in m)]
-    if len(stacks) != 1 or len(stack := stacks[0]) < 2:
+    decoders = [m for m in draft.modules() if type(m) in _MODELS]
+    if len(decoders) != 1 or getattr(decoders[0], "aux_hidden_state_layers", ()) or len(stack := decoders[0].layers) < 2:
         return _OTHER_LAYERS
     shapes = _shapes_of(list(stack), vllm_config.model_config.dtype)
     if isinstance(shapes, str):
