@@ -1,5 +1,6 @@
 """All between two attentions in one launch: the view of the draft that has it, in an engine on the operators' CPU twins."""
 
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -15,8 +16,8 @@ from vllm_quantspec.integration.draft import joined_layers, linears  # noqa: E40
 from vllm_quantspec.integration.draft.joined_layers import MAX_ROWS, join_layers  # noqa: E402
 
 
-@pytest.fixture(scope="module")
-def llm(books_4m):
+@contextmanager
+def joined_engine(model: str, **options):
     """An engine whose draft has the GPU's linears and joined layers, on the CPU twins of their operators."""
     gpu = SimpleNamespace(
         is_cuda=lambda: True, is_cpu=lambda: False, get_device_capability=lambda: SimpleNamespace(major=9, minor=0)
@@ -24,12 +25,22 @@ def llm(books_4m):
     with pytest.MonkeyPatch.context() as patch:
         for module in (linears, joined_layers):
             patch.setattr(module, "current_platform", gpu)
-        with engine(books_4m, max_model_len=1024, max_num_seqs=8, **quantspec(3)) as llm:
+        with engine(model, max_model_len=1024, max_num_seqs=8, **quantspec(3), **options) as llm:
             yield llm
+
+
+@pytest.fixture(scope="module")
+def llm(books_4m):
+    with joined_engine(books_4m) as llm:
+        yield llm
 
 
 @pytest.fixture
 def runner(llm):
+    return runner_of(llm)
+
+
+def runner_of(llm):
     return llm.llm_engine.collective_rpc(lambda worker: worker.model_runner)[0]
 
 

@@ -71,11 +71,12 @@ class JoinedLayer(nn.Module):
             self.next_norm, self.next_qkv = following.input_layernorm, following.self_attn.qkv_proj
 
     def forward(
-        self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None, t_cond: None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The next layer's qkv [rows, out], or of the last layer the MLP's result, and the residual [rows, hidden].
 
-        ``hidden_states``: the qkv of this layer; of the first one, embeddings, with None as the residual.
+        ``hidden_states``: the qkv of this layer; of the first one, embeddings, with None as the residual. ``t_cond``:
+        Mistral's models name it to their layers; those that use it are not joined.
         """
         qkv = hidden_states
         if self.is_first:
@@ -100,9 +101,7 @@ class JoinedLayer(nn.Module):
         )
 
 
-def join_layers(
-    draft: nn.Module, vllm_config: VllmConfig, clone: Callable[[nn.Module], nn.Module]
-) -> Joined | str:
+def join_layers(draft: nn.Module, vllm_config: VllmConfig, clone: Callable[[nn.Module], nn.Module]) -> Joined | str:
     """The view of ``draft``, or why it cannot be had.
 
     Args:
