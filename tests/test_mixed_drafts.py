@@ -204,6 +204,22 @@ def test_a_default_that_gptq_fails_for_measures_nothing(runner, again, monkeypat
     assert set(widths(draft).values()) == {4}
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_default_whose_losses_cannot_be_measured_has_4_bits(runner, again, asked, monkeypatch):  # noqa: F811
+    def fail(*args):
+        raise RuntimeError("no room")
+
+    said = []
+    monkeypatch.setattr(draft_model.logger, "warning", lambda message, *values: said.append(message % values))
+    monkeypatch.setattr(choose_bits, "measure_losses", fail)
+    options = {"draft_weights": "auto", "weights_asked": asked, "weight_rounding": "gptq", "gptq_asked": False}
+    if asked:
+        with pytest.raises(RuntimeError, match="no room"):
+            again(**options)
+    else:
+        assert set(widths(again(**options)).values()) == {4} and any("no room" in line for line in said)
+
+
 QUANTSPEC = type("Config", (), {
     "group_size": 128, "num_speculative_tokens": 4, "quantize_lm_head": True, "join_layers": True, "draft_context": "all",
     "draft_experts": "target", "draft_sample_method": "greedy", "chooses_number": False,

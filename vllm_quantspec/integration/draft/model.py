@@ -25,6 +25,7 @@ from torch import nn
 from vllm.compilation import backends
 from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.model_executor.layers.attention import Attention
@@ -123,7 +124,7 @@ def build_draft_model(
         target_model: the loaded model of this rank.
         draft_weights: ``"int4"``; ``"int8"`` for all linears but the output layer in 8 bits; ``"mixed"`` or ``"auto"`` for
             those that lose most in 4, see `choose_bits`; or ``"target"`` to share every linear.
-        weights_asked: whether the user asked for that: otherwise a model for which GPTQ fails has 4 bits.
+        weights_asked: whether the user asked for that: otherwise a model for which GPTQ or the choice fails has 4 bits.
         draft_experts: of a mixture: ``"target"`` to share its experts, or ``"int4"`` for INT4 ones, see `draft.experts`.
         experts_asked: whether the user asked for that: otherwise INT4 experts must leave room for the KV cache, and a
             mixture that has none is no matter of a warning.
@@ -363,7 +364,18 @@ class _Builder:
         measured = {"losses": [losses.TEXTS, losses.LENGTH], "rounding": self.rounding}
         kept = KeptLosses(self._what_decides(target_model, linears) | measured)
         more = self.draft_weights, self.weight_bits, self.rounding, kept
-        wide = choose_bits(self.vllm_config, target_model, linears, *more).wide
+        try:
+            wide = choose_bits(self.vllm_config, target_model, linears, *more).wide
+        except Exception as error:
+            # Other ranks may be waiting for this one: they end with it.
+            if self.weights_asked or get_tp_group().world_size > 1:
+                raise
+            logger.warning(
+                "Bits cannot be chosen for this model, so all of the draft's weights have 4: %s: %s",
+                type(error).__name__,
+                " ".join(str(error).split()),
+            )
+            return
         for linear in linears:
             if linear.name in wide:
                 linear.bits = 8
