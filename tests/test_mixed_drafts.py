@@ -1,6 +1,7 @@
 """Drafts with 8-bit weights, all or those that lose most in 4: nearer to the target, within the bits asked for."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -169,6 +170,21 @@ def test_auto_gives_a_small_model_8_bits(runner, again, rounding, monkeypatch): 
     bits = widths(again(draft_weights="auto", weight_rounding=rounding))
     assert sum(b == 8 for b in bits.values()) > 15 and bits["lm_head"] == 4
     assert "a request of 1024 tokens on an H200" in said[-1] and "all in 4 bits" in said[-1]
+
+
+def test_one_launch_per_layer_counts_only_where_there_can_be_one(runner, again, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(runner.vllm_config, "speculative_config", QUANTSPEC)
+
+    def wide(**options) -> int:
+        return sum(bits == 8 for bits in widths(again(draft_weights="auto", **options)).values())
+
+    assert wide(weight_rotation="none") == 0
+    assert wide(weight_rotation="hadamard") > 15 and wide(weight_rotation="none", weight_group_size=64) > 15
+    linears = [SimpleNamespace(methods={4: SimpleNamespace(group_size=128, rotated=False)})]
+    for capability, possible in (((8, 9), False), ((9, 0), True), ((12, 0), True), (None, True)):
+        platform = SimpleNamespace(get_device_capability=lambda of=capability: of)
+        monkeypatch.setattr(choose_bits, "current_platform", platform)
+        assert choose_bits._can_join_layers(linears) == possible
 
 
 def test_bits_are_chosen_by_default_where_gptq_runs_unasked(runner, monkeypatch):  # noqa: F811

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
+from vllm import envs
 from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
@@ -25,6 +26,7 @@ from vllm_quantspec.integration.draft.own_linear import OwnLinear
 from vllm_quantspec.integration.draft.room import left_for_cache
 from vllm_quantspec.integration.draft.stored import KeptLosses
 from vllm_quantspec.integration.startup.cache_dtype import page_bits
+from vllm_quantspec.kernels import draft_layer
 from vllm_quantspec.memory import WIDER_SHARE
 
 logger = init_logger("vllm.quantspec.choose_bits")
@@ -66,7 +68,7 @@ def choose_bits(
     if weight_bits is not None:
         choice, why = precision.within(candidates, weight_bits), f"within weight_bits {weight_bits:g}"
     else:
-        choice, why = fastest_bits(vllm_config, candidates, some=draft_weights == "mixed")
+        choice, why = fastest_bits(vllm_config, candidates, draft_weights == "mixed", _can_join_layers(linears))
     logger.info(
         "%d of %d linears of the draft in 8 bits, %.2f bits per weight on average, %s; expected acceptance %.3f, with 4 "
         "bits alone %.3f",
@@ -80,17 +82,28 @@ def choose_bits(
     return choice
 
 
+def _can_join_layers(linears: Sequence[OwnLinear]) -> bool:
+    """Whether a draft all in 4 bits may have one launch per layer, as far as this GPU and its linears say."""
+    capability = current_platform.get_device_capability()
+    if envs.VLLM_BATCH_INVARIANT or (capability is not None and tuple(capability) < draft_layer.MIN_CAPABILITY):
+        return False
+    return all(x.methods[4].group_size == draft_layer.CHUNK and not x.methods[4].rotated for x in linears)
+
+
 def fastest_bits(
-    vllm_config: VllmConfig, candidates: Sequence[precision.Linear], some: bool
+    vllm_config: VllmConfig, candidates: Sequence[precision.Linear], some: bool, can_join_layers: bool = True
 ) -> tuple[precision.Choice, str]:
-    """The choice by the cost model, with one linear in 8 bits at least if ``some``; and why, for the log."""
+    """The choice by the cost model, with one linear in 8 bits at least if ``some``; and why, for the log.
+
+    ``can_join_layers``: whether all in 4 bits could have one launch per layer, where the model's sizes allow one.
+    """
     text = vllm_config.model_config.hf_text_config.to_dict()
     try:
         model = estimate.model_from(text | {"architectures": vllm_config.model_config.architectures}, "this model")
     except ValueError as error:
         why = f"as there is no estimate of speed here ({error})"
         return precision.within(candidates, MIXED_BITS if some else 0), why
-    load = Load(vllm_config, model)
+    load = Load(vllm_config, model, can_join_layers=can_join_layers)
     most_bytes = float("inf") if some else _most_bytes(vllm_config)
     choice = precision.fastest(candidates, load.ms_per_token, some, most_bytes)
     narrow, wide = precision.within(candidates, 0), precision.within(candidates, 8.5)
@@ -108,6 +121,7 @@ class Load:
     vllm_config: VllmConfig
     model: estimate.Model
     batch: int = 1
+    can_join_layers: bool = True
 
     @property
     def context(self) -> int:
@@ -136,7 +150,7 @@ class Load:
                 draft_context=config.draft_context,
                 draft_experts=config.draft_experts,
                 wide_share=choice.share,
-                join_layers=config.join_layers,
+                join_layers=config.join_layers and self.can_join_layers,
             )
 
         found = speed(choice.acceptance)
