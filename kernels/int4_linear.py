@@ -219,7 +219,7 @@ def int4_linear(
 
     Can be captured in a CUDA graph, after one run with the same shapes. Launches on a device share a workspace,
     so they have to follow one another, on one stream or ordered by events. A launch starts to read the weight
-    before the kernel in front of it ends, so that one must not be writing the weight. With more than 16 tokens CTAs of a
+    before the kernel in front of it ends, so that one must not be writing the weight. With more than 8 tokens CTAs of a
     launch may wait for one another; other kernels on the GPU must not wait for this one.
 
     Args:
