@@ -141,6 +141,13 @@ def test_dense_layers_beside_experts():
     assert gated.router_weights == 2048 * 61 and gated.shared_weights == 3 * 2048 * 5632
 
 
+def test_which_layers_have_experts_may_be_a_list():
+    listed = QWEN3_30B_A3B | {"decoder_sparse_step": None, "moe_layer_freq": [0] + [1] * 46 + [0]}
+    assert estimate.model_from(listed | {"first_k_dense_replace": None}, "listed").experts.num_layers == 46
+    with pytest.raises(ValueError, match="different numbers of KV heads"):
+        estimate.model_from(LLAMA_8B | {"num_key_value_heads": [8, 4] * 16}, "uneven")
+
+
 def test_experts_that_a_step_chooses():
     experts = estimate.model_from(QWEN3_30B_A3B, "moe").experts
     assert experts.chosen(1) == pytest.approx(8) and experts.chosen(1000) == pytest.approx(128)

@@ -162,6 +162,8 @@ def model_from(config: dict, name: str) -> Model:
     experts = experts_of(text, name)
     num_dense = c.num_hidden_layers - (experts.num_layers if experts else 0)
     kv_heads = text.get("num_key_value_heads") or c.num_attention_heads
+    if not isinstance(kv_heads, int):
+        raise ValueError(f"{name}: its layers have different numbers of KV heads, which estimates do not count.")
     head_size = head_size_of(text)
     attention = c.hidden_size * head_size * (2 * c.num_attention_heads + 2 * kv_heads)
     mlp = 3 * c.hidden_size * c.intermediate_size
@@ -210,7 +212,11 @@ def experts_of(text: dict, name: str) -> Experts | None:
         raise ValueError(f"{name}: the configuration has experts, but not the {what}; there is no estimate.")
     hidden, layers = text["hidden_size"], range(text["num_hidden_layers"])
     dense, every = text.get("mlp_only_layers") or (), first("decoder_sparse_step", "moe_layer_freq") or 1
-    sparse = [i for i in layers if i not in dense and (i + 1) % every == 0 and i >= text.get("first_k_dense_replace", 0)]
+    from_layer = text.get("first_k_dense_replace") or 0
+    if isinstance(every, list):  # of each layer, whether it has experts
+        sparse = [i for i, has_experts in zip(layers, every, strict=False) if has_experts]
+    else:
+        sparse = [i for i in layers if i not in dense and (i + 1) % every == 0 and i >= from_layer]
     gated = text.get("shared_expert_intermediate_size") or 0  # Qwen 2: one shared expert, with a gate of its own
     shared = gated or width * (first("n_shared_experts", "num_shared_experts", "moe_num_shared_experts") or 0)
     router = hidden * (number + (1 if gated else 0))
