@@ -351,7 +351,8 @@ class _Builder:
         with backends.set_model_tag(f"{of_draft}_joined"):
             joined = join_layers(self.draft.model, self.vllm_config, clone)
         if isinstance(joined, str):
-            logger.info("Every linear and norm of a draft step is a launch of its own: %s", joined)
+            log = logger.debug if current_platform.is_cpu() else logger.info
+            log("Every linear and norm of a draft step is a launch of its own: %s", joined)
         else:
             logger.info("Draft steps of up to %d sequences compute all between attentions in one launch", joined.max_rows)
             self.draft.joined = joined
