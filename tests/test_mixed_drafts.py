@@ -54,7 +54,10 @@ def test_all_linears_but_the_output_layer_have_8_bits(runner, again):  # noqa: F
     applied, _ = effective_weight(draft.model.get_submodule(name), torch.bfloat16)
     expected = quantize_weight(weight, rotated=True, bits=8).dequantize()
     assert (applied.float() - expected).norm() < 0.005 * expected.norm()
-    assert draft.int4_bytes > 1.3 * again().int4_bytes
+    narrow = again()
+    assert draft.int4_bytes > 1.3 * narrow.int4_bytes and (draft.wide_share, narrow.wide_share) == (1, 0)
+    some = again(draft_weights="mixed", weight_bits=6.0)
+    assert average(some) == pytest.approx(4.25 + 4 * some.wide_share)
 
 
 def test_the_more_bits_the_nearer_to_the_target(runner, again, books_4m, passage, monkeypatch):  # noqa: F811

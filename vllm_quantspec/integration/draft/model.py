@@ -76,6 +76,7 @@ class DraftModel:
     attention_layers: name of each of the draft's attention layers -> the target's layer whose KV cache it reads.
     int4_bytes: device bytes of the weights in 4 and 8 bits, scales and zero points; target_bytes: of the same as loaded.
     quantized: names of the linears that run in INT4 or INT8; experts: of the mixtures' layers whose experts do.
+    wide_share: of the weights of these linears, the output layer's aside, those in 8 bits on this rank.
     one_copy: names of the linears whose 4-bit weights are the target's own (`draft.one_copy`).
     shared: names of the linears, and of the layers of experts, that are the target's, with the reason.
     updates: each rounds some weights again, as the target has them now; stale: they are due (`weight_updates`).
@@ -88,6 +89,7 @@ class DraftModel:
     target_bytes: int = 0
     quantized: list[str] = field(default_factory=list)
     experts: list[str] = field(default_factory=list)
+    wide_share: float = 0.0
     one_copy: list[str] = field(default_factory=list)
     shared: dict[str, str] = field(default_factory=dict)
     updates: list[Callable[[], None]] = field(default_factory=list)
@@ -239,8 +241,10 @@ def build_configured_draft(vllm_config: VllmConfig, target_model: nn.Module) -> 
             join_layers=config.join_layers,
             draft_activations=config.draft_activations,
         )
+    # Where the scheduler is in this process, its cost model goes by these.
     if not draft.experts:
-        config.draft_experts = "target"  # where the scheduler is in this process, its cost model goes by this
+        config.draft_experts = "target"
+    config.wide_share, config.join_layers = draft.wide_share, draft.joined is not None
     return draft
 
 
@@ -335,6 +339,8 @@ class _Builder:
                 clone.__dict__[name] = self._redirect(clone.__dict__[name])
             self._reset_compilation(clone, config)
         self.draft.int4_bytes += sum(linear.num_bytes for linear in self.own)
+        weights = {bits: sum(x.num_weights for x in self.own if x.bits == bits and not x.is_head) for bits in (4, 8)}
+        self.draft.wide_share = weights[8] / max(sum(weights.values()), 1)
         with_finite_logits(self.draft.model)
         if self.join_layers and self.draft.quantized:
             self._join_layers()

@@ -74,6 +74,7 @@ def step_seconds(config: VllmConfig):
                 page_bits=page_bits(config),
                 draft_context=speculative.draft_context,
                 draft_experts=speculative.draft_experts,
+                wide_share=speculative.wide_share,
                 join_layers=speculative.join_layers,
             )
             for number in AUTO_NUMBERS + ngram_numbers

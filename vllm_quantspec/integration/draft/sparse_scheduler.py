@@ -38,8 +38,7 @@ def make_choice(config: VllmConfig) -> SparseChoice | None:
         logger.info("Sparse drafts are chosen by length and batch alone, whatever is accepted of them: %s", error)
         return None
     group, tp = speculative.group_size, config.parallel_config.tensor_parallel_size
-    wide = float(speculative.draft_weights == "int8")
-    cycle = estimate.cycle_bytes(model, tp, group, page_bits(config), speculative.draft_experts, wide)
+    cycle = estimate.cycle_bytes(model, tp, group, page_bits(config), speculative.draft_experts, speculative.wide_share)
     if speculative.draft_weights == "target":
         cycle = replace(cycle, draft_weight_bytes=cycle.target_weight_bytes)
     if speculative.draft_kv == "int8":

@@ -48,6 +48,7 @@ class QuantSpecConfig(SpeculativeConfig):
     draft_context: str | int | float = "auto"
     draft_selection: str = "attention"
     ngram: str = "off"
+    wide_share: float = 0.0  # of the draft's weights, those in 8 bits; where bits are chosen, known when the draft is built
     chooses_number: bool = False  # of drafts in each step; num_speculative_tokens are the most then
     asked_for: tuple[str, ...] = ()  # options that the user named: the others' defaults give way
 
@@ -58,6 +59,7 @@ class QuantSpecConfig(SpeculativeConfig):
         self.draft_model_config = self.target_model_config
         self.draft_parallel_config = self.target_parallel_config
         self.draft_tensor_parallel_size = self.target_parallel_config.tensor_parallel_size
+        self.wide_share = float(self.draft_weights == "int8")
         return self
 
     @property
