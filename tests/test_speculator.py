@@ -14,6 +14,7 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar import cudagraph_utils a
 from vllm.v1.worker.gpu.spec_decode.target_dependent_ar import speculator as vllm_speculator
 
 from vllm_quantspec.config import AUTO_NUMBERS, AUTO_SCHEDULE, NGRAM_NUMBERS, NGRAM_SCHEDULE
+from vllm_quantspec.integration.draft.joined_layers import Joined
 from vllm_quantspec.integration.draft.model import DraftModel
 from vllm_quantspec.integration.draft.rotary import RotaryPositions
 from vllm_quantspec.integration.gpu import speculator
@@ -197,7 +198,7 @@ def test_drafts_of_a_model_with_mrope(monkeypatch):
         addresses.add(positions.data_ptr())
         return torch.zeros(padded, 8)
 
-    ours.model = model
+    ours.model, ours.draft = model, DraftModel(model)
     ours.sample_draft = lambda hidden_states, *args: torch.zeros(len(hidden_states), dtype=torch.int64)
     monkeypatch.setattr(speculator, "prepare_decode_inputs", lambda tokens, *args: advance(len(tokens)))
     monkeypatch.setattr(vllm_speculator, "update_draft_inputs", lambda *args, **kwargs: advance(padded))
@@ -209,7 +210,7 @@ def test_drafts_of_a_model_with_mrope(monkeypatch):
         num_reqs, padded, None, None, None, CUDAGraphMode.NONE, drafts
     )
 
-    def propose(dummy_run):
+    def propose(dummy_run, **more):
         batch = SimpleNamespace(
             num_reqs=3,
             idx_mapping=requests,
@@ -221,7 +222,7 @@ def test_drafts_of_a_model_with_mrope(monkeypatch):
         )
         ours.propose(
             batch, {}, {}, torch.zeros(1), None, torch.ones(3), num_rejected, torch.zeros(slots, 1, dtype=torch.int64),
-            torch.zeros(1, slots, dtype=torch.int64), torch.zeros(slots), torch.zeros(slots), dummy_run=dummy_run,
+            torch.zeros(1, slots, dtype=torch.int64), torch.zeros(slots), torch.zeros(slots), dummy_run=dummy_run, **more,
         )  # fmt: skip
 
     propose(dummy_run=False)
@@ -235,3 +236,11 @@ def test_drafts_of_a_model_with_mrope(monkeypatch):
     del ours.model_state  # vLLM profiles before there is one
     propose(dummy_run=True)
     assert all(rotary.equal(positions.expand(3, padded)) for rotary, positions in zip(seen, plain, strict=True))
+    seen.clear()
+    rows = []
+    joined = lambda input_ids, **given: rows.append(len(input_ids)) or torch.zeros(len(input_ids), 8)  # noqa: E731
+    for max_rows in (padded, padded - 1):
+        ours.draft.joined = Joined(joined, max_rows)
+        propose(dummy_run=True, is_profile=True)
+    # Few enough: every step is joined's. Profiling runs each number of rows that it may have, several before one.
+    assert rows == [padded] * drafts + [4, 3, 2, 1] + [3, 2, 1] and len(seen) == drafts
