@@ -100,11 +100,9 @@ def test_compiled_engine(books_4m, prompts, expected):
     [
         {"draft_kv": "int8"},
         {"draft_weights": "target"},
-        {"quantize_lm_head": False, "weight_rounding": "gptq", "weight_rotation": "hadamard"},
-        {"draft_weights": "mixed", "weight_bits": 6.0, "weight_rotation": "hadamard"},
+        {"quantize_lm_head": False, "weight_rounding": "gptq", "weight_rotation": "hadamard", "draft_weights": "auto"},
+        {"draft_weights": "mixed", "weight_bits": 6.0, "weight_rotation": "hadamard", "draft_activations": "fp8"},
         {"draft_weights": "int8"},
-        {"draft_weights": "auto", "weight_rounding": "gptq"},
-        {"draft_activations": "fp8", "weight_rotation": "hadamard"},
     ],
 )
 def test_options_change_the_draft_only(options, books_4m, prompts, expected):
