@@ -12,6 +12,7 @@ from vllm_quantspec.estimate.cost_model import Speed, needed_acceptance, speed
 from vllm_quantspec.estimate.draft_weights import int4_experts_bytes, share_in_8_bits
 from vllm_quantspec.estimate.gpu_memory import GIB, Memory, default_max_num_seqs, memory, why_no_int4_experts
 from vllm_quantspec.estimate.sizes import Model, model_from, read_config
+from vllm_quantspec.memory import WIDER_SHARE
 from vllm_quantspec.supported import text_part, towers_of, undrafted
 
 # Drafts that are accepted per token where nobody says: of those that read the whole cache, and a part of it. They differ by
@@ -190,6 +191,9 @@ def memory_of_drafting(e: Estimate) -> Iterator[str]:
     copy = "INT4 copy" if not wide else "INT8 copy" if wide == 1 else "INT4 and INT8 copy"
     less = " (of the output layer: the rest is one copy)" if e.arguments.one_copy else " (none with draft_weights=target)"
     yield line(f"{copy} for drafting", f"{m.int4_weights / GIB:.2f} GiB{less}")
+    if not wide and e.model.linear_bits is None:
+        share = f"{100 * WIDER_SHARE:g} %"
+        yield line("", f"and up to {share} of what is left for the cache where draft_weights auto finds 8 bits faster")
     if wide:
         yield line("", "the speed of weights in 8 bits is expected from single layers on an H100; no engine was measured")
     if e.model.experts and e.draft_experts == "int4":
