@@ -53,6 +53,10 @@ class Int4LinearMethod(LinearMethodBase):
     ) -> None:
         self.in_features, self.out_features, self.dtype, self.group_size = in_features, out_features, dtype, group_size
         self.rotated, self.fp8_inputs = rotated, fp8_inputs
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Find out whether the kernel takes this shape on this device: a ValueError says why not."""
 
     @property
     def bits_per_weight(self) -> float:
@@ -141,18 +145,10 @@ class FastInt4LinearMethod(Int4LinearMethod):
         ValueError: the kernel does not take this shape on this GPU; the message says why.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        dtype: torch.dtype,
-        group_size: int,
-        rotated: bool = False,
-        fp8_inputs: bool = False,
-    ) -> None:
-        super().__init__(in_features, out_features, dtype, group_size, rotated, fp8_inputs)
+    def _prepare(self) -> None:
         capability = current_platform.get_device_capability()
-        reason = int4_linear.supported(in_features, out_features, group_size, dtype, (capability.major, capability.minor))
+        shape = self.in_features, self.out_features, self.group_size, self.dtype
+        reason = int4_linear.supported(*shape, (capability.major, capability.minor))
         if reason is not None:
             raise ValueError(reason)
 
@@ -192,22 +188,13 @@ class CpuInt4LinearMethod(Int4LinearMethod):
         ValueError: the kernel does not take this shape; the message says why.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        dtype: torch.dtype,
-        group_size: int,
-        rotated: bool = False,
-        fp8_inputs: bool = False,
-    ) -> None:
-        super().__init__(in_features, out_features, dtype, group_size, rotated, fp8_inputs)
+    def _prepare(self) -> None:
         # Here, because on a GPU nothing needs Numba.
         from vllm_quantspec.integration.cpu import llvm_scan
         from vllm_quantspec.kernels import cpu_int4_linear
 
         llvm_scan.install()
-        reason = cpu_int4_linear.supported(in_features, out_features, group_size, dtype)
+        reason = cpu_int4_linear.supported(self.in_features, self.out_features, self.group_size, self.dtype)
         if reason is not None:
             raise ValueError(reason)
         self._choose_kernel()
@@ -256,28 +243,19 @@ class LibraryInt4LinearMethod(Int4LinearMethod):
         ValueError: vLLM has no kernel for this shape on this device; the message says which and why.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        dtype: torch.dtype,
-        group_size: int,
-        rotated: bool = False,
-        fp8_inputs: bool = False,
-    ) -> None:
-        # On a GPU rounding them would cost time and save none.
-        super().__init__(in_features, out_features, dtype, group_size, rotated, fp8_inputs and current_platform.is_cpu())
-        if dtype not in (torch.bfloat16, torch.float16):
-            raise ValueError(f"vLLM's INT4 kernels take bfloat16 or float16 activations, not {dtype}.")
+    def _prepare(self) -> None:
+        self.fp8_inputs &= current_platform.is_cpu()  # on a GPU rounding them would cost time and save none
+        if self.dtype not in (torch.bfloat16, torch.float16):
+            raise ValueError(f"vLLM's INT4 kernels take bfloat16 or float16 activations, not {self.dtype}.")
         if current_platform.is_cpu() and not hasattr(torch.ops._C, "cpu_gemm_wna16"):
             raise ValueError("vLLM's library for this CPU has no INT4 operator.")  # its can_implement does not look
         # The shard was quantized on its own, so it is the whole layer as far as the kernel is concerned.
         config = MPLinearLayerConfig(
-            full_weight_shape=(in_features, out_features),
-            partition_weight_shape=(in_features, out_features),
+            full_weight_shape=(self.in_features, self.out_features),
+            partition_weight_shape=(self.in_features, self.out_features),
             weight_type=scalar_types.uint4,
-            act_type=dtype,
-            group_size=group_size,
+            act_type=self.dtype,
+            group_size=self.group_size,
             zero_points=True,
         )
         self.kernel: MPLinearKernel = choose_mp_linear_kernel(config)(config, WEIGHT, SCALES, ZEROS)
