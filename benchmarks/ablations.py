@@ -262,6 +262,17 @@ def plot(path: Path) -> None:
     figure.savefig(path.with_suffix(".png"), dpi=140)
 
 
+def load(model: Path, text: Path) -> tuple[Llama, list[list[int]], str]:
+    """The model, without gradients from here on, the token ids of each text, and the device that the model is on."""
+    from tokenizers import Tokenizer
+
+    torch.set_grad_enabled(False)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    texts = [tokenizer.encode(novel, add_special_tokens=False).ids for novel in read_texts(text).values()]
+    return Llama(model, device), texts, device
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=SHARED / "models/books-30m")
@@ -279,14 +290,8 @@ def main() -> None:
     if args.plot:
         return plot(path)
 
-    from tokenizers import Tokenizer
-
     started = time.perf_counter()
-    torch.set_grad_enabled(False)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = Llama(args.model, device)
-    tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
-    texts = [tokenizer.encode(text, add_special_tokens=False).ids for text in read_texts(args.text).values()]
+    model, texts, device = load(args.model, args.text)
     # In this order the quantized cache of an excerpt is made once for each group size and reading.
     every = FIRST_PAGES if args.first_page else VARIANTS
     variants = sorted(

@@ -21,7 +21,7 @@ from pathlib import Path
 import ablations
 import torch
 import torch.nn.functional as F
-from common import TEXT_HELP, excerpts, read_texts, write_json
+from common import TEXT_HELP, excerpts, write_json
 from weight_rounding import ROOT, SHARED, Llama
 
 from vllm_quantspec.format import PageFormat
@@ -127,14 +127,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
-    from tokenizers import Tokenizer
-
     started = time.perf_counter()
-    torch.set_grad_enabled(False)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = Llama(args.model, device)
-    tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
-    texts = [tokenizer.encode(text, add_special_tokens=False).ids for text in read_texts(args.text).values()]
+    model, texts, device = ablations.load(args.model, args.text)
     every, rows = variants(model.num_layers, args.insets, args.parts), []
     for context in args.contexts:
         kls, losses, masses = ({v: [] for v in every} for _ in range(3))

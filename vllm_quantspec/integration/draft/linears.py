@@ -91,6 +91,11 @@ class Int4LinearMethod(LinearMethodBase):
     def _install(self, layer: torch.nn.Module, weight: QuantizedWeight, original: torch.Tensor | None) -> None:
         raise NotImplementedError
 
+    def _inputs(self, x: torch.Tensor) -> torch.Tensor:
+        """x rotated, and then rounded to e4m3 numbers, where this linear's are: for kernels that do neither."""
+        x = torch.ops.vllm_quantspec.rotate(x) if self.rotated else x
+        return torch.ops.vllm_quantspec.round_inputs(x) if self.fp8_inputs else x
+
     def apply_own(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """`apply` with the quantized weight, however many rows x has."""
         return self.apply(layer, x, bias)
@@ -219,7 +224,7 @@ class CpuInt4LinearMethod(Int4LinearMethod):
         rows = x.reshape(-1, self.in_features)
         weight = (getattr(layer, name) for name in (WEIGHT, SCALES, ZEROS))
         if self.fp8_inputs:
-            rows = torch.ops.vllm_quantspec.round_inputs(torch.ops.vllm_quantspec.rotate(rows) if self.rotated else rows)
+            rows = self._inputs(rows)
         out = self.operator(rows, *weight, bias, self.rotated and not self.fp8_inputs)
         return out.view(*x.shape[:-1], self.out_features)
 
@@ -279,8 +284,7 @@ class LibraryInt4LinearMethod(Int4LinearMethod):
         self.kernel.process_weights_after_loading(layer)
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        x = torch.ops.vllm_quantspec.rotate(x) if self.rotated else x
-        return self.kernel.apply_weights(layer, torch.ops.vllm_quantspec.round_inputs(x) if self.fp8_inputs else x, bias)
+        return self.kernel.apply_weights(layer, self._inputs(x), bias)
 
 
 def choose_int4_method(
