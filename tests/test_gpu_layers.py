@@ -8,7 +8,6 @@ from engine_tools import QUANTSPEC_CACHE, assert_close, assert_same_or_tied, eng
 from test_offloading import native
 
 from vllm_quantspec import register
-from vllm_quantspec.integration.startup import checks
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -48,8 +47,7 @@ def test_sliding_layers(architecture, cache, tmp_path):
 
 
 @pytest.mark.parametrize("name", hybrid.MODELS)
-def test_hybrids(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(checks, "check_linear_attention", lambda config: None)  # refused until this has passed
+def test_hybrids(name, tmp_path):
     model = hybrid.save_model(name, tmp_path)
     linear = {"additional_config": {"gdn_prefill_backend": "triton"}}  # a Hopper GPU's choice, FlashInfer, need not be there
     with engine(model, **SIZE, **linear) as llm:

@@ -507,23 +507,6 @@ def test_mps_is_warned_of(tmp_path, monkeypatch):
     assert len(said) == 1 and "MPS" in said[0] and str(tmp_path) in said[0]
 
 
-@pytest.mark.parametrize(
-    ("change", "refused"),
-    [
-        ({}, False),
-        ({"layer_types": ["linear_attention", "full_attention"]}, True),
-        ({"linear_attn_config": {"kda_layers": [1]}}, True),
-        ({"layer_types": ["sliding_attention", "full_attention"], "mamba_d_state": 16}, False),
-    ],
-)
-def test_linear_attention_on_a_gpu(change, refused):
-    model = SimpleNamespace(hf_text_config=PretrainedConfig(**change), model="MODEL")
-    if not refused:
-        return checks.check_linear_attention(SimpleNamespace(model_config=model))
-    with pytest.raises(ValueError, match="^quantspec: MODEL has linear-attention layers.*run it without quantspec.$"):
-        checks.check_linear_attention(SimpleNamespace(model_config=model))
-
-
 def test_a_gpu_without_the_kernel_compiler(config, monkeypatch):
     monkeypatch.setattr(checks, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="cuda-bindings"):

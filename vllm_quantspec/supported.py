@@ -92,12 +92,6 @@ def has_recurrent_layers(text: dict[str, Any]) -> bool:
     return any(text.get(key) for key in _RECURRENT_KEYS) or bool(_RECURRENT_LAYERS.intersection(layer_types))
 
 
-def has_linear_attention(text: dict[str, Any]) -> bool:
-    """Whether some layers of a language model are linear attention (Qwen3-Next)."""
-    named = "linear_attention" in (text.get("layer_types") or ())
-    return named or any(text.get(key) for key in ("linear_attn_config", "linear_conv_kernel_dim"))
-
-
 def _full_every(text: dict[str, Any]) -> int | None:
     """Of a configuration that does not list its layers: every so many-th layer is full."""
     pattern = text.get("sliding_window_pattern")

@@ -108,7 +108,6 @@ def check_config(config: VllmConfig) -> None:
         check_cpu_runner(config.use_v2_model_runner)
     else:
         check_gpu(config, current_platform)
-        check_linear_attention(config)
         warn_of_mps()
     if model.is_hybrid:
         check_hybrid(config)
@@ -119,16 +118,6 @@ def check_config(config: VllmConfig) -> None:
         raise ValueError(
             "quantspec: vLLM's CPU engine fails at the first request with pipeline parallelism, whatever the KV cache; "
             "drop --pipeline-parallel-size, or use --tensor-parallel-size."
-        )
-
-
-def check_linear_attention(config: VllmConfig) -> None:
-    """On a GPU: a wrong answer would not be noticed."""
-    model = config.model_config
-    if supported.has_linear_attention(model.hf_text_config.to_dict()):
-        raise ValueError(
-            f"quantspec: {model.model} has linear-attention layers, beside which the hierarchical KV cache ran on vLLM's "
-            "CPU engine alone so far; on a GPU they are refused until their output is proven; run it without quantspec."
         )
 
 
