@@ -43,8 +43,8 @@ logger = init_logger("vllm.quantspec.linears")
 
 # As fast as Marlin with 16 tokens; with 32 it takes half as long again (results/marlin_linear.json).
 MAX_TOKENS = 16
-# With Marlin a prompt of 32k takes an engine 1.4 times as long as with Machete. To write and read a weight in 16 bits costs
-# as much as some 200 tokens' products differ, by arithmetic (benchmarks/NOTES.md); not measured yet.
+# With Marlin a prompt of 32k takes an engine 1.4 times as long as with Machete; dequantized, one of 16k 0.91 times. To write
+# and read a weight in 16 bits costs as much as some 200 tokens' products differ, by arithmetic (benchmarks/NOTES.md).
 MAX_TOKENS_MARLIN = 512
 # Where Marlin does not run: reading 4 bits once per 32 tokens is less than writing and reading 16. Not measured yet.
 MAX_TOKENS_ALONE = 160
