@@ -1,6 +1,8 @@
-"""A draft's decoder layer between two attentions: one launch against four INT4 linears and three kernels of Inductor's.
+"""A draft's decoder layer between two attentions: one launch, or linears launched with the norm or the activation in
+front of them (`kernels.fused_linear`), against four INT4 linears and three kernels of Inductor's.
 
     python benchmarks/draft_layer.py --json OUT.json
+    python benchmarks/draft_layer.py --tokens 4 8 16 32 64 --json OUT.json     # one launch is for up to four
     python benchmarks/draft_layer.py --tune            # launch configurations
 
 Needs a CUDA GPU of compute capability 9.0 or newer. Times are of one layer: medians of CUDA graph replays of a whole model,
@@ -20,7 +22,8 @@ from int4_linear import DEVICE, DTYPE, Ours, copy_bandwidth, median, random_pack
 
 from vllm_quantspec.kernels import draft_layer as module
 from vllm_quantspec.kernels.device import device_properties
-from vllm_quantspec.kernels.draft_layer import Shape, choose_plan, launch, plan_of, reference
+from vllm_quantspec.kernels.draft_layer import MAX_TOKENS, Shape, choose_plan, launch, plan_of, reference
+from vllm_quantspec.kernels.fused_linear import activated_linear, normalized_linear
 from vllm_quantspec.kernels.int4_linear import int4_linear
 
 # Layers, sizes, whether qkv has a bias.
@@ -89,6 +92,12 @@ def seven_launches(attention, residual, layer):
     return int4_linear(x, *qkv, layer.bias), residual
 
 
+def fused_linears(attention, residual, layer):
+    o, gate_up, down, qkv = (layer.weights[i : i + 2] for i in range(0, 8, 2))
+    x, residual = normalized_linear(int4_linear(attention, *o), residual, layer.norms[0], EPSILON, *gate_up)
+    return normalized_linear(activated_linear(x, *down), residual, layer.norms[1], EPSILON, *qkv, layer.bias)
+
+
 def four_linears(attention, residual, layer):
     """What the seven take without norms and activation; the numbers mean nothing."""
     o, gate_up, down, qkv = (layer.weights[i : i + 2] for i in range(0, 8, 2))
@@ -122,10 +131,18 @@ def relative_error(out, expected):
 
 
 def check(layer, shape, tokens):
-    """The largest relative error of both results against the reference."""
+    """The largest relative errors of both results against the reference: of one launch, where it is one, and fused."""
     inputs = list(inputs_of(shape, tokens))
-    ours = one_launch()(*inputs, layer)
-    return max(relative_error(a, b) for a, b in zip(ours, reference(*inputs, *layer.arguments), strict=True))
+    methods = {"fused_error": fused_linears}
+    if tokens <= MAX_TOKENS:
+        methods["error"], expected = one_launch(), reference(*inputs, *layer.arguments)
+    else:  # a token's result is the same whatever the others
+        parts = zip(*(x.split(MAX_TOKENS) for x in inputs), strict=True)
+        expected = [torch.cat(x) for x in zip(*(reference(*part, *layer.arguments) for part in parts), strict=True)]
+    return {
+        key: max(relative_error(a, b) for a, b in zip(method(*inputs, layer), expected, strict=True))
+        for key, method in methods.items()
+    }
 
 
 def options_of(shape, tokens, gpu):
@@ -189,12 +206,16 @@ def main():
                 print(f"{name}, {tokens} tokens, floor {floor:.2f} us")
                 row["plans"] = tune(layers, shape, tokens)
             else:
-                row["error"] = check(layers[0], shape, tokens)
-                row["plan"] = choose_plan(shape, tokens, 0)._asdict()
-                for key, method in (("one", one_launch()), ("seven", seven_launches), ("linears", four_linears)):
+                row |= check(layers[0], shape, tokens)
+                methods = {"seven": seven_launches, "linears": four_linears, "fused": fused_linears}
+                if tokens <= MAX_TOKENS:
+                    row["plan"] = choose_plan(shape, tokens, 0)._asdict()
+                    methods |= {"one": one_launch(), "again": one_launch()}
+                for key, method in methods.items():
                     row[f"{key}_us"] = time_layer(method, layers, shape, tokens)
-                row["again_us"] = time_layer(one_launch(), layers, shape, tokens)
-                row["ratio"] = row["seven_us"] / row["one_us"]
+                row["fused_ratio"] = row["seven_us"] / row["fused_us"]
+                if tokens <= MAX_TOKENS:
+                    row["ratio"] = row["seven_us"] / row["one_us"]
                 print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
             rows.append(row)
             if args.json:

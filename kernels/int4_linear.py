@@ -15,6 +15,7 @@ the zero point's level stands in for MAGIC + zero.
 """
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -378,12 +379,18 @@ class Plan(NamedTuple):
         }
 
 
-class _Params(ctypes.Structure):
+class Params(ctypes.Structure):
+    """What the kernels for INT4 linears take (``int4_linear.cuh``)."""
+
     _fields_ = (
         [(name, ctypes.c_void_p) for name in ("x", "codes", "scales", "bias", "out", "partial", "arrived")]
         + [("x_stride", ctypes.c_int64)]
         + [(name, ctypes.c_int) for name in ("tokens", "channels", "tiles", "chunks")]
     )
+
+
+# Launches a kernel that fills ``params.out`` with the inputs of so many blocks of tokens, as the plan's kernel reads them.
+Convert = Callable[[Params, Fp8Plan, int], None]
 
 
 def launch(
@@ -395,14 +402,18 @@ def launch(
     plan: Plan | WidePlan | Fp8Plan | None = None,
     rotated: bool = False,
     fp8_inputs: bool = False,
+    convert: Convert | None = None,
 ) -> torch.Tensor:
-    """The kernel on checked arguments, into a contiguous ``out``; ``plan`` overrides the launch, for tuning."""
+    """The kernel on checked arguments, into a contiguous ``out``; ``plan`` overrides the launch, for tuning.
+
+    ``convert`` launches what computes the inputs for FP8 products, in the place of reading them from ``x``.
+    """
     if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
         x = x.contiguous()
         if x.data_ptr() % 16:
             x = x.clone()
-    tokens, channels = x.shape
     tiles, chunks = codes.shape[:2]
+    tokens, channels = len(x), x.shape[1] if convert is None else chunks * CHUNK
     device = x.device.index
     group_size, bf16 = CHUNK // scales_zeros.shape[2], x.dtype == torch.bfloat16
     with torch.cuda.device(device):
@@ -416,7 +427,7 @@ def launch(
         if plan.uses_workspace:
             floats = plan.splits * token_blocks * plan.token_tiles * tiles * 128
             partial, arrived = (t.data_ptr() for t in _workspace.tensors(device, floats, plan.blocks * token_blocks))
-        params = _Params(
+        params = Params(
             *(t.data_ptr() for t in (x, codes, scales_zeros)),
             0 if bias is None else bias.data_ptr(),
             out.data_ptr(),
@@ -425,8 +436,11 @@ def launch(
         if isinstance(plan, Fp8Plan) and plan.ready:
             (ready,) = _ready.tensors(device, token_blocks * -(-chunks // 2) * plan.input_bytes(group_size))
             params.out = ready.data_ptr()
-            converts = _inputs_kernel(plan, group_size, bf16, device, rotated)
-            nvrtc.launch(converts, params, token_blocks, plan.input_blocks(chunks))
+            if convert is None:
+                converts = _inputs_kernel(plan, group_size, bf16, device, rotated)
+                nvrtc.launch(converts, params, token_blocks, plan.input_blocks(chunks))
+            else:
+                convert(params, plan, token_blocks)
             params.x, params.out = ready.data_ptr(), out.data_ptr()
         nvrtc.launch(kernel, params, token_blocks)
     return out

@@ -107,3 +107,33 @@ DEV void split_tile(const uint4 (&x)[4], int lane, const Put& put) {
       put.factors(j * 32 / GROUP_SIZE, make_float4(first, second, sum[0] * 0x1p-9f, sum[1] * 0x1p-9f));
   }
 }
+
+// ---- Inputs that a launch of its own converts ------------------------------------------------------------------------
+constexpr int PER_GROUP = GROUP_SIZE / 32;
+
+struct ToGlobal {
+  u8* x;
+  DEV void word(int part, u32 at, u32 v) const { *reinterpret_cast<u32*>(x + part * X_PART + at) = v; }
+};
+
+// A pair of chunks of a token, number g of tile n of a block of tokens: eight channels a lane. `top` is the token's largest
+// magnitude. Written to where `p.out` says.
+DEV void store_ready(const Params& p, const uint4& own, u32 top, int block, int pair, int n, int g, int lane) {
+  const Scaling scaling = scaling_of(top);
+  u8* const to = ready_at(reinterpret_cast<u8*>(p.out), p, block, pair);
+  u32 pairs[2][2];
+  split_eight(pairs, own, scaling.by, g, lane % 16 / 4, lane % 4, ToGlobal{to + lane / 16 * X_BYTES + n * 1024});
+  float sum[4] = {0.f, 0.f, 0.f, 0.f};  // of 32 channels each: what lanes 8*t..8*t+3 have, and the next four lanes
+#pragma unroll
+  for (int half = 0; half < 2; half++) add_columns(sum, pairs[half][0], pairs[half][1]);
+  if (PER_GROUP >= 2) sum[0] += sum[1];
+  if (PER_GROUP == 4) sum[0] += __shfl_xor_sync(~0u, sum[0], 1);
+#pragma unroll
+  for (int e = 0; e < (PER_GROUP == 1 ? 2 : 1); e++) {
+    const int of_pair = 2 * lane + e;
+    if (of_pair >= 8 || of_pair % PER_GROUP != 0) continue;
+    u8* const factors = to + 2 * X_BYTES + of_pair / 4 * FACTOR_BYTES + of_pair % 4 / PER_GROUP * FACTORS_OF_GROUP;
+    float* const of_token = reinterpret_cast<float*>(factors + n * 64 + g / 2 * 16) + g % 2;
+    of_token[0] = scaling.undo, of_token[2] = sum[e] * 0x1p-9f;
+  }
+}

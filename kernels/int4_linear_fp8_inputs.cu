@@ -10,12 +10,6 @@
 
 constexpr int WARPS = 16, THREADS = 32 * WARPS;
 constexpr int PIECES = 8;  // of eight channels each, that a thread reads at a time
-constexpr int PER_GROUP = GROUP_SIZE / 32;
-
-struct ToGlobal {
-  u8* x;
-  DEV void word(int part, u32 at, u32 v) const { *reinterpret_cast<u32*>(x + part * X_PART + at) = v; }
-};
 
 extern "C" __global__ void __launch_bounds__(THREADS) int4_linear_fp8_inputs(const __grid_constant__ Params p) {
   __shared__ u32 tops[WARPS];
@@ -56,22 +50,5 @@ extern "C" __global__ void __launch_bounds__(THREADS) int4_linear_fp8_inputs(con
   top = tops[lane % WARPS];
 #pragma unroll
   for (int other = 1; other < WARPS; other *= 2) top = larger(top, __shfl_xor_sync(~0u, top, other));
-  const Scaling scaling = scaling_of(larger(top, top >> 16));
-
-  u8* const to = ready_at(reinterpret_cast<u8*>(p.out), p, blockIdx.y, pair);
-  u32 pairs[2][2];
-  split_eight(pairs, own, scaling.by, g, lane % 16 / 4, lane % 4, ToGlobal{to + lane / 16 * X_BYTES + n * 1024});
-  float sum[4] = {0.f, 0.f, 0.f, 0.f};  // of 32 channels each: what lanes 8*t..8*t+3 have, and the next four lanes
-#pragma unroll
-  for (int half = 0; half < 2; half++) add_columns(sum, pairs[half][0], pairs[half][1]);
-  if (PER_GROUP >= 2) sum[0] += sum[1];
-  if (PER_GROUP == 4) sum[0] += __shfl_xor_sync(~0u, sum[0], 1);
-#pragma unroll
-  for (int e = 0; e < (PER_GROUP == 1 ? 2 : 1); e++) {
-    const int block = 2 * lane + e;
-    if (block >= 8 || block % PER_GROUP != 0) continue;
-    u8* const factors = to + 2 * X_BYTES + block / 4 * FACTOR_BYTES + block % 4 / PER_GROUP * FACTORS_OF_GROUP;
-    float* const of_token = reinterpret_cast<float*>(factors + n * 64 + g / 2 * 16) + g % 2;
-    of_token[0] = scaling.undo, of_token[2] = sum[e] * 0x1p-9f;
-  }
+  store_ready(p, own, larger(top, top >> 16), blockIdx.y, pair, n, g, lane);
 }

@@ -1,4 +1,5 @@
-"""All between two attentions in one launch: the view of the draft that has it, in an engine on the operators' CPU twins."""
+"""All between two attentions in one launch, and norms and activations with the linears behind them: the views of the draft
+that have it, in an engine on the operators' CPU twins."""
 
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -12,18 +13,19 @@ from engine_tools import RULE_3, assert_same_or_tied, draft_of, engine, generate
 from test_draft_model import causal_attention  # noqa: E402
 from vllm.forward_context import set_forward_context  # noqa: E402
 
-from vllm_quantspec.integration.draft import joined_layers, linears  # noqa: E402
+from vllm_quantspec.integration.draft import fused_layers, joined_layers, linears  # noqa: E402
+from vllm_quantspec.integration.draft.fused_layers import fuse_layers  # noqa: E402
 from vllm_quantspec.integration.draft.joined_layers import MAX_ROWS, join_layers  # noqa: E402
 
 
 @contextmanager
 def joined_engine(model: str, **options):
-    """An engine whose draft has the GPU's linears and joined layers, on the CPU twins of their operators."""
+    """An engine whose draft has the GPU's linears, joined and fused layers, on the CPU twins of their operators."""
     gpu = SimpleNamespace(
         is_cuda=lambda: True, is_cpu=lambda: False, get_device_capability=lambda: SimpleNamespace(major=9, minor=0)
     )
     with pytest.MonkeyPatch.context() as patch:
-        for module in (linears, joined_layers):
+        for module in (linears, joined_layers, fused_layers):
             patch.setattr(module, "current_platform", gpu)
         with engine(model, max_model_len=1024, max_num_seqs=8, **quantspec(3), **options) as llm:
             yield llm
@@ -67,10 +69,21 @@ def test_the_view_computes_what_the_draft_does(llm, runner, rows, monkeypatch):
     assert 0 < (own - expected).norm() < 0.02 * expected.norm()  # it rounds elsewhere
 
 
-def test_it_has_the_drafts_own_weights(llm):
+@pytest.mark.parametrize("rows", [MAX_ROWS + 1, 7])
+def test_more_sequences_have_fused_linears(llm, runner, rows, monkeypatch):
+    draft = draft_of(llm)
+    assert draft.forward_of(rows) is draft.fused and draft.forward_of(MAX_ROWS) is draft.joined.model
+    token_ids = torch.randint(0, 4096, (rows,), generator=torch.Generator().manual_seed(rows), dtype=torch.int32)
+    expected, calls = hidden_states(runner, draft.model, token_ids, monkeypatch)
+    own, own_calls = hidden_states(runner, draft.fused, token_ids, monkeypatch)
+    assert own_calls == calls == list(draft.attention_layers)
+    assert 0 < (own - expected).norm() < 0.02 * expected.norm()
+
+
+def test_the_views_have_the_drafts_own_weights(llm):
     draft = draft_of(llm)
     own = {id(p) for p in draft.model.parameters()}
-    assert own >= {id(p) for p in draft.joined.model.parameters()}
+    assert own >= {id(p) for p in draft.joined.model.parameters()} | {id(p) for p in draft.fused.parameters()}
     for before, after in zip(draft.model.model.layers, draft.joined.model.model.layers, strict=True):
         assert before.self_attn.attn is after.attention.attn
         assert hasattr(before.self_attn.qkv_proj, linears.WEIGHT)  # the draft's own attention has its linears still
@@ -92,8 +105,11 @@ def test_few_sequences_take_it(llm, monkeypatch):
         hook.remove()
     drafted, _ = speculation_counts(llm)
     monkeypatch.setattr(draft, "joined", None)
+    of_fused = [generate(llm, [prompt], 24)[0] for prompt in prompts]
+    monkeypatch.setattr(draft, "fused", None)
     without = [generate(llm, [prompt], 24)[0] for prompt in prompts]
     assert speculation_counts(llm)[0] > drafted
+    assert_same_or_tied(without, of_fused, RULE_3)
     assert_same_or_tied(without, answers, RULE_3)
     assert_same_or_tied(without, together, RULE_3)
 
@@ -140,3 +156,34 @@ def test_other_engines_have_no_joined_layers(llm, runner, monkeypatch):
     assert "compute capability 9.0" in reason()
     monkeypatch.setattr("vllm.envs.VLLM_BATCH_INVARIANT", True, raising=False)
     assert "VLLM_BATCH_INVARIANT" in reason()
+
+
+@pytest.mark.parametrize(
+    "name, value, words",
+    [
+        ("mlp.gate_up_proj.quant_method", SimpleNamespace(), "this package's GPU kernel"),
+        ("mlp.down_proj.skip_bias_add", True, "biases"),
+        ("self_attn.qkv_proj.quant_method.in_features", 192, "not divisible by 128"),
+        ("mlp.act_fn", torch.nn.SiLU(), "MLP"),
+    ],
+)
+def test_other_layers_are_not_fused(llm, runner, monkeypatch, name, value, words):
+    module, _, name = name.rpartition(".")
+    owner = draft_of(llm).model.model.layers[0]
+    for part in module.split("."):
+        owner = getattr(owner, part)
+    changed = owner._modules if isinstance(owner, torch.nn.Module) and name in owner._modules else owner.__dict__
+    monkeypatch.setitem(changed, name, value)
+    reason = fuse_layers(draft_of(llm).model, runner.vllm_config, lambda module: module)
+    assert isinstance(reason, str) and words in reason
+
+
+def test_other_engines_have_no_fused_layers(llm, runner, monkeypatch):
+    def reason(model=None, config=runner.vllm_config):
+        return fuse_layers(model or draft_of(llm).model, config, lambda module: module)
+
+    assert "GPUs" in reason(config=SimpleNamespace(parallel_config=SimpleNamespace(tensor_parallel_size=2)))
+    assert "not known here" in reason(torch.nn.Sequential(torch.nn.ModuleList([torch.nn.Linear(2, 2)])))
+    old = SimpleNamespace(get_device_capability=lambda: SimpleNamespace(major=8, minor=9))
+    monkeypatch.setattr(fused_layers, "current_platform", old)
+    assert "begin under one another" in reason()

@@ -113,9 +113,9 @@ def join_layers(draft: nn.Module, vllm_config: VllmConfig, clone: Callable[[nn.M
         return "other GPUs compute a part of each layer"
     if envs.VLLM_BATCH_INVARIANT:
         return "VLLM_BATCH_INVARIANT is set, and one launch rounds elsewhere than seven"
-    decoders = [m for m in draft.modules() if type(m) in _MODELS]
-    if len(decoders) != 1 or getattr(decoders[0], "aux_hidden_state_layers", ()) or len(stack := decoders[0].layers) < 2:
-        return _OTHER_LAYERS
+    stack = stack_of(draft)
+    if isinstance(stack, str):
+        return stack
     shapes = _shapes_of(list(stack), vllm_config.model_config.dtype)
     if isinstance(shapes, str):
         return shapes
@@ -126,19 +126,42 @@ def join_layers(draft: nn.Module, vllm_config: VllmConfig, clone: Callable[[nn.M
         attention = clone(layer.self_attn)
         attention._modules |= {"qkv_proj": Given(), "o_proj": Given()}
         layers.append(JoinedLayer(layer, stack[i + 1] if i + 1 < len(stack) else None, attention, is_first=i == 0))
+    return Joined(with_layers(draft, stack, layers, clone), max_rows)
 
-    def rebuilt(module: nn.Module) -> nn.Module:
-        """``module``, or a clone of it that has the joined layers somewhere below."""
-        if module is stack:
-            return layers
-        children = {name: child and rebuilt(child) for name, child in module._modules.items()}
-        if all(children[name] is child for name, child in module._modules.items()):
-            return module
-        copy = clone(module)
-        copy._modules = children
-        return copy
 
-    return Joined(rebuilt(draft), max_rows)
+def stack_of(draft: nn.Module) -> nn.ModuleList | str:
+    """The decoder layers of ``draft``, or why they are not known here."""
+    decoders = [m for m in draft.modules() if type(m) in _MODELS]
+    if len(decoders) != 1 or getattr(decoders[0], "aux_hidden_state_layers", ()) or len(decoders[0].layers) < 2:
+        return _OTHER_LAYERS
+    return decoders[0].layers
+
+
+def with_layers(
+    module: nn.Module, stack: nn.ModuleList, layers: nn.ModuleList, clone: Callable[[nn.Module], nn.Module]
+) -> nn.Module:
+    """``module``, or a clone of it that has ``layers`` in the place of ``stack`` somewhere below."""
+    if module is stack:
+        return layers
+    children = {name: child and with_layers(child, stack, layers, clone) for name, child in module._modules.items()}
+    if all(children[name] is child for name, child in module._modules.items()):
+        return module
+    copy = clone(module)
+    copy._modules = children
+    return copy
+
+
+def why_not_known(layer: nn.Module, dtype: torch.dtype) -> str | None:
+    """Why a decoder layer may compute something else between its linears than is known here; None if it does not."""
+    if type(layer) not in _LAYERS or type(layer.self_attn) not in _ATTENTIONS or type(layer.mlp) not in _MLPS:
+        return _OTHER_LAYERS
+    if getattr(layer, "ada_rms_norm_t_cond", None) is not None or type(layer.mlp.act_fn) is not SiluAndMul:
+        return "its MLP computes something else"
+    for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+        is_plain = type(norm) is RMSNorm and norm.has_weight and norm.variance_size_override is None
+        if not is_plain or norm.weight.dtype != dtype:
+            return "its norms compute something else"
+    return None
 
 
 def _shapes_of(layers: list[nn.Module], dtype: torch.dtype) -> set[draft_layer.Shape] | str:
@@ -148,14 +171,8 @@ def _shapes_of(layers: list[nn.Module], dtype: torch.dtype) -> set[draft_layer.S
         return "one launch needs a GPU"
     shapes = set()
     for layer, following in zip(layers, [*layers[1:], layers[-1]], strict=True):
-        if type(layer) not in _LAYERS or type(layer.self_attn) not in _ATTENTIONS or type(layer.mlp) not in _MLPS:
-            return _OTHER_LAYERS
-        if getattr(layer, "ada_rms_norm_t_cond", None) is not None or type(layer.mlp.act_fn) is not SiluAndMul:
-            return "its MLP computes something else"
-        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-            is_plain = type(norm) is RMSNorm and norm.has_weight and norm.variance_size_override is None
-            if not is_plain or norm.weight.dtype != dtype:
-                return "its norms compute something else"
+        if (reason := why_not_known(layer, dtype)) is not None:
+            return reason
         inner = layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj
         linears = *inner, following.self_attn.qkv_proj
         for linear in linears:

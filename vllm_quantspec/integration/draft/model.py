@@ -19,6 +19,7 @@ import types
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -49,6 +50,7 @@ from vllm_quantspec.integration.draft.experts import (
     why_no_room,
 )
 from vllm_quantspec.integration.draft.finite import with_finite_logits
+from vllm_quantspec.integration.draft.fused_layers import fuse_layers
 from vllm_quantspec.integration.draft.joined_layers import Joined, join_layers
 from vllm_quantspec.integration.draft.linears import choose_int4_method
 from vllm_quantspec.integration.draft.loaded import effective_weight, is_plain, loaded_bytes, local_shape
@@ -63,6 +65,7 @@ DRAFT_PREFIX = "draft_model."
 # A mixture's router decides which experts run: 4 bits would save nothing there and change much.
 _KEPT_LINEARS = ("gate", "router", "shared_expert_gate")
 _TARGET_TAG = "backbone"
+_View = TypeVar("_View")
 # torch's own attributes of a module: its children, tensors and hooks.
 _MODULE_STATE = nn.Module().__dict__.keys()
 
@@ -72,7 +75,7 @@ class DraftModel:
     """What `build_draft_model` built.
 
     model: called like the target (``input_ids``, ``positions``, ``inputs_embeds``) and has its ``compute_logits``.
-    joined: what computes the same for few tokens, where that is faster, or None.
+    joined: what computes the same for few tokens, where that is faster, or None; fused: likewise for more, or None.
     attention_layers: name of each of the draft's attention layers -> the target's layer whose KV cache it reads.
     int4_bytes: device bytes of the weights in 4 and 8 bits, scales and zero points; target_bytes: of the same as loaded.
     quantized: names of the linears that run in INT4 or INT8; experts: of the mixtures' layers whose experts do.
@@ -84,6 +87,7 @@ class DraftModel:
 
     model: nn.Module | None = None
     joined: Joined | None = None
+    fused: nn.Module | None = None
     attention_layers: dict[str, str] = field(default_factory=dict)
     int4_bytes: int = 0
     target_bytes: int = 0
@@ -96,8 +100,10 @@ class DraftModel:
     stale: bool = False
 
     def forward_of(self, num_tokens: int) -> nn.Module:
-        """What computes the hidden states of so many tokens: ``joined``, or ``model``."""
-        return self.model if self.joined is None or num_tokens > self.joined.max_rows else self.joined.model
+        """What computes the hidden states of so many tokens: ``joined``, ``fused`` or ``model``."""
+        if self.joined is not None and num_tokens <= self.joined.max_rows:
+            return self.joined.model
+        return self.model if self.fused is None else self.fused
 
 
 def build_draft_model(
@@ -347,21 +353,29 @@ class _Builder:
         return self.draft
 
     def _join_layers(self) -> None:
-        config, of_draft = self._compile_config("joined"), DRAFT_PREFIX[:-1]
+        log = logger.debug if current_platform.is_cpu() else logger.info
+        joined, fused = self._view(join_layers, "joined"), self._view(fuse_layers, "fused")
+        if isinstance(joined, str):
+            log("A draft step has several launches between two attentions: %s", joined)
+        else:
+            logger.info("Draft steps of up to %d sequences compute all between attentions in one launch", joined.max_rows)
+            self.draft.joined = joined
+        if isinstance(fused, str):
+            log("Norms and activations of a draft step are torch.compile's: %s", fused)
+        else:
+            self.draft.fused = fused
+
+    def _view(self, make: Callable[..., _View], name: str) -> _View:
+        """What ``make`` makes of the draft, compiled apart from it."""
+        config = self._compile_config(name)
 
         def clone(module: nn.Module) -> nn.Module:
             copy = _shallow_clone(module)
             self._reset_compilation(copy, config)
             return copy
 
-        with backends.set_model_tag(f"{of_draft}_joined"):
-            joined = join_layers(self.draft.model, self.vllm_config, clone)
-        if isinstance(joined, str):
-            log = logger.debug if current_platform.is_cpu() else logger.info
-            log("Every linear and norm of a draft step is a launch of its own: %s", joined)
-        else:
-            logger.info("Draft steps of up to %d sequences compute all between attentions in one launch", joined.max_rows)
-            self.draft.joined = joined
+        with backends.set_model_tag(f"{DRAFT_PREFIX[:-1]}_{name}"):
+            return make(self.draft.model, self.vllm_config, clone)
 
     def _choose_bits(self, target_model: nn.Module) -> None:
         """Give 8 bits to linears that are worth them: by search, as there is next to nothing left for GPTQ to win."""
