@@ -9,7 +9,9 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
+import pytest
 import torch
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
@@ -34,6 +36,12 @@ _leave_out_of_collections = gc.freeze
 gc.freeze = gc.unfreeze = lambda: None
 _engines = 0  # that run in this process
 
+# Each engine on a CPU would look through every module for kernels to replace, for four tenths of a second: once is enough.
+_replace_kernels_once = cache(current_platform.register_triton_kernel_overrides)
+type(current_platform).register_triton_kernel_overrides = staticmethod(_replace_kernels_once)
+
+CPU_CACHE_BYTES = 256 << 20  # to fill 1 GiB with zeros takes as long as the rest of a small engine's start
+
 
 @contextmanager
 def engine(model: str, **kwargs) -> Iterator[LLM]:
@@ -42,7 +50,9 @@ def engine(model: str, **kwargs) -> Iterator[LLM]:
     Eager on a CPU, where compiling takes longer than the test; with torch.compile and CUDA graphs on a GPU.
     """
     kwargs.setdefault("enforce_eager", current_platform.is_cpu())
-    if not current_platform.is_cpu():
+    if current_platform.is_cpu():
+        kwargs.setdefault("kv_cache_memory_bytes", CPU_CACHE_BYTES)
+    else:
         # A fixed size: what other processes do to the card's memory does not matter then.
         kwargs.setdefault("gpu_memory_utilization", 0.2)
         kwargs.setdefault("kv_cache_memory_bytes", 4 << 30)
@@ -55,7 +65,9 @@ def engine(model: str, **kwargs) -> Iterator[LLM]:
     threads, llm = torch.get_num_threads(), None
     _engines += 1
     try:
-        llm = LLM(model, **kwargs)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)  # for processes that tests start; here it would win
+            llm = LLM(model, **kwargs)
         _fail_for_good(llm)
         yield llm
     finally:
