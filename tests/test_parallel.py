@@ -1,9 +1,14 @@
 """Engines of two workers say what one of one says: as processes, and as actors of Ray on two nodes."""
 
+import multiprocessing
+import os
 import secrets
 import sys
 from importlib.util import find_spec
 from itertools import count
+from multiprocessing.forkserver import _forkserver
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,6 +44,19 @@ def cores():
 
 
 @pytest.fixture(scope="module")
+def forked(cores, tmp_path_factory):
+    """From here on vLLM's processes are copies of one that imported it (forked_workers.py), with the environment it has."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["forked_workers"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        patch.setenv("VLLM_CACHE_ROOT", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr("vllm.utils.system_utils.multiprocessing", SimpleNamespace(get_context=lambda method: context))
+        yield
+    _forkserver._stop()
+
+
+@pytest.fixture(scope="module")
 def expected(books_4m, passage):
     """Prompts below one page, of some pages and of many, and what an engine of one worker answers."""
     with engine(books_4m, **quantspec()) as llm:
@@ -64,7 +82,7 @@ def test_processes_with_sparse_drafts(books_4m, expected):
         assert shares[0] == shares[1] < 0.7
 
 
-def test_processes_are_told_who_reads_everything(books_4m, passage, monkeypatch):
+def test_processes_are_told_who_reads_everything(books_4m, passage, monkeypatch, forked):
     """``draft_context: auto``, every second cycle by the scheduler's choice: both workers hear of it in the same step."""
     steps = count()
     monkeypatch.setattr(SparseChoice, "choose", lambda self, names, *more: (set(names) if next(steps) % 2 else set(), set()))
@@ -78,7 +96,7 @@ def test_processes_are_told_who_reads_everything(books_4m, passage, monkeypatch)
     assert len(answer[0].tokens) == MAX_TOKENS
 
 
-def test_a_mixture_of_experts(tmp_path):
+def test_a_mixture_of_experts(tmp_path, forked):
     """Each worker rounds its own half of every expert, and of the shared one."""
     save_mixture("qwen2_moe", tmp_path, torch.float32)
     prompts = [torch.randint(3, 1000, (length,)).tolist() for length in (5, 300)]
@@ -93,7 +111,7 @@ def test_a_mixture_of_experts(tmp_path):
     assert accepted[0] > 0.1 * drafts
 
 
-def test_data_parallel_engines_choose_their_own_numbers_of_drafts(books_4m, expected):
+def test_data_parallel_engines_choose_their_own_numbers_of_drafts(books_4m, expected, forked):
     """Of a dense model: one drafts while the other has nothing to do, then both."""
     prompts, answers = expected
     size = {"max_model_len": 4096, "max_num_seqs": 8, "enforce_eager": True}
@@ -103,9 +121,9 @@ def test_data_parallel_engines_choose_their_own_numbers_of_drafts(books_4m, expe
     assert_same_or_tied([answers[0], *answers[:2]], [alone, *both], TIE, "data parallel")
 
 
-def test_workers_agree_on_rounded_weights_and_on_their_bits(books_4m, expected, tmp_path, monkeypatch):
+def test_workers_agree_on_rounded_weights_and_on_their_bits(books_4m, expected, forked):
     """Each keeps its own half. One whose file is gone cannot write texts alone: both round again."""
-    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    folder = Path(os.environ["VLLM_CACHE_ROOT"])
     options = {"weight_rounding": "gptq", "draft_weights": "mixed", "weight_bits": 6.0}
 
     def start() -> tuple[dict[str, int], dict[str, int]]:
@@ -119,13 +137,13 @@ def test_workers_agree_on_rounded_weights_and_on_their_bits(books_4m, expected, 
         assert_same_or_tied(answers[:1], actual, TIE)
         assert accepted[0] > drafts / 2
         assert choices[0] == choices[1] and set(choices[0].values()) == {4, 8}
-        assert len(list(tmp_path.rglob("losses.json"))) == 1
-        return {path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("rank_*.safetensors")}, choices[0]
+        assert len(list(folder.rglob("losses.json"))) == 1
+        return {path.name: path.stat().st_mtime_ns for path in folder.rglob("rank_*.safetensors")}, choices[0]
 
     first, bits = start()
     assert sorted(first) == ["rank_0.safetensors", "rank_1.safetensors"]
     assert start() == (first, bits)
-    next(tmp_path.rglob("rank_1.safetensors")).unlink()
+    next(folder.rglob("rank_1.safetensors")).unlink()
     again, bits_again = start()
     assert sorted(again) == sorted(first) and again["rank_0.safetensors"] > first["rank_0.safetensors"]
     assert bits_again == bits
