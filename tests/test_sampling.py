@@ -24,7 +24,7 @@ from vllm.sampling_params import StructuredOutputsParams
 G = 128
 TIE = 0.125  # see test_lossless.py
 ALPHA = 1e-3
-DRAWS = 640
+DRAWS = 480
 # The first token comes from the prefill; the second to fourth are drafts that were accepted, or drawn in their place.
 TOKENS = 4
 # Different seeds for the two samples: the test below is one of independent samples.
@@ -133,7 +133,7 @@ def truncated(books_4m, prefix, off, greedy_drafts):
     What they keep changes with a token's rank: in 16 bits many logits are equal or nearly so, and then rounding, which
     depends on the shape of the batch, decides which tokens have a share at all.
     """
-    draws = {}
+    draws, prompt = {}, prefix[: 2 * G + 1]  # all but its last token cached: the first token comes from a decode row, too
     for name, arguments in {
         "off": QUANTSPEC_CACHE,
         "greedy": quantspec(TOKENS - 1, draft_weights="target", draft_sample_method="greedy"),
@@ -141,7 +141,7 @@ def truncated(books_4m, prefix, off, greedy_drafts):
     }.items():
         with engine(books_4m, dtype="float32", **SIZE, **arguments) as llm:
             seed = SEEDS["off" if name == "off" else "on"]
-            draws[name] = [draw(llm, prefix, seed, **TRUNCATED), draw(llm, prefix, seed, DRAWS // 2, **BIASED)]
+            draws[name] = [draw(llm, prompt, seed, **TRUNCATED), draw(llm, prompt, seed, DRAWS // 2, **BIASED)]
             if name != "off":
                 count, accepted = speculation_counts(llm)
                 assert 0.2 * count < accepted[0] < 0.9 * count
