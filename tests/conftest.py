@@ -13,6 +13,8 @@ os.environ.setdefault(
     "OMP_NUM_THREADS",
     str(max(1, len(os.sched_getaffinity(0)) // max(2, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))))),
 )
+# Of vLLM's n-grams; with more of them PyTorch has more, too, and threads wait for each other in a loop.
+os.environ.setdefault("NUMBA_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
 
 import pytest
 from emulated_gpus import GPUS
