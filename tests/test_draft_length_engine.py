@@ -39,7 +39,7 @@ def prompts(tokens):
 def off(books_4m, prompts, tokens):
     """Speculation off: greedy answers, and draws."""
     with engine(books_4m, **SIZE, **QUANTSPEC_CACHE) as llm:
-        return generate(llm, prompts, MAX_TOKENS), draw(llm, tokens[:300], SEEDS["off"], DRAWS, temperature=0.8)
+        return generate(llm, prompts, MAX_TOKENS), draw(llm, tokens[: 2 * G + 1], SEEDS["off"], DRAWS, temperature=0.8)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_greedy_with_another_number_of_drafts_in_every_step(llm, prompts, off, m
 
 def test_draws_with_another_number_of_drafts_in_every_step(llm, tokens, off, monkeypatch):
     chosen = draft_any_number(monkeypatch, 7)
-    draws = draw(llm, tokens[:300], SEEDS["on"], DRAWS, temperature=0.8)
+    draws = draw(llm, tokens[: 2 * G + 1], SEEDS["on"], DRAWS, temperature=0.8)
     p = statistics(off[1], draws)
     assert min(p.values()) > ALPHA, p
     assert set(chosen) == set(AUTO_NUMBERS)

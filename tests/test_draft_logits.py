@@ -61,7 +61,7 @@ def prompts(books_4m, passage):
     from transformers import AutoTokenizer
 
     tokens = AutoTokenizer.from_pretrained(books_4m).encode(passage)
-    return [tokens[37 * i : 37 * i + n] for i, n in enumerate((2 * G + 10, 5, G, 3 * G - 2, 700))]
+    return [tokens[37 * i : 37 * i + n] for i, n in enumerate((2 * G + 1, 5, G, 3 * G - 2, 700))]
 
 
 @pytest.fixture(scope="module")

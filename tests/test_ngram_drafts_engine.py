@@ -49,8 +49,11 @@ def prompts(tokens):
 
 @pytest.fixture(scope="module")
 def repeated(tokens):
-    """A prompt that is said twice, for draws: which token comes next is open, but n-grams always have a draft."""
-    return tokens[:200] + tokens[:120]
+    """A prompt that is said twice, for draws: which token comes next is open, but n-grams always have a draft.
+
+    All but its last token is cached by the second draw.
+    """
+    return tokens[:137] + tokens[:120]
 
 
 @pytest.fixture(scope="module")
