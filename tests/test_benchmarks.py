@@ -70,11 +70,37 @@ def test_attention_bytes_and_points(monkeypatch):
     assert [p.name for p in peers.all_points(["32/8 128k x1"])] == ["32/8 128k x1"]
 
 
-@pytest.mark.parametrize("script", sorted(p.name for p in BENCHMARKS.glob("*.py") if "\nif __name__" in p.read_text()))
-def test_help(script):
-    done = subprocess.run([sys.executable, BENCHMARKS / script, "--help"], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert f"usage: {script}" in done.stdout
+SCRIPTS = sorted(p.name for p in BENCHMARKS.glob("*.py") if "\nif __name__" in p.read_text())
+# Each script in a process of its own, a copy of one that has imported PyTorch.
+ASK = """
+import os, runpy, sys, torch
+folder, sys.path[0], *scripts = sys.argv[1:]
+for script in scripts:
+    if not os.fork():
+        with open(os.path.join(folder, script), "w") as said:
+            os.dup2(said.fileno(), 1)
+            os.dup2(said.fileno(), 2)
+        sys.argv[:] = os.path.join(sys.path[0], script), "--help"
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        sys.exit("did not end with its help")
+    print(script, os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+@pytest.fixture(scope="module")
+def helps(tmp_path_factory) -> dict[str, tuple[int, str]]:
+    """{script: its status and what it says when it is asked for help}"""
+    folder = tmp_path_factory.mktemp("helps")
+    command = [sys.executable, "-c", ASK, folder, BENCHMARKS, *SCRIPTS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    return {name: (int(code), (folder / name).read_text()) for name, code in map(str.split, done.stdout.splitlines())}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help(script, helps):
+    status, text = helps[script]
+    assert status == 0, text
+    assert f"usage: {script}" in text
 
 
 def test_texts_with_a_planted_passage_and_the_table_of_sparse_drafts(monkeypatch):
