@@ -8,6 +8,7 @@ from vllm_quantspec.integration.draft import model as draft_model
 
 G = 128
 LONG = 32768  # positions of the models: at long context the window is a small part
+SIZE = {"max_model_len": LONG, "max_num_seqs": 4, "kv_cache_memory_bytes": 512 << 20}
 INT4 = {"kv_cache_dtype": "quantspec_int4"}
 CONFIGURATIONS = {"cache": QUANTSPEC_CACHE, "speculation": quantspec(4), "int4": INT4}
 
@@ -39,7 +40,7 @@ def model(request) -> str:
 @pytest.fixture(scope="module")
 def bf16(model):
     """(blocks, tokens, bytes per token) of vLLM's own cache."""
-    with engine(model, max_model_len=LONG, max_num_seqs=4) as llm:
+    with engine(model, **SIZE) as llm:
         (group,) = kv_cache_config(llm).kv_cache_groups
         spec = group.kv_cache_spec
         size = len(group.layer_names) * spec.page_size_bytes / spec.block_size
@@ -55,7 +56,7 @@ def test_capacity(configuration, group_size, model, bf16):
     elif group_size != G:
         arguments = {**arguments, "block_size": group_size}
     bits = 4 if configuration == "int4" else 8
-    with engine(model, max_model_len=LONG, max_num_seqs=4, **arguments) as llm:
+    with engine(model, **SIZE, **arguments) as llm:
         groups = kv_cache_config(llm).kv_cache_groups
         hf = llm.llm_engine.model_config.hf_config
         layers, heads, head_size = hf.num_hidden_layers, hf.num_key_value_heads, hf.head_dim
