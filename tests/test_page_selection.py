@@ -44,7 +44,7 @@ def large_ctas(monkeypatch):
         monkeypatch.setattr(reduction, "REDUCE_ELEMENTS", 1 << 14)
 
 
-SEEDS = range(200 if LARGE else 16)
+SEEDS = range(200 if LARGE else 10)
 PROGRAMS = 10_000 if LARGE else 40
 
 

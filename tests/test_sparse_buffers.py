@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from interpreter import DEVICE, RUNS, run_in_the_interpreter, runs
+from interpreter import DEVICE, INTERPRETED, RUNS, run_in_the_interpreter, runs
 
 from vllm_quantspec.format import PageFormat
 from vllm_quantspec.integration.cache.metadata import LayerSettings, QuantSpecMetadata
@@ -117,8 +117,8 @@ def test_a_request_that_shall_read_everything_is_not_scored(make, policy):
 def test_a_step_is_plain_where_the_device_would_choose_nothing(make, policy):
     """Whatever the lengths, a few tokens less than the host knows: a plain step never hides a choice, and is no rarity."""
     sparse, generator = make(policy, "auto", least=100), np.random.default_rng(3)
-    plain = 0
-    for _ in range(30):
+    plain, steps = 0, 15 if INTERPRETED else 30
+    for _ in range(steps):
         most = generator.integers(1, generator.choice([60, 80, 140]) * G, 3)
         whole = {name for name in "abc" if generator.random() < 0.2}
         sparse.begin_step(list("abc"), most, whole)
@@ -134,7 +134,7 @@ def test_a_step_is_plain_where_the_device_would_choose_nothing(make, policy):
         sparse.choose(3, ints(lengths + 1), table, torch.arange(3, device=DEVICE))
         assert not (sparse.plain and sparse.count.any())
         plain += sparse.plain
-    assert (8 < plain < 26) if policy != "snapkv" else plain == 0
+    assert (0.25 * steps < plain < 0.9 * steps) if policy != "snapkv" else plain == 0
 
 
 @runs
