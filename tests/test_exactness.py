@@ -229,24 +229,24 @@ def check(result: dict[str, float], record_property, limit: float = 1e-3) -> Non
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_prefill_on_books_4m(dtype, books_4m, tokens_4m, record_property):
-    check(cache_error(books_4m, tokens_4m, 512, QUANTSPEC_CACHE, dtype), record_property)
+    check(cache_error(books_4m, tokens_4m[:4500], 512, QUANTSPEC_CACHE, dtype), record_property)
 
 
 def test_decode_path_on_books_4m(books_4m, tokens_4m, record_property, decode_tokens):
-    check(cache_error(books_4m, tokens_4m[:1024], 5, quantspec(4)), record_property)
-    assert decode_tokens[0] == decode_tokens[1] >= 1024
+    check(cache_error(books_4m, tokens_4m[:700], 5, quantspec(4)), record_property)
+    assert decode_tokens[0] == decode_tokens[1] >= 700
 
 
 def test_prefill_of_a_novel(books_30m, record_property):
     from transformers import AutoTokenizer
 
     tokens = AutoTokenizer.from_pretrained(books_30m).encode(shared_path("data/books/emma.txt").read_text("utf-8"))
-    check(cache_error(books_30m, tokens[20000 : 20000 + 5000], 512, QUANTSPEC_CACHE, LONG_DTYPE), record_property)
+    check(cache_error(books_30m, tokens[20000 : 20000 + 3000], 512, QUANTSPEC_CACHE, LONG_DTYPE), record_property)
 
 
 def test_decode_path_on_a_novel(books_30m, record_property, decode_tokens):
     from transformers import AutoTokenizer
 
     tokens = AutoTokenizer.from_pretrained(books_30m).encode(shared_path("data/books/dracula.txt").read_text("utf-8"))
-    check(cache_error(books_30m, tokens[20000 : 20000 + 1024], 5, quantspec(4), LONG_DTYPE), record_property)
-    assert decode_tokens[0] == decode_tokens[1] >= 1024
+    check(cache_error(books_30m, tokens[20000 : 20000 + 700], 5, quantspec(4), LONG_DTYPE), record_property)
+    assert decode_tokens[0] == decode_tokens[1] >= 700
