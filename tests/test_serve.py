@@ -141,7 +141,7 @@ def test_stop_string(servers, tokens):
     """Wherever a stop string ends inside a draft, nothing of it and nothing after it is answered."""
     prompt = tokens[200:420]
     text = servers[0].complete(prompt, max_tokens=40, ignore_eos=True)["choices"][0]["text"]
-    for word in dict.fromkeys(text.split()[2:9]):
+    for word in dict.fromkeys(text.split()[2:6]):
         body = {"max_tokens": 40, "ignore_eos": True, "stop": [word]}
         (on,), (off,) = (server.complete(prompt, **body)["choices"] for server in servers)
         assert on["finish_reason"] == "stop" and on["stop_reason"] == word
@@ -241,7 +241,7 @@ def test_structured_output(servers, tokens, name):
     The prompts are cached but for one token: such a request joins a batch with placeholders for drafts.
     """
     constraint, obeys = STRUCTURED[name]
-    prompts = [tokens[40 * i : 40 * i + 257] for i in range(4)]
+    prompts = [tokens[40 * i : 40 * i + 257] for i in range(3)]
     body = {"max_tokens": 60, "structured_outputs": constraint}
     for prompt in prompts:
         on, off = (server.complete(prompt, **body, **LOGPROBS) for server in servers)
@@ -255,7 +255,7 @@ def test_structured_output(servers, tokens, name):
         for future in bound:
             (choice,) = future.result()["choices"]
             assert choice["finish_reason"] == "length" or obeys(choice["text"]), choice["text"]
-        assert [f.result()["usage"]["completion_tokens"] for f in free] == [40] * 4
+        assert [f.result()["usage"]["completion_tokens"] for f in free] == [40] * 3
 
 
 def test_json_in_a_chat(server):
@@ -343,7 +343,7 @@ def test_load(server, passage):
     from serve_load import Load
 
     load = Load(
-        server.address, passage, clients=32, seconds=20, max_prompt=LIMIT - 96, tie=FROM_CACHE, pid=server.process.pid
+        server.address, passage, clients=32, seconds=12, max_prompt=LIMIT - 96, tie=FROM_CACHE, pid=server.process.pid
     )
     summary = load.run(progress=False)
     assert summary["errors"] == []
@@ -368,6 +368,7 @@ def test_more_than_fits(server, tokens):
             assert time.monotonic() < deadline, f"not all are answered: {server.metrics()}"
             metrics = server.metrics()
             most = {name: max(value, metrics[f"vllm:num_requests_{name}"]) for name, value in most.items()}
+            time.sleep(0.2)
     usages = [f.result()["usage"] for f in futures]
     assert [u["completion_tokens"] for u in usages] == lengths
     assert [u["prompt_tokens"] for u in usages] == [len(p) for p in prompts]
