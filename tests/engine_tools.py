@@ -248,6 +248,11 @@ def speculation_counts(llm: LLM) -> tuple[int, list[int]]:
     return int(drafts), [int(n) for n in accepted]
 
 
+def preemptions(llm: LLM) -> int:
+    """How many requests were preempted so far."""
+    return next(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
+
+
 # Drafts by the number of requests in a batch: none from nine on, two from three on, else four.
 SCHEDULE = [[1, 2, 4], [3, 8, 2], [9, 16, 0]]
 

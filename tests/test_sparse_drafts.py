@@ -10,6 +10,7 @@ from engine_tools import (
     assert_same_or_tied,
     engine,
     generate,
+    preemptions,
     put_errors_into_drafts,
     quantspec,
     speculation_counts,
@@ -304,7 +305,7 @@ def test_preemption(books_4m, tokens):
     prompts = [tokens[60 * i : 60 * i + 500 + 130 * i] for i in range(6)]
     size = {"dtype": "float32", "max_model_len": 2048, "max_num_seqs": 6, "enable_prefix_caching": False}
     with engine(books_4m, num_gpu_blocks_override=BLOCKS, **size, **quantspec(4, **POLICIES["snapkv"])) as crowded:
-        alone = [generate(crowded, [p], ANSWER)[0] for p in prompts[4:]]  # the last ones are preempted first
+        two = generate(crowded, prompts[4:], ANSWER)  # the last ones are preempted first
         for policy in ("snapkv", "attention"):
             use(crowded, G, policy)
             before = preemptions(crowded)
@@ -312,11 +313,7 @@ def test_preemption(books_4m, tokens):
             assert preemptions(crowded) > before
             assert page_scores_of(crowded).share.mean < 0.7
             assert [len(a.tokens) for a in together] == [ANSWER] * len(prompts)
-            assert_same_or_tied(alone, together[4:], RECOMPUTED)
-
-
-def preemptions(llm: LLM) -> int:
-    return next(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
+            assert_same_or_tied(two, together[4:], RECOMPUTED)
 
 
 def test_draws_have_the_targets_distribution(books_4m, tokens):
