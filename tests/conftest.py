@@ -26,24 +26,35 @@ SHARED = ROOT.parent / "shared"  # larger models and novels, beside the checkout
 ASSETS = ROOT / "vllm_quantspec" / "assets"
 
 
-# Modules that take minutes, the longest first: two processes are then done at about the same time. Before them come those
-# that start no engine.
+# Modules that take a quarter of a minute and more, the longest first: two processes are then done at about the same time.
+# Before them come those that start no engine.
 LONG = (
     "test_parallel",
+    "test_serve",
     "test_lossless",
-    "test_exactness",
-    "test_acceptance",
     "test_sampling",
     "test_sparse_drafts",
-    "test_serve",
-    "test_models",
-    "test_moe_drafts",
-    "test_ray",
-    "test_int4_cache",
     "test_scheduling",
+    "test_exactness",
+    "test_acceptance",
+    "test_ray",
+    "test_mixed_drafts",
+    "test_plugin",
+    "test_sliding_layers",
+    "test_one_copy_engine",
+    "test_offloading",
+    "test_avx2",
+    "test_int4_cache",
+    "test_benchmarks",
+    "test_weight_updates",
+    "test_sparse_choice_engine",
+    "test_page_selection",
+    "test_draft_model",
+    "test_ngram_drafts_engine",
     "test_prefix_caching",
+    "test_moe_drafts",
+    "test_models",
     "test_vision",
-    "test_draft_length_engine",
 )
 FAST = (
     "test_format",
