@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from interpreter import DEVICE, RUNS, run_in_the_interpreter, runs
+from interpreter import DEVICE, INTERPRETED, RUNS, run_in_the_interpreter, runs
 
 from vllm_quantspec.kernels.search_range import MAX_CODE, reference, search_range
 
@@ -20,11 +20,14 @@ def error_of(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, importanc
     return (error if importance is None else error * importance).sum(-1)
 
 
+# (groups, their size): in the interpreter each number and each size once.
+CASES = [(1, 64), (41, 128), (150, 32)] if INTERPRETED else [(n, size) for n in (1, 41, 150) for size in (32, 64, 128)]
+
+
 @runs
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("size", [32, 64, 128])
 @pytest.mark.parametrize("weighed", [False, True])
-@pytest.mark.parametrize("n", [1, 41, 150])
+@pytest.mark.parametrize("n, size", CASES)
 def test_is_the_reference(n, size, weighed, dtype):
     generator = torch.Generator().manual_seed(n + size)
     # Groups with outliers, some of one sign; in the middle of a wider weight.
