@@ -49,9 +49,9 @@ def main() -> None:
 
 def start(folder: str, options: dict) -> dict:
     """Seconds of building the draft and of the whole start, and the most GPU memory while building it, GiB."""
-    from vllm_quantspec.integration.draft import model
+    from vllm_quantspec.integration.draft import build as draft_build
 
-    build, took = model.build_draft_model, {}
+    build, took = draft_build.build_draft_model, {}
 
     def timed(*arguments, **keywords):
         if torch.cuda.is_available():
@@ -66,14 +66,14 @@ def start(folder: str, options: dict) -> dict:
         took["draft_s"] = time.perf_counter() - started
         return draft
 
-    model.build_draft_model = timed
+    draft_build.build_draft_model = timed
     arguments = {"load_format": "dummy", "skip_tokenizer_init": True, "enforce_eager": True}
     started = time.perf_counter()
     try:
         with engine(folder, 4096, **arguments, speculative_config={"method": "quantspec", **options}):
             took["start_s"] = time.perf_counter() - started
     finally:
-        model.build_draft_model = build
+        draft_build.build_draft_model = build
     return {name: round(value, 2) for name, value in took.items()}
 
 

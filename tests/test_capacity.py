@@ -4,7 +4,7 @@ import pytest
 from engine_tools import QUANTSPEC_CACHE, engine, quantspec
 from vllm import LLM
 
-from vllm_quantspec.integration.draft import model as draft_model
+from vllm_quantspec.integration.draft import build
 
 G = 128
 LONG = 32768  # positions of the models: at long context the window is a small part
@@ -103,7 +103,7 @@ def test_the_start_says_what_the_draft_weighs(books_4m, monkeypatch):
     """The INT4 copy is reported; everything else of the draft is the target's own storage."""
     messages = []
     # Not caplog: the first engine of a process sets up vLLM's loggers anew.
-    monkeypatch.setattr(draft_model.logger, "info", lambda message, *args: messages.append(message % args))
+    monkeypatch.setattr(build.logger, "info", lambda message, *args: messages.append(message % args))
     with engine(books_4m, **quantspec(4)) as llm:
         target, draft = runner(llm).get_model(), runner(llm).drafter.model
         layers = runner(llm).compilation_config.static_forward_context

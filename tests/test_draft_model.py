@@ -11,11 +11,12 @@ vllm = pytest.importorskip("vllm")
 from vllm.forward_context import set_forward_context  # noqa: E402
 from vllm.model_executor.layers.linear import LinearBase  # noqa: E402
 
+from vllm_quantspec.integration.draft import build as draft_build  # noqa: E402
 from vllm_quantspec.integration.draft import calibration, linears, own_linear, rounding, stored  # noqa: E402
-from vllm_quantspec.integration.draft import model as draft_model  # noqa: E402
+from vllm_quantspec.integration.draft.build import build_draft_model  # noqa: E402
 from vllm_quantspec.integration.draft.linears import choose_int4_method, int4_bytes  # noqa: E402
 from vllm_quantspec.integration.draft.loaded import effective_weight, local_shape  # noqa: E402
-from vllm_quantspec.integration.draft.model import DRAFT_PREFIX, build_draft_model  # noqa: E402
+from vllm_quantspec.integration.draft.model import DRAFT_PREFIX  # noqa: E402
 from vllm_quantspec.kernels import int4_linear, rescore_logits  # noqa: E402
 from vllm_quantspec.kernels.int4_linear_fp8 import split  # noqa: E402
 from vllm_quantspec.rotation import rotate_weight  # noqa: E402
@@ -497,7 +498,7 @@ def test_target_weights(runner, build, monkeypatch):
 @pytest.mark.parametrize(("draft_experts", "asked"), [("target", True), ("int4", True), ("int4", False)])
 def test_int4_experts_without_a_mixture_are_said_to_have_no_effect(build, draft_experts, asked, monkeypatch):
     lines = []
-    monkeypatch.setattr(draft_model.logger, "warning", lambda message, *values: lines.append(message % values))
+    monkeypatch.setattr(draft_build.logger, "warning", lambda message, *values: lines.append(message % values))
     build(draft_experts=draft_experts, experts_asked=asked)
     said = ["quantspec: draft_experts 'int4' has no effect: this model has no mixture of experts"]
     assert lines == (said if draft_experts == "int4" and asked else [])

@@ -39,15 +39,15 @@ def test_gptq_is_a_matter_of_the_widest_linear():
 def test_the_engine_says_what_its_draft_logits_take(books_4m, monkeypatch):
     from vllm.engine.arg_utils import EngineArgs
 
-    from vllm_quantspec.integration.draft import model
+    from vllm_quantspec.integration.draft import build
 
     lines = []
-    monkeypatch.setattr(model.logger, "info", lambda message, *values: lines.append(message % values))
+    monkeypatch.setattr(build.logger, "info", lambda message, *values: lines.append(message % values))
     options = {"method": "quantspec", "num_speculative_tokens": 3}
     for dtype, size in (("bfloat16", "0.02"), ("float32", "0.05")):
         options["draft_weights"] = "target" if dtype == "float32" else "int4"
         arguments = EngineArgs(
             model=books_4m, max_model_len=1024, max_num_seqs=1000, speculative_config=dict(options), dtype=dtype
         )
-        model.log_draft_logits(arguments.create_engine_config())
+        build.log_draft_logits(arguments.create_engine_config())
         assert lines[-1].startswith(f"Draft logits: {size} GiB, for 3 drafts of 1000 sequences;")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_draft_model import build, cache_root, run, runner  # noqa: F401  fixtures
 
+from vllm_quantspec.integration.draft import build as draft_build
 from vllm_quantspec.integration.draft import choose_bits, losses, rounding, stored
 from vllm_quantspec.integration.draft import model as draft_model
 from vllm_quantspec.integration.draft.loaded import effective_weight
@@ -192,7 +193,7 @@ def test_one_launch_per_layer_counts_only_where_there_can_be_one(runner, again, 
 
 def test_bits_are_chosen_by_default_where_gptq_runs_unasked(runner, monkeypatch):  # noqa: F811
     built = []
-    monkeypatch.setattr(draft_model, "build_draft_model", lambda *args, **o: built.append(o) or draft_model.DraftModel())
+    monkeypatch.setattr(draft_build, "build_draft_model", lambda *args, **o: built.append(o) or draft_model.DraftModel())
     config = type("Config", (QUANTSPEC,), {
         "draft_weights": "int4", "weight_rounding": "auto", "weight_group_size": 128, "weight_rotation": "none",
         "draft_activations": "model",
@@ -201,10 +202,10 @@ def test_bits_are_chosen_by_default_where_gptq_runs_unasked(runner, monkeypatch)
     monkeypatch.setattr(runner.vllm_config, "speculative_config", config)
 
     def weights(settled: str, **more) -> tuple[str, bool]:
-        monkeypatch.setattr(draft_model, "settle_rounding", lambda *args: settled)
+        monkeypatch.setattr(draft_build, "settle_rounding", lambda *args: settled)
         for name, value in ({"weight_rounding": "auto", "asked_for": ()} | more).items():
             monkeypatch.setattr(config, name, value)
-        draft_model.build_configured_draft(runner.vllm_config, runner.get_model())
+        draft_build.build_configured_draft(runner.vllm_config, runner.get_model())
         return built[-1]["draft_weights"], built[-1]["weights_asked"]
 
     assert weights("gptq") == ("auto", False)

@@ -36,13 +36,14 @@ from vllm.model_executor.layers.quantization.utils import marlin_utils, marlin_u
 from vllm_quantspec.config import QuantSpecOptions
 from vllm_quantspec.integration.draft import experts
 from vllm_quantspec.integration.draft import model as draft_model
+from vllm_quantspec.integration.draft.build import build_draft_model
 from vllm_quantspec.integration.draft.experts import (
     CpuExpertsMethod,
     ExpertShapes,
     MarlinExpertsMethod,
     Wna16ExpertsMethod,
 )
-from vllm_quantspec.integration.draft.model import DRAFT_PREFIX, build_draft_model
+from vllm_quantspec.integration.draft.model import DRAFT_PREFIX
 from vllm_quantspec.kernels import int4_experts
 
 TIE = 0.125  # nats, as in test_lossless.py

@@ -24,7 +24,8 @@ from vllm_quantspec.integration.cache.metadata import WINDOW_SUFFIX, QuantSpecMe
 from vllm_quantspec.integration.cpu.ngram_drafts import NgramDrafts, write_one_hot
 from vllm_quantspec.integration.cpu.page_scores import PageScores, make_page_scores
 from vllm_quantspec.integration.draft import weight_updates
-from vllm_quantspec.integration.draft.model import DraftModel, build_configured_draft
+from vllm_quantspec.integration.draft.build import build_configured_draft
+from vllm_quantspec.integration.draft.model import DraftModel
 from vllm_quantspec.integration.draft.rotary import make_rotary_positions
 from vllm_quantspec.kernels.cpu_page_selection import PageSelection
 

@@ -1,7 +1,7 @@
 """The draft's experts in INT4: what a mixture's layer of the draft computes with, and how it comes from the target's.
 
 A layer of vLLM's (`MoERunner`) routes, and calls the quantization method of its `RoutedExperts` with the experts that each
-token chose. With ``draft_experts: int4`` the draft has a layer of its own (`model._Builder`) with the target's router; its
+token chose. With ``draft_experts: int4`` the draft has a layer of its own (`model.Builder`) with the target's router; its
 method is one of those here. Weights are rounded as linears are (`vllm_quantspec.weights`), some experts at a time, so that
 what this takes beside the copy is bounded; weights that are exchanged later are written into the same tensors, which CUDA
 graphs read.

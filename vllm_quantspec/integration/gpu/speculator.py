@@ -38,7 +38,8 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm_quantspec.draft_length import Plan
 from vllm_quantspec.integration.cache.metadata import WINDOW_SUFFIX
 from vllm_quantspec.integration.draft import weight_updates
-from vllm_quantspec.integration.draft.model import DraftModel, build_configured_draft
+from vllm_quantspec.integration.draft.build import build_configured_draft
+from vllm_quantspec.integration.draft.model import DraftModel
 from vllm_quantspec.integration.draft.rotary import RotaryPositions, make_rotary_positions
 from vllm_quantspec.integration.gpu import sparse_drafts
 from vllm_quantspec.integration.gpu.draft_numbers import numbers_of_drafts
