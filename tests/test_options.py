@@ -3,6 +3,7 @@
 import json
 import logging
 import pickle
+from types import SimpleNamespace
 
 import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
@@ -22,6 +23,7 @@ from vllm_quantspec.config import (
     parse_options,
 )
 from vllm_quantspec.integration.draft import scheduler, sparse_scheduler
+from vllm_quantspec.integration.startup import speculative_config
 from vllm_quantspec.integration.startup.backend_name import quantspec_backend
 from vllm_quantspec.integration.startup.cache_dtype import page_bits
 from vllm_quantspec.integration.startup.engine_args import extension_path
@@ -255,6 +257,18 @@ def test_draft_experts_reach_the_workers(books_4m):
     assert (target.draft_experts, int4.draft_experts) == ("target", "int4")
     assert "draft_experts='int4'" in repr(int4)
     assert target.compute_hash() != int4.compute_hash()
+
+
+def test_a_config_says_which_weights_may_run(books_4m, monkeypatch):
+    """By default on a GPU some have 8 bits where GPTQ can run, which is known later."""
+    plain, asked, rounded = (
+        make(books_4m, speculative_config={"method": "quantspec", **options}).speculative_config
+        for options in ({}, {"draft_weights": "int4"}, {"weight_rounding": "search"})
+    )
+    assert "draft_weights='int4'," in repr(plain)
+    monkeypatch.setattr(speculative_config, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    assert "draft_weights='int4, auto if rounded by GPTQ'" in repr(plain)
+    assert "draft_weights='int4'," in repr(asked) and "draft_weights='int4'," in repr(rounded)
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

@@ -7,6 +7,7 @@ from typing import Any
 from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
 from vllm.config.utils import config
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 from vllm_quantspec.config import (
     AUTO_SCHEDULE,
@@ -90,9 +91,12 @@ class QuantSpecConfig(SpeculativeConfig):
         )
 
     def __repr__(self) -> str:
+        weights = self.draft_weights
+        if "draft_weights" not in self.asked_for and self.weight_rounding == "auto" and not current_platform.is_cpu():
+            weights += ", auto if rounded by GPTQ"  # which is settled when the model is loaded (`draft.build`)
         return (
             f"SpeculativeConfig(method='{METHOD}', num_spec_tokens={'up to ' * self.chooses_number}"
-            f"{self.num_speculative_tokens}, group_size={self.group_size}, draft_weights='{self.draft_weights}', "
+            f"{self.num_speculative_tokens}, group_size={self.group_size}, draft_weights='{weights}', "
             f"draft_experts='{self.draft_experts}', draft_kv='{self.draft_kv}', draft_context={self.draft_context!r}, "
             f"ngram='{self.ngram}')"
         )
