@@ -36,6 +36,17 @@ DEV void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
                "r"(bytes), "r"(barrier)
                : "memory");
 }
+// A matrix in memory and the size of the boxes that are copied of it, as the driver encodes them (nvrtc.py).
+struct __align__(64) TensorMap {
+  u64 words[16];
+};
+// The box that begins at column x of row y, counted in elements: all of it, zeros where the matrix has ended.
+DEV void copy_box(u32 to, const TensorMap& map, int x, int y, u32 barrier) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1,{%2,%3}],[%4];" ::"r"(to),
+               "l"(&map), "r"(x), "r"(y), "r"(barrier)
+               : "memory");
+}
+DEV void prefetch(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
 #endif
 // Until as many threads have come here: those that multiply, without those that fill the ring.
 template <int THREADS>

@@ -1,6 +1,7 @@
 // All that a decoder layer computes between two attentions, for up to 4 tokens, in one launch:
 //     o -> add residual, RMSNorm -> gate and up -> silu(gate) * up -> down -> add residual, RMSNorm -> the next layer's qkv
-// with INT4 weights in groups of 128, in the order of int4_linear.py. Compiled by NVRTC.
+// with INT4 weights in groups of 128, in the order of int4_linear.py (draft_layer_packed.cuh) or in that of vLLM's Marlin kernel
+// (draft_layer_marlin.cuh, up to 2 tokens). A row tile is 16 outputs in either. Compiled by NVRTC.
 //
 // The four linears are phases of one CTA per multiprocessor (or MIN_CTAS), each with its share of the row tiles of every phase;
 // between two phases all CTAs wait for each other (grid_barrier.cuh). One warp brings weights into a ring in shared memory and
@@ -16,22 +17,34 @@
 // released after it, by all CTAs, so that it cannot begin, and take a place on the GPU, before all CTAs of this launch are there.
 //
 // Macros: IS_BF16 WARPS STAGES FLIGHT TOKENS HIDDEN_TILES (row tiles of o and down in a pass) PAIRS (of gate and up, in a pass)
-//         QKV_TILES PIECES (of 8 channels of a token, that a thread normalizes) MIN_CTAS
+//         QKV_TILES PIECES (of 8 channels of a token, that a thread normalizes) MIN_CTAS MARLIN (the order) HAS_ZEROS (with it)
 
 #include "draft_layer_inputs.cuh"
 
 DEV constexpr int max3(int a, int b, int c) { return a > b ? (a > c ? a : c) : (b > c ? b : c); }
 constexpr int S = STAGES;
-constexpr int CODES = 1024, SCALES = 64, STAGE = NW * (CODES + SCALES), RING = S * STAGE;
-constexpr int TILE_SUMS = 8 * TOKENS;  // of a warp, in float2: rows g and g + 8 of a token
+constexpr int TILE_SUMS = 8 * TOKENS;  // of a warp, in float2: rows r and r + 8 of a token
 static_assert(max3(PAIRS, HIDDEN_TILES, QKV_TILES) * TILE_SUMS <= THREADS, "a thread finishes one float2");
 static_assert(FLIGHT <= STAGES && TOKENS <= 4, "");
 
-struct Linear {
-  const u8* codes;
-  const u8* scales;
-  int tiles, chunks;
+struct Cursor {
+  int slot;
+  u32 parity;
+  DEV void step() {
+    if (++slot == S) slot = 0, parity ^= 1;
+  }
 };
+// Lanes read their column of B fragments, and scales of the token whose sums they have.
+struct Column {
+  u32 codes, scales;
+};
+#if MARLIN
+#include "draft_layer_marlin.cuh"
+#else
+#include "draft_layer_packed.cuh"
+#endif
+constexpr int RING = S * STAGE;
+
 struct Params {
   Linear o, gate_up, down, qkv;
   const u16* attention;
@@ -48,11 +61,7 @@ struct Params {
 };
 
 extern __shared__ __align__(128) u8 smem[];  // ring, squares of normalize, and then what a phase needs
-// A phase's shared memory: inputs of so many chunks, their scales, and the warps' sums. Lanes read their column of B fragments,
-// and scales of the token whose sums they have.
-struct Column {
-  u32 codes, scales;
-};
+// A phase's shared memory: inputs of so many chunks, their scales, and the warps' sums.
 struct Phase {
   Inputs in;
   float2* sums;
@@ -62,7 +71,7 @@ struct Phase {
 DEV Phase phase_of(u8* at, int chunks, int lane) {
   const Inputs in = {at, reinterpret_cast<float4*>(at + chunks * INPUT_BYTES)};
   return {in, reinterpret_cast<float2*>(in.scales + chunks * TOKENS),
-          {column_of_lane(in, lane), shared_address(in.scales + min(lane & 3, TOKENS - 1))}};
+          {column_of_lane(in, lane), shared_address(in.scales + token_of_sums(lane))}};
 }
 
 struct Share {
@@ -73,13 +82,6 @@ DEV Share share_of(int units) {
 }
 
 // ---- The warp that fills the ring -----------------------------------------------------------------------------------
-struct Cursor {
-  int slot;
-  u32 parity;
-  DEV void step() {
-    if (++slot == S) slot = 0, parity ^= 1;
-  }
-};
 struct Filling {
   u32 ring, full, empty;
   Cursor next, awaited;  // the stage to fill, and the oldest that may not be there yet
@@ -95,78 +97,30 @@ DEV void fill(Filling& f, const Linear& l, Share share) {
       const int n = min(NW, l.chunks - chunk);
       for (int i = 0; i < count; i++) {
         const int tile = PAIRED ? first + i / 2 + (i & 1) * (l.tiles / 2) : first + i;
-        const i64 unit = (i64)tile * l.chunks + chunk;
+        const Place from(l, tile, chunk);
         const u32 to = f.ring + f.next.slot * STAGE, done = f.full + f.next.slot * 8;
         if (f.asked == FLIGHT) wait_for(f.full + f.awaited.slot * 8, f.awaited.parity), f.awaited.step();
         else f.asked++;
         wait_for(f.empty + f.next.slot * 8, f.next.parity ^ 1);
-        arrive_expecting(done, n * (CODES + SCALES));
-        copy_bulk(to, l.codes + unit * CODES, n * CODES, done);
-        copy_bulk(to + NW * CODES, l.scales + unit * SCALES, n * SCALES, done);
+        ask_for_stage(l, from, n, to, done);
         f.next.step();
       }
     }
   }
 }
 
-// ---- The warps that multiply ----------------------------------------------------------------------------------------
-struct Ring {
-  u32 codes, scales, full, empty;  // addresses of this lane's part of the first stage, and of barriers
-  Cursor at;
-};
-// This warp's sums of `count` row tiles: rows g and g + 8 of token t of lane 4*g+t.
-template <int T>
-DEV void multiply(float (&acc)[T][2], Ring& r, int count, int chunks, const Column& in, int warp, int lane) {
-#pragma unroll
-  for (int i = 0; i < T; i++) acc[i][0] = acc[i][1] = 0.f;
-#pragma unroll 1
-  for (int begin = 0; begin < chunks; begin += NW) {
-    const int chunk = min(begin + warp, chunks - 1);
-    const uint4 x[2] = {lds128(in.codes + chunk * INPUT_BYTES), lds128(in.codes + chunk * INPUT_BYTES + INPUT_BYTES / 2)};
-    const uint4 f = lds128(in.scales + chunk * TOKENS * 16);
-    const float scale = __uint_as_float(f.x), sum = __uint_as_float(f.y), offset = __uint_as_float(f.z);
-#pragma unroll
-    for (int i = 0; i < T; i++) {
-      if (i >= count) break;
-      wait_for(r.full + r.at.slot * 8, r.at.parity);
-      const u32 stage = r.at.slot * STAGE;
-      const uint4 w[2] = {lds128(r.codes + stage), lds128(r.codes + stage + 512)};
-      const uint2 of_rows = lds64(r.scales + stage);
-      __syncwarp();
-      if (lane == 0) arrive(r.empty + r.at.slot * 8);
-      r.at.step();
-      if (begin + warp >= chunks) continue;
-      u32 c[4] = {ONES, ONES, ONES, ONES};  // the higher byte's sum, the lower one's; of row g + 8
-#pragma unroll
-      for (int j = 0; j < 4; j++) {
-        const u32 v0 = word(w[j / 2], j % 2 * 2), v1 = word(w[j / 2], j % 2 * 2 + 1), mask = 0x0f0f0f0f;
-        multiply_bytes(c, v0 & mask, v0 >> 4 & mask, v1 & mask, v1 >> 4 & mask, word(x[j / 2], j % 2 * 2),
-                       word(x[j / 2], j % 2 * 2 + 1));
-      }
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-        const u32 pair = h ? of_rows.y : of_rows.x;
-        const float high = __uint_as_float(c[2 * h]) - ONES_FLOAT, low = __uint_as_float(c[2 * h + 1]) - ONES_FLOAT;
-        const float product = fmaf(scale, fmaf(high, 256.f, low), offset);
-        acc[i][h] = fmaf(low_float(pair), fmaf(-high_float(pair), sum, product), acc[i][h]);
-      }
-    }
-  }
-}
-
 // ---- Sums of the warps ----------------------------------------------------------------------------------------------
-// What a thread finishes: rows g and g + 8 of a row tile (or of one of gate and the same of up), one token.
+// What a thread finishes: two rows of a row tile (or of one of gate and the same of up), 8 apart, one token.
 struct Position {
   int unit, g, token;
   DEV Position(int thread) : unit(thread / TILE_SUMS), g(thread % TILE_SUMS / TOKENS), token(thread % TOKENS) {}
 };
 template <int T>
-DEV void leave_sums(const float (&acc)[T][2], int count, float2* sums, int warp, int lane) {
-  const int g = lane >> 2, t = lane & 3;
-  if (t < TOKENS) {
+DEV void leave_sums(const float (&acc)[T][LANE_SUMS], int count, float2* sums, int warp, int lane) {
+  if ((lane & 3) < LANES_WITH_SUMS) {
 #pragma unroll
     for (int i = 0; i < T; i++)
-      if (i < count) sums[(warp * T + i) * TILE_SUMS + g * TOKENS + t] = make_float2(acc[i][0], acc[i][1]);
+      if (i < count) leave_tile(acc[i], sums + (warp * T + i) * TILE_SUMS, lane);
   }
   meet<THREADS>();
 }
@@ -193,13 +147,13 @@ DEV void add_linear(const Params& p, const Linear& l, Share share, Ring& ring, c
   const Position at(threadIdx.x);
 #pragma unroll 1
   for (int first = share.begin; first < share.end; first += HIDDEN_TILES) {
-    const int count = min(HIDDEN_TILES, share.end - first), row = (first + at.unit) * 16 + at.g;
+    const int count = min(HIDDEN_TILES, share.end - first), row = row_of(first + at.unit, at.g);
     const bool mine = at.unit < count;
     u32 old[2] = {0, 0};
 #pragma unroll
     for (int h = 0; h < 2; h++)
       if (mine) old[h] = read16(residual + at.token * residual_stride + row + h * 8);
-    float acc[HIDDEN_TILES][2];
+    float acc[HIDDEN_TILES][LANE_SUMS];
     multiply<HIDDEN_TILES>(acc, ring, count, l.chunks, phase.column, warp, lane);
     leave_sums(acc, count, phase.sums, warp, lane);
     if (mine) {
@@ -219,13 +173,13 @@ DEV void activate(const Params& p, Share share, Ring& ring, const Phase& phase, 
 #pragma unroll 1
   for (int first = share.begin; first < share.end; first += PAIRS) {
     const int count = min(PAIRS, share.end - first);
-    float acc[T][2];
+    float acc[T][LANE_SUMS];
     multiply<T>(acc, ring, 2 * count, p.gate_up.chunks, phase.column, warp, lane);
     leave_sums(acc, 2 * count, phase.sums, warp, lane);
     if (at.unit < count) {
       const float2 gate = sum_of<T>(phase.sums, 2 * at.unit, threadIdx.x % TILE_SUMS);
       const float2 up = sum_of<T>(phase.sums, 2 * at.unit + 1, threadIdx.x % TILE_SUMS);
-      store(p.activated, p.gate_up.tiles * 8, (first + at.unit) * 16 + at.g, at.token, silu(gate.x) * up.x,
+      store(p.activated, p.gate_up.tiles * 8, row_of(first + at.unit, at.g), at.token, silu(gate.x) * up.x,
             silu(gate.y) * up.y);
     }
     if (first + PAIRS < share.end) meet<THREADS>();
@@ -237,11 +191,12 @@ DEV void project(const Params& p, Share share, Ring& ring, const Phase& phase, i
   const Position at(threadIdx.x);
 #pragma unroll 1
   for (int first = share.begin; first < share.end; first += QKV_TILES) {
-    const int count = min(QKV_TILES, share.end - first), row = (first + at.unit) * 16 + at.g;
+    const int count = min(QKV_TILES, share.end - first), row = row_of(first + at.unit, at.g);
     const bool mine = at.unit < count;
     float b0 = 0.f, b1 = 0.f;
-    if (mine && p.bias) b0 = low_float(read16(p.bias + row)), b1 = low_float(read16(p.bias + row + 8));
-    float acc[QKV_TILES][2];
+    const int place = bias_of(first + at.unit, at.g);
+    if (mine && p.bias) b0 = low_float(read16(p.bias + place)), b1 = low_float(read16(p.bias + place + BIAS_STEP));
+    float acc[QKV_TILES][LANE_SUMS];
     multiply<QKV_TILES>(acc, ring, count, p.qkv.chunks, phase.column, warp, lane);
     leave_sums(acc, count, phase.sums, warp, lane);
     if (mine) {
@@ -266,6 +221,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, MIN_CTAS) draft_layer
   if (warp == NW) {
     if (lane > 0) return;
     Filling f = {ring_at, full, empty, {0, 0}, {0, 0}, 0};
+    expect(p.o), expect(p.gate_up), expect(p.down), expect(p.qkv);
     fill<HIDDEN_TILES, false>(f, p.o, hidden);
     fill<2 * PAIRS, true>(f, p.gate_up, pairs);
     fill<HIDDEN_TILES, false>(f, p.down, hidden);
@@ -275,7 +231,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, MIN_CTAS) draft_layer
   const int channels = p.o.tiles * 16;
   float* const squares = reinterpret_cast<float*>(smem + RING);
   u8* const rest = smem + RING + (p.gate_up.chunks * TOKENS * 4 + 127) / 128 * 128;
-  Ring ring = {ring_at + warp * CODES + lane * 16, ring_at + NW * CODES + warp * SCALES + (lane >> 2) * 8, full, empty, {0, 0}};
+  Ring ring = ring_of(ring_at, full, empty, warp, lane);
   GridBarrier all;
   wait_for_predecessor();
   release_successor();

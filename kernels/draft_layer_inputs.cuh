@@ -1,7 +1,7 @@
 // Inputs of a linear in shared memory, as 16-bit integers with a scale for each token and chunk of 128 channels: two bytes, which
 // are two columns of the B operand of mma.m16n8k32. Codes of 4 bits are unpacked to bytes with 3 instructions per word (7 to
 // 16-bit floats), and a product holds twice the channels. The largest of 128 numbers keeps 15 bits, where bfloat16 has 8.
-// Macros: IS_BF16 WARPS TOKENS (up to 4) PIECES (of 8 channels of a token, that a thread normalizes)
+// Macros: IS_BF16 WARPS TOKENS (up to 4) PIECES (of 8 channels of a token, that a thread normalizes) MARLIN HAS_ZEROS
 #pragma once
 
 #include "barriers.cuh"
@@ -13,8 +13,14 @@ constexpr u32 ALL_LANES = 0xffffffffu;
 // 1.5 * 2^23: as a float, its last bits count in ones, so that an integer of 22 bits added to it is a float's mantissa.
 constexpr u32 ONES = 0x4b400000u;
 constexpr float ONES_FLOAT = 12582912.f, MOST = 127.f * 256;
+#if MARLIN
+// What is added to zero points by draft_layer_marlin.cuh; where weights have none, it is 8 that is taken away from codes.
+constexpr float ZERO_OFFSET = HAS_ZEROS ? 128.f : -8.f;
+constexpr int INPUT_BYTES = TOKENS * 256 + 32;  // of a chunk; 16 bytes more for each half, so that stores meet other banks
+#else
 constexpr float ZERO_OFFSET = IS_BF16 ? 128.f : 64.f;  // that zero points are stored with (MAGIC in int4_linear.py)
 constexpr int INPUT_BYTES = TOKENS * 256;              // of a chunk
+#endif
 
 // a: bytes of codes, 4 channels a register, rows g and g + 8 in turn; b: bytes of inputs.
 DEV void multiply_bytes(u32 (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
@@ -26,13 +32,15 @@ DEV void multiply_bytes(u32 (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32
 // Where a linear's inputs are. Codes: [chunk][half][token][higher or lower byte][t], 16 bytes that lane 4*g+t of column g
 // multiplies: channels 64*half + 8*t + 0 2 1 3, 4 6 5 7 and the same 32 channels on. Scales: [chunk][token], the scale, and
 // the sum of the token's channels in the chunk, alone and times ZERO_OFFSET.
+// In Marlin's order these 16 bytes are of rows of 16 channels: channels 64*half + 16*i + 2*t + 0 1 8 9, for i from 0 to 3.
 struct Inputs {
   u8* codes;
   float4* scales;
 };
-// Columns 2*n and 2*n+1 are the bytes of token n. Columns of tokens that are not there repeat the last one.
+// Columns 2*n and 2*n+1 are the bytes of token n; in Marlin's order, of token n / 2, and a lane's codes are of two rows of
+// outputs: even n are for the first, odd for the second. Columns of tokens that are not there repeat the last one.
 DEV u32 column_of_lane(const Inputs& in, int lane) {
-  return shared_address(in.codes) + min(lane >> 3, TOKENS - 1) * 128 + (lane >> 2 & 1) * 64 + (lane & 3) * 16;
+  return shared_address(in.codes) + min(lane >> (MARLIN ? 4 : 3), TOKENS - 1) * 128 + (lane >> 2 & 1) * 64 + (lane & 3) * 16;
 }
 
 // 8 channels of a token: number `piece` of them. The 16 lanes that have a chunk's call this together.
@@ -58,11 +66,28 @@ DEV void store_piece(const Inputs& in, const float (&v)[8], int token, int piece
             __dp4a((int)low[0], ONE_EACH, __dp4a((int)low[1], ONE_EACH, 0));
 #pragma unroll
   for (int other = 8; other; other /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, other);
+#if MARLIN
+  // A row's channels are two lanes': the first stores the higher bytes of all, the second the lower ones.
+  const bool second = piece & 1;
+  u32 first8[2], last8[2];
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const u32 other = __shfl_xor_sync(ALL_LANES, second ? high[i] : low[i], 1);
+    first8[i] = second ? other : high[i], last8[i] = second ? low[i] : other;
+  }
+  if (!there) return;
+  const int chunk = piece / 16, row = piece % 16 / 2;
+  u8* const to = in.codes + chunk * INPUT_BYTES + row / 4 * (INPUT_BYTES / 2) + token * 128 + second * 64 + row % 4 * 4;
+#pragma unroll
+  for (int t = 0; t < 4; t++)
+    *reinterpret_cast<u32*>(to + t * 16) = __byte_perm(first8[t / 2], last8[t / 2], t % 2 ? 0x7531 : 0x6420);
+#else
   if (!there) return;
   const int chunk = piece / 16, j = piece / 4 % 4, t = piece % 4;
   u8* const to = in.codes + ((chunk * 2 + j / 2) * TOKENS + token) * 128 + t * 16 + j % 2 * 8;
   *reinterpret_cast<uint2*>(to) = make_uint2(high[0], high[1]);
   *reinterpret_cast<uint2*>(to + 64) = make_uint2(low[0], low[1]);
+#endif
   if (piece % 16 == 0) {
     const float scale = most * (1.f / MOST), of_sum = scale * sum;
     in.scales[chunk * TOKENS + token] = make_float4(scale, of_sum, of_sum * ZERO_OFFSET, 0.f);

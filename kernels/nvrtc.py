@@ -1,7 +1,7 @@
 """CUDA source to a kernel that can be launched: NVRTC and the driver, through ``cuda.bindings`` (part of CUDA PyTorch)."""
 
 import ctypes
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,6 +85,42 @@ def launch(kernel: Kernel, params: ctypes.Structure, grid_y: int = 1, grid_x: in
         kernel.config.gridDimX = grid_x
     kernel.config.gridDimY, kernel.config.hStream = grid_y, torch.cuda.current_stream().cuda_stream
     call("cuLaunchKernelEx", kernel.config, kernel.function, ctypes.addressof(pointers), 0)
+
+
+class TensorMap(ctypes.Structure):
+    """A matrix in memory and the size of the boxes that a kernel copies of it, as the driver encodes them."""
+
+    _fields_ = [("words", ctypes.c_uint64 * 16)]
+
+
+@lru_cache(1 << 14)
+def tensor_map(address: int, rows: int, columns: int, element_size: int, box_columns: int, box_rows: int) -> TensorMap:
+    """Of a contiguous matrix. Rows of it and of boxes have multiples of 16 bytes, boxes at most 256 rows and columns.
+
+    Not by the bindings: what theirs writes to is not always aligned to 64 bytes, as it has to be.
+
+    Raises:
+        RuntimeError: the driver does not take it.
+    """
+    encode = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
+    room = ctypes.create_string_buffer(ctypes.sizeof(TensorMap) + 64)
+    start = -ctypes.addressof(room) % 64
+    unsigned = {1: 0, 2: 1, 4: 2, 8: 4}[element_size]  # CU_TENSOR_MAP_DATA_TYPE_UINT8, ...
+    no_interleave, no_swizzle, from_memory_by_256_bytes, zeros_outside = 0, 0, 3, 0
+    error = encode(
+        ctypes.c_void_p(ctypes.addressof(room) + start),
+        ctypes.c_int(unsigned),
+        ctypes.c_uint32(2),
+        ctypes.c_void_p(address),
+        (ctypes.c_uint64 * 2)(columns, rows),
+        (ctypes.c_uint64 * 1)(columns * element_size),
+        (ctypes.c_uint32 * 2)(box_columns, box_rows),
+        (ctypes.c_uint32 * 2)(1, 1),
+        *map(ctypes.c_int, (no_interleave, no_swizzle, from_memory_by_256_bytes, zeros_outside)),
+    )
+    if error:
+        raise RuntimeError(f"cuTensorMapEncodeTiled failed: error {error}.")
+    return TensorMap.from_buffer_copy(room, start)
 
 
 @cache

@@ -19,6 +19,11 @@ DEV u32 lds32(u32 a) {
   asm volatile("ld.shared.u32 %0,[%1];" : "=r"(r) : "r"(a));
   return r;
 }
+DEV u32 lds16(u32 a) {
+  u16 r;
+  asm volatile("ld.shared.u16 %0,[%1];" : "=h"(r) : "r"(a));
+  return r;
+}
 DEV uint2 lds64(u32 a) {
   uint2 r;
   asm volatile("ld.shared.v2.u32 {%0,%1},[%2];" : "=r"(r.x), "=r"(r.y) : "r"(a));
