@@ -188,7 +188,9 @@ def test_one_launch_per_layer_counts_only_where_there_can_be_one(runner, again, 
     for capability, possible in (((8, 9), False), ((9, 0), True), ((12, 0), True), (None, True)):
         platform = SimpleNamespace(get_device_capability=lambda of=capability: of)
         monkeypatch.setattr(choose_bits, "current_platform", platform)
-        assert choose_bits._can_join_layers(linears) == possible
+        assert choose_bits._can_join_layers(linears, torch.nn.Linear(2, 2)) == possible
+    monkeypatch.setattr(choose_bits, "is_shared", lambda module: isinstance(module, torch.nn.Linear))
+    assert not choose_bits._can_join_layers(linears, torch.nn.Sequential(torch.nn.Linear(2, 2)))
 
 
 def test_bits_are_chosen_by_default_where_gptq_runs_unasked(runner, monkeypatch):  # noqa: F811

@@ -70,6 +70,10 @@ def test_a_linear_computes_what_its_file_says(form, dtype, marlin):
     with one_rank():
         layer, weight, bias = build(form, dtype, bias=True)
         assert one_copy.is_shared(layer)
+        read = [getattr(layer, name) for name in one_copy.weights_of(layer)]
+        assert len(read) == 2 + form.has_zeros
+        applied = marlin_linear.dequantize(marlin_linear.MarlinWeight(*read, *[None] * (3 - len(read))))
+        assert torch.equal(applied.to(dtype), weight.to(dtype))
         packed = [p for name, p in layer.named_parameters() if name != "bias" and p.numel() > 2]
         groups = 1 if form.group_size == -1 else IN // form.group_size
         expected_bytes = OUT * IN // 2 + OUT * groups * 2 + (OUT * groups // 2 if form.has_zeros else 0)
@@ -116,8 +120,9 @@ def test_what_stays_with_vllm(changes, why):
 
 def test_the_draft_shares_what_is_marked():
     layer, other = SimpleNamespace(), SimpleNamespace()
-    one_copy.mark(layer)
+    one_copy.mark(layer, ("qweight", "scales"))
     assert one_copy.is_shared(layer) and not one_copy.is_shared(other)
+    assert one_copy.weights_of(layer) == ("qweight", "scales") and not one_copy.weights_of(other)
 
 
 # --- What a checkpoint says -------------------------------------------------------------------------------------------

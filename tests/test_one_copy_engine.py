@@ -5,6 +5,7 @@ and vLLM is made to choose Marlin.
 """
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from vllm.model_executor.layers.quantization import auto_awq, auto_gptq
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import compressed_tensors_wNa16
 
 from vllm_quantspec.config import EngineOptions
+from vllm_quantspec.integration.draft import joined_layers
 from vllm_quantspec.integration.gpu import marlin_linears
+from vllm_quantspec.kernels import draft_layer
 
 CUDA = torch.cuda.is_available()
 LAYERS = SIZES["num_hidden_layers"]
@@ -85,3 +88,36 @@ def test_target_and_draft_read_one_copy(form, one_copy, tmp_path):
         assert len(draft.one_copy) == 4 * LAYERS and not draft.quantized and draft.int4_bytes == 0
     assert_same_or_tied(alone, drafted, TIE, "with drafts")
     assert drafts > 10 and sum(accepted) > 0.95 * 3 * drafts
+
+
+JOINED = [Format("gptq", 128), Format("awq" if CUDA else "compressed-tensors", 128, True)]
+
+
+@pytest.mark.skipif(
+    CUDA and torch.cuda.get_device_capability() < draft_layer.MIN_CAPABILITY, reason="needs compute capability 9.0"
+)
+@pytest.mark.parametrize("form", JOINED, ids=name_of)
+def test_few_sequences_have_one_launch_per_layer(form, one_copy, tmp_path, monkeypatch):
+    """On the one copy, in Marlin's order: the same answers, and drafts that are believed as often."""
+    if not CUDA:
+        hopper = SimpleNamespace(get_device_capability=lambda: SimpleNamespace(major=9, minor=0))
+        monkeypatch.setattr(joined_layers, "current_platform", hopper)
+    save(form, tmp_path / "quantized", tmp_path / "plain")
+    prompts = [torch.randint(3, 1000, (length,)).tolist() for length in (40, 300)]
+    arguments, exact = {**ENGINE, "dtype": "bfloat16"}, quantspec(3, quantize_lm_head=False, draft_kv="int8")
+    with engine(str(tmp_path / "quantized"), **arguments, **exact, **one_copy) as llm:
+        draft = draft_of(llm)
+        assert draft.joined.max_rows == 2 and len(draft.one_copy) == 4 * LAYERS
+        if not CUDA:  # a graph calls no hook
+            rows = []
+            draft.joined.model.register_forward_pre_hook(
+                lambda *given: rows.append(len(given[2]["input_ids"])), with_kwargs=True
+            )
+        together = generate(llm, prompts, 24)
+        alone = [generate(llm, [prompt], 24)[0] for prompt in prompts]
+        drafts, accepted = speculation_counts(llm)
+        assert CUDA or set(rows) == {1, 2}
+    assert sum(accepted) > 0.95 * 3 * drafts > 0
+    assert_same_or_tied(together, alone, TIE, "alone")
+    with engine(str(tmp_path / "quantized"), **arguments, **QUANTSPEC_CACHE, **one_copy) as llm:
+        assert_same_or_tied(generate(llm, prompts, 24), together, TIE, "without drafts")

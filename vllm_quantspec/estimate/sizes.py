@@ -187,7 +187,7 @@ def model_from(config: dict, name: str) -> Model:
         linear_bits := None if isinstance(checkpoint, str) else checkpoint.bits(c.hidden_size),
         text.get("model_type") in JOINED_TYPES
         and experts is None
-        and linear_bits is None
+        and (linear_bits is None or checkpoint.group_size == 128)  # others are not, with one copy
         and not any(n % 128 for n in (c.hidden_size, c.intermediate_size, c.num_attention_heads * head_size)),
     )
 

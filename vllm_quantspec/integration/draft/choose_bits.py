@@ -22,6 +22,7 @@ from vllm.platforms import current_platform
 from vllm_quantspec import estimate, precision
 from vllm_quantspec.config import AUTO_NUMBERS, MIXED_BITS
 from vllm_quantspec.integration.draft.losses import measure_losses
+from vllm_quantspec.integration.draft.one_copy import is_shared
 from vllm_quantspec.integration.draft.own_linear import OwnLinear
 from vllm_quantspec.integration.draft.room import left_for_cache
 from vllm_quantspec.integration.draft.stored import KeptLosses
@@ -68,7 +69,7 @@ def choose_bits(
     if weight_bits is not None:
         choice, why = precision.within(candidates, weight_bits), f"within weight_bits {weight_bits:g}"
     else:
-        choice, why = fastest_bits(vllm_config, candidates, draft_weights == "mixed", _can_join_layers(linears))
+        choice, why = fastest_bits(vllm_config, candidates, draft_weights == "mixed", _can_join_layers(linears, model))
     logger.info(
         "%d of %d linears of the draft in 8 bits, %.2f bits per weight on average, %s; expected acceptance %.3f, with 4 "
         "bits alone %.3f",
@@ -82,10 +83,15 @@ def choose_bits(
     return choice
 
 
-def _can_join_layers(linears: Sequence[OwnLinear]) -> bool:
-    """Whether a draft all in 4 bits may have one launch per layer, as far as this GPU and its linears say."""
+def _can_join_layers(linears: Sequence[OwnLinear], model: nn.Module) -> bool:
+    """Whether a draft all in 4 bits may have one launch per layer, as far as this GPU and its linears say.
+
+    It may not where some linears of ``model``, the target, are one copy: these are in another order.
+    """
     capability = current_platform.get_device_capability()
     if envs.VLLM_BATCH_INVARIANT or (capability is not None and tuple(capability) < draft_layer.MIN_CAPABILITY):
+        return False
+    if any(map(is_shared, model.modules())):
         return False
     return all(x.methods[4].group_size == draft_layer.CHUNK and not x.methods[4].rotated for x in linears)
 

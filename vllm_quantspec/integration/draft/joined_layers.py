@@ -23,9 +23,11 @@ from vllm.model_executor.models.qwen2 import Qwen2Attention, Qwen2DecoderLayer, 
 from vllm.model_executor.models.qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3Model
 from vllm.platforms import current_platform
 
+from vllm_quantspec.integration.draft import one_copy
 from vllm_quantspec.integration.draft.linears import SCALES, WEIGHT, FastInt4LinearMethod
 from vllm_quantspec.kernels import draft_layer
 from vllm_quantspec.kernels.device import device_properties
+from vllm_quantspec.kernels.draft_layer import Order
 
 # Rows up to which one launch is the faster one (benchmarks/draft_layer.py).
 MAX_ROWS = 3
@@ -44,6 +46,16 @@ class Joined(NamedTuple):
 
     model: nn.Module
     max_rows: int
+
+
+class Weights(NamedTuple):
+    """Of a linear: the names of its attributes that the launch takes, and what they are."""
+
+    names: tuple[str, ...]
+    in_features: int
+    out_features: int
+    group_size: int
+    order: Order
 
 
 class Given(nn.Module):
@@ -69,6 +81,11 @@ class JoinedLayer(nn.Module):
         self.o_proj, self.norm, self.mlp = layer.self_attn.o_proj, layer.post_attention_layernorm, layer.mlp
         if following is not None:
             self.next_norm, self.next_qkv = following.input_layernorm, following.self_attn.qkv_proj
+            self.weight_names = [_weights_of(linear).names for linear in self.linears]
+
+    @property
+    def linears(self) -> tuple[nn.Module, ...]:
+        return self.o_proj, self.mlp.gate_up_proj, self.mlp.down_proj, self.next_qkv
 
     def forward(
         self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None, t_cond: None = None
@@ -87,8 +104,8 @@ class JoinedLayer(nn.Module):
             out, _ = self.o_proj(out)
             out, residual = self.norm(out, residual)
             return self.mlp(out), residual
-        linears = self.o_proj, self.mlp.gate_up_proj, self.mlp.down_proj, self.next_qkv
-        weights = [getattr(linear, name) for linear in linears for name in (WEIGHT, SCALES)]
+        named = zip(self.linears, self.weight_names, strict=True)
+        weights = [getattr(linear, name) for linear, names in named for name in names]
         return torch.ops.vllm_quantspec.draft_layer(
             out,
             residual,
@@ -164,8 +181,22 @@ def why_not_known(layer: nn.Module, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _shapes_of(layers: list[nn.Module], dtype: torch.dtype) -> set[draft_layer.Shape] | str:
-    """Of the launches, or why these layers cannot have them."""
+def _weights_of(linear: nn.Module) -> Weights | None:
+    """None where the launch does not take them."""
+    method = linear.quant_method
+    if type(method) is FastInt4LinearMethod:
+        names = None if method.rotated else (WEIGHT, SCALES)
+        return names and Weights(names, method.in_features, method.out_features, method.group_size, Order.PACKED)
+    if names := one_copy.weights_of(linear):
+        codes, scales = (getattr(linear, name) for name in names[:2])
+        in_features, (groups, out_features) = 16 * codes.shape[0], scales.shape
+        order = Order.MARLIN if len(names) == 2 else Order.MARLIN_ZEROS
+        return Weights(names, in_features, out_features, in_features // groups, order)
+    return None
+
+
+def _shapes_of(layers: list[nn.Module], dtype: torch.dtype) -> set[tuple[draft_layer.Shape, Order]] | str:
+    """Of the launches, and their weights' orders, or why these layers cannot have them."""
     capability = current_platform.get_device_capability()
     if capability is None:
         return "one launch needs a GPU"
@@ -175,30 +206,35 @@ def _shapes_of(layers: list[nn.Module], dtype: torch.dtype) -> set[draft_layer.S
             return reason
         inner = layer.self_attn.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj
         linears = *inner, following.self_attn.qkv_proj
+        weights = [_weights_of(linear) for linear in linears]
+        if None in weights:
+            return "not all linears are in 4 bits, on this package's GPU kernel and without rotation"
         for linear in linears:
-            method = linear.quant_method
-            if type(method) is not FastInt4LinearMethod or method.rotated:
-                return "not all linears are in 4 bits, on this package's GPU kernel and without rotation"
             if linear.skip_bias_add or (linear in inner and linear.bias is not None):
                 return "its linears have biases"
-        o, gate_up, down, qkv = (linear.quant_method for linear in linears)
+        o, gate_up, down, qkv = weights
+        if len(orders := {w.order for w in weights}) > 1:
+            return "some linears read the target's own 4 bits, and others in another order or without zero points"
         shape = draft_layer.Shape(o.in_features, o.out_features, down.in_features, qkv.out_features)
-        group_size = min(method.group_size for method in (o, gate_up, down, qkv))
-        reason = draft_layer.supported(shape, group_size, dtype, (capability.major, capability.minor))
+        (order,) = orders
+        # One that the launch does not take, if there is such a one.
+        group_size = next((w.group_size for w in weights if w.group_size != draft_layer.CHUNK), draft_layer.CHUNK)
+        reason = draft_layer.supported(shape, group_size, dtype, (capability.major, capability.minor), order=order)
         if reason is not None:
             return reason.rstrip(".")
-        shapes.add(shape)
+        shapes.add((shape, order))
     return shapes
 
 
-def _max_rows(shapes: set[draft_layer.Shape]) -> int:
+def _max_rows(shapes: set[tuple[draft_layer.Shape, Order]]) -> int:
+    most = min(MAX_ROWS, *(order.max_tokens for _, order in shapes))
     if not torch.cuda.is_available():
-        return MAX_ROWS  # the operator's twin, in a test
+        return most  # the operator's twin, in a test
     gpu = device_properties(torch.cuda.current_device())
-    for rows in range(MAX_ROWS, 1, -1):  # torch.compile takes a single row for a constant
+    for rows in range(most, 1, -1):  # torch.compile takes a single row for a constant
         try:
-            for shape in shapes:
-                draft_layer.plan_of(shape, rows, gpu)
+            for shape, order in shapes:
+                draft_layer.plan_of(shape, rows, gpu, order=order)
         except RuntimeError:
             continue
         return rows

@@ -184,7 +184,7 @@ class Builder:
         weights = {bits: sum(x.num_weights for x in self.own if x.bits == bits and not x.is_head) for bits in (4, 8)}
         self.draft.wide_share = weights[8] / max(sum(weights.values()), 1)
         with_finite_logits(self.draft.model)
-        if self.join_layers and self.draft.quantized:
+        if self.join_layers and (self.draft.quantized or self.draft.one_copy):
             self._join_layers()
         return self.draft
 

@@ -123,7 +123,8 @@ def _in_tensor_operations(process_weights_after_loading):
         bring_into_order(self, layer)
         problem = marlin_problem(self.config.act_type, self.config.zero_points)
         setattr(self, _OURS, problem is None)
-        mark(layer)
+        names = self.w_q_name, self.w_s_name, self.w_zp_name
+        mark(layer, names if self.config.zero_points else names[:2])
         most = MAX_TOKENS_ALONE if problem else MAX_TOKENS
         marlin = f" ({problem})" if problem else f", up to {MAX_TOKENS_MARLIN} on vLLM's Marlin kernel"
         logger.info_once(
