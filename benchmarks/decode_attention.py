@@ -2,6 +2,7 @@
 
     python benchmarks/decode_attention.py                    # the table, benchmarks/results/decode_attention.{json,png}
     python benchmarks/decode_attention.py --tune             # every launch configuration
+    python benchmarks/decode_attention.py --groups --rows 16 17    # those of warp groups (Hopper), and FlashAttention 3
     python benchmarks/decode_attention.py --profile 0        # one row's launches, to run under ncu
     python benchmarks/decode_attention.py --plot             # the plot again, from the JSON
     python benchmarks/decode_attention.py --rows 8 10 --append decode_attention-wide.json    # some rows, to a list of runs
@@ -10,6 +11,7 @@ Times are medians of CUDA graph replays. Launches read different pages, 256 MiB 
 """
 
 import argparse
+import contextlib
 import json
 from pathlib import Path
 
@@ -123,8 +125,33 @@ def prepare(fmt, row):
                 fmt, pages, window, query, starts, seq_lens, table, window_table, fmt.head_size**-0.5, bits,
                 max_query_len=query_len, out=out, plan=plan, warps_and_stages=tuple(configuration) or None, overlap=False,
             )  # fmt: skip
+        return out  # of the last set
 
     return run, sets
+
+
+def time_groups(row, configurations):
+    """Every configuration of warp groups against one warp's result and FlashAttention 3's time."""
+    from vllm_quantspec.kernels.decode_attention import row_plans
+
+    fmt = PageFormat(row[3], 128)
+    *_, alone = row_plans(128, 128, row[1] * row[2] // row[3], True)
+    plan = next(p for p in row_plans(128, 128, row[1] * row[2] // row[3], True) if p.wgmma)
+    baseline = None
+    with contextlib.suppress(ImportError):  # times of plans without vLLM
+        baseline = flash_attention_time(fmt, row, 16)
+    run, sets = prepare(fmt, row)
+    expected, line = run((alone,)).float(), []
+    for scorers, warps, stages in configurations:
+        configuration = plan._replace(scorers=scorers), warps, stages
+        try:
+            error = ((run(configuration).float() - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
+        except RuntimeError:  # does not fit
+            continue
+        us = median(lambda configuration=configuration: run(configuration), sets)
+        ratio = f" {baseline / us:.2f}x" if baseline else ""
+        line.append(f"{scorers}+1/{warps}x{stages}: {us:.1f}{ratio} (error {error:.1e})")
+    print(name_of(row), f"FA3 {baseline:.1f}" if baseline else "", "  ".join(line), flush=True)
 
 
 def flash_attention_time(fmt, row, block_size):
@@ -200,6 +227,7 @@ def plot(results):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tune", action="store_true", help="time every launch configuration")
+    parser.add_argument("--groups", nargs="*", metavar="SCORERS,WARPS,STAGES", help="time these plans of warp groups")
     parser.add_argument("--profile", type=int, help="only launch this row twice")
     parser.add_argument("--plot", action="store_true", help="only draw the plot from the JSON")
     parser.add_argument("--rows", type=int, nargs="*", help="only these rows")
@@ -216,6 +244,12 @@ def main():
         row = ROWS[args.profile]
         prepare(PageFormat(row[3], 128), row)[0]()
         return torch.cuda.synchronize()
+    if args.groups is not None:
+        groups = args.groups or ["0,8,8", "2,12,4", "2,12,8"]
+        for row in rows:
+            time_groups(row, [tuple(map(int, x.split(","))) for x in groups])
+            torch.cuda.empty_cache()
+        return
     if args.tune:
         has_wgmma = device_properties(torch.cuda.current_device()).has_wgmma
         for row in rows:

@@ -63,12 +63,14 @@ class RowPlan(NamedTuple):
     tiles: of 8 rows, in one pass.
     team: warps that share a slice of the cache, and hold the sums of a part of its channels each; or one that does it all.
     wgmma: a team of four multiplies as a warp group (Hopper).
+    scorers: of a team of such groups, those that score keys for another that sums values; 0 for groups that do both.
     """
 
     passes: int
     tiles: int
     team: int = 1
     wgmma: bool = False
+    scorers: int = 0
 
     @property
     def rows(self) -> int:
@@ -277,6 +279,13 @@ def _bytes_per_team(fmt: PageFormat, bits: int, plan: RowPlan, stages: int) -> i
     dim, planes, tiles, team = fmt.head_size, bits // 4, plan.tiles, plan.team
     query, groups = 16 * dim * tiles, fmt.num_value_groups
     least = max(2 * team * 16 * (4 * dim + 16), 32 * tiles * (dim + 4))
+    if plan.scorers:
+        steps, page, scales = plan.scorers * (stages // team), planes * 64 * dim, 4 * dim + 4 * groups * fmt.group_size
+        values = -(-max(4 * page, least) // 1024) * 1024
+        high, tops = 4 * 8 * tiles * team, 4 * 8 * tiles
+        beside = plan.scorers * query + 4 * 64 * tiles * 8 * team + 256 * tiles * team + (1 + plan.scorers) * high
+        beside += plan.scorers * 64 * tiles * team + (5 + plan.scorers) * tops + 24 + 8 * (steps + 19)
+        return values + steps * (page + scales) + -(-beside // 1024) * 1024
     if plan.wgmma:
         pages = stages * planes * 32 * dim + 4 * (4 * dim + 4 * groups * fmt.group_size)
         probabilities = (2 if tiles <= 6 else 1) * 64 * tiles * 8 * team
@@ -289,9 +298,14 @@ def _bytes_per_team(fmt: PageFormat, bits: int, plan: RowPlan, stages: int) -> i
     return ring + 2 * query + 64 * tiles * team + (0 if probabilities <= planes * 16 * dim else team * probabilities)
 
 
+def _teams(plan: RowPlan, warps: int) -> int:
+    """Per CTA."""
+    return 1 if plan.scorers else warps // plan.team
+
+
 def _static_bytes(plan: RowPlan, warps: int) -> int:
     """An upper bound of the kernel's static shared memory, for a GPU's limit."""
-    teams = warps // plan.team
+    teams = _teams(plan, warps)
     needed = 5632 + teams * (768 + 160 * plan.tiles) + 768 * (warps - teams)
     return needed if not plan.wgmma else -(-(5632 + teams * (64 + 160 * plan.tiles)) // 1024) * 1024
 
@@ -373,6 +387,7 @@ def _kernel(
         "ROW_TILES": plan.tiles,
         "TEAM": plan.team,
         "WGMMA": int(plan.wgmma),
+        "SCORERS": plan.scorers,
         "WARPS": warps,
         "STAGES": stages,
         "IS_BF16": int(fmt.dtype == torch.bfloat16),
@@ -380,7 +395,7 @@ def _kernel(
         "SCORES": int(sparse[0]),
         "LISTS": int(sparse[1]),
     }
-    teams = warps // plan.team
+    teams = _teams(plan, warps)
     shared_bytes = teams * _bytes_per_team(fmt, bits, plan, stages)
     grid, rows = properties.num_multiprocessors, 8 * plan.tiles
     kernel = nvrtc.load(

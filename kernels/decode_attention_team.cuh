@@ -15,14 +15,16 @@
 #pragma once
 
 #include "decode_attention_team_exact.cuh"
-#if WGMMA
+#if SCORERS
+#include "decode_attention_team_roles.cuh"
+#elif WGMMA
 #include "decode_attention_team_wgmma.cuh"
 #else
 #include "decode_attention_team_products.cuh"
 #endif
 
 DEV void attend(State& st, const Params& p, const Segment& seg, int begin, int end, u32 ring, u32 shared, const Member& me,
-                int lane) {
+                int lane, PagesDone& done) {
   reset(st);
   if (seg.last < seg.first || seg.first < 0 || seg.rows <= 0) return;
   const Part part = part_of_segment(seg, begin, end);
@@ -35,7 +37,16 @@ DEV void attend(State& st, const Params& p, const Segment& seg, int begin, int e
   const int low = max(start, exact_start), high = max(window_start(seg.last), exact_start);
   pages.slice_e = min(part.most_e, (high + 31) / 32 - part.skipped), pages.low = low, pages.exact_start = exact_start;
 
+#if SCORERS
+  if (slice_b < pages.slice_e) {
+    if (me.team == 0) sum_pages(st, p, seg, part, pages, ring, shared, me, lane, done);
+    else score_pages(st, p, seg, part, pages, ring, shared, me, lane, done);
+    done.pages += (pages.slice_e + TEAM - 1) / TEAM - slice_b / TEAM, done.segments++;
+  }
+  if (me.team > 0) return;
+#else
   if (slice_b < pages.slice_e) attend_pages(st, p, seg, part, pages, ring, shared, me, lane);
+#endif
   team_sync(me);
 
   const int token_b = max(start + part.recent_b * 16, low & ~15), token_e = min(start + part.recent_e * 16, seg.last + 1);

@@ -24,7 +24,6 @@
 
 constexpr int OWN_J = J / TEAM;
 static_assert(TEAM == 4 && PER == TEAM && J % TEAM == 0, "a step is a page, one slice for each of four warps");
-static_assert(STEPS == 2 || STEPS == 3, "scales of values have four stages");
 static_assert(NVG == 1, "a token has one scale");
 
 DEV void sts128_trans(u32 a, u32 x, u32 y, u32 z, u32 w) {  // as load_matrices, each matrix transposed
@@ -272,7 +271,9 @@ DEV bool exceeds_top(const State& st, const float (&s)[NT][2][4], float inverse)
   return raise;
 }
 
+#if !SCORERS
 // ---- The pages of a segment -----------------------------------------------------------------------------------------
+static_assert(STEPS == 2 || STEPS == 3, "scales of values have four stages");
 DEV void attend_pages(State& st, const Params& p, const Segment& seg, const Part& part, Pages& r, u32 ring, u32 shared,
                       const Member& me, int lane) {
   const int slice_b = part.slice_b, slice_e = r.slice_e, step_b = slice_b / TEAM, step_e = (slice_e + TEAM - 1) / TEAM;
@@ -395,3 +396,4 @@ DEV void attend_pages(State& st, const Params& p, const Segment& seg, const Part
 #pragma unroll
     for (int i = 0; i < 4; i++) st.sums[n][0][i] = sum_of_rows(st.sums[n][0][i]);
 }
+#endif

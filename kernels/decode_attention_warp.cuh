@@ -26,7 +26,7 @@ DEV void load_query(u32 (&x)[NT][MT][2], const Params& p, const Segment& seg, in
 }
 
 DEV void attend(State& st, const Params& p, const Segment& seg, int begin, int end, u32 ring, u32 query, const Member&,
-                int lane) {
+                int lane, PagesDone&) {
   reset(st);
   if (seg.last < seg.first || seg.first < 0 || seg.rows <= 0) return;
   const Part part = part_of_segment(seg, begin, end);

@@ -13,6 +13,11 @@ struct Member {
   int team, index;
 };
 
+// What a CTA's warps have behind them: pages, and segments that have any.
+struct PagesDone {
+  int pages, segments;
+};
+
 struct Segment {
   int begin, end;  // units on the line
   int request, head, tile;
