@@ -72,34 +72,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(const 
   if (PAGES_MAY_CHANGE || SCORES) wait_for_predecessor();
 
   const Member me = {TEAM == 1 ? warp : warp / TEAM, TEAM == 1 ? 0 : warp % TEAM};
+  unsigned char* const own = smem + me.team * TEAM_BYTES;
+  int end = begin_of(me.team + 1);
 #if SCORERS
-  // Those who sum values are the team, whoever asks; those who score keys bring probabilities, and leave nothing else.
-  const int team = 0;
-#else
-  const int team = me.team;
+  if (me.team > 0) score_segments(p, edges, cta_b, cta_e, shared_address(smem), shared_address(smem + RING), me, lane), end = 0;
 #endif
-  unsigned char* const own = smem + team * TEAM_BYTES;
-  const int end = begin_of(team + 1);
   PagesDone done = {};
-  for (int unit = begin_of(team); unit < end;) {
+  for (int unit = begin_of(me.team); unit < end;) {
     const Segment seg = unit >= edges[1].begin ? edges[1] : unit < edges[0].end ? edges[0] : segment_at(p, unit);
     const int stop = min(end, seg.end);
     const bool whole = unit == seg.begin && stop == seg.end, last = stop == end;
     State st;
     attend(st, p, seg, unit, stop, shared_address(own), shared_address(own + RING), me, lane, done);
-    if (me.team != team) {
-      unit = stop;
-      continue;
-    }
     wait_for_predecessor();  // it may be reading what is written from here on
     release_successor();
-    store_part(st, p, seg, whole, last, own, p.spill + (i64)(blockIdx.x * TEAMS + team) * ROWS * (D + 4), me, lane);
-    if (!whole && lane == 0) part_of[last][team] = seg.begin;
+    store_part(st, p, seg, whole, last, own, p.spill + (i64)(blockIdx.x * TEAMS + me.team) * ROWS * (D + 4), me, lane);
+    if (!whole && lane == 0) part_of[last][me.team] = seg.begin;
     unit = stop;
   }
-#if SCORERS
-  wait_for_predecessor();  // all threads merge
-#endif
   __syncthreads();
 
   for (int unit = cta_b; unit < cta_e;) {

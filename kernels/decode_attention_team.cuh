@@ -26,26 +26,17 @@
 DEV void attend(State& st, const Params& p, const Segment& seg, int begin, int end, u32 ring, u32 shared, const Member& me,
                 int lane, PagesDone& done) {
   reset(st);
-  if (seg.last < seg.first || seg.first < 0 || seg.rows <= 0) return;
+  if (is_empty(seg)) return;
   const Part part = part_of_segment(seg, begin, end);
-  const int start = part.start, slice_b = part.slice_b;
-
-  const int* table = p.block_table + (i64)seg.request * p.block_table_stride;
+  const int start = part.start;
   Pages pages;
-  pages.ids.begin(p, seg, table, slice_b / PER, lane);
-  const int window_id = window_block(p, seg, start, lane), exact_start = first_exact(seg, start, window_id, lane);
-  const int low = max(start, exact_start), high = max(window_start(seg.last), exact_start);
-  pages.slice_e = min(part.most_e, (high + 31) / 32 - part.skipped), pages.low = low, pages.exact_start = exact_start;
+  const int window_id = begin_pages(pages, p, seg, part, lane), exact_start = pages.exact_start;
+  const int low = pages.low;
 
 #if SCORERS
-  if (slice_b < pages.slice_e) {
-    if (me.team == 0) sum_pages(st, p, seg, part, pages, ring, shared, me, lane, done);
-    else score_pages(st, p, seg, part, pages, ring, shared, me, lane, done);
-    done.pages += (pages.slice_e + TEAM - 1) / TEAM - slice_b / TEAM, done.segments++;
-  }
-  if (me.team > 0) return;
+  if (part.slice_b < pages.slice_e) sum_pages(st, p, seg, part, pages, ring, shared, me, lane, done);
 #else
-  if (slice_b < pages.slice_e) attend_pages(st, p, seg, part, pages, ring, shared, me, lane);
+  if (part.slice_b < pages.slice_e) attend_pages(st, p, seg, part, pages, ring, shared, me, lane);
 #endif
   team_sync(me);
 

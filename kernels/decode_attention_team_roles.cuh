@@ -88,8 +88,10 @@ DEV void adopt_tops(State& st, u32 from, int lane) {
 }
 
 // ---- Keys to probabilities ---------------------------------------------------------------------------------------------
-DEV void score_pages(State& st, const Params& p, const Segment& seg, const Part& part, const Pages& r, u32 ring, u32 shared,
-                     const Member& me, int lane, const PagesDone& done) {
+DEV void score_pages(const Params& p, const Segment& seg, const Part& part, const Pages& r, u32 ring, u32 shared,
+                     const Member& me, int lane, PagesDone& done) {
+  State st;
+  reset(st);
   const int scorer = me.team - 1, step_b = part.slice_b / TEAM, step_e = (r.slice_e + TEAM - 1) / TEAM, n_b = done.pages;
   const u32 query = shared + scorer * QUERY, own_shared = shared + me.team * HIGH;
   const u32 stages = ring + RING_KEYS + scorer * KEY_STEPS * PAGE_CODES;
@@ -190,11 +192,30 @@ DEV void score_pages(State& st, const Params& p, const Segment& seg, const Part&
   }
   if (me.index == 0) write_tops(st, tops + (1 + PROB_BUFFERS + scorer) * 4 * ROWS, lane);
   arrive_together(b.sums());
+  done.pages += step_e - step_b, done.segments++;
+}
+
+// All segments of a CTA.
+DEV void score_segments(const Params& p, const Segment (&edges)[2], int begin, int end, u32 ring, u32 shared,
+                        const Member& me, int lane) {
+  PagesDone done = {};
+  for (int unit = begin; unit < end;) {
+    const Segment seg = unit >= edges[1].begin ? edges[1] : unit < edges[0].end ? edges[0] : segment_at(p, unit);
+    const int stop = min(end, seg.end);
+    if (!is_empty(seg)) {
+      const Part part = part_of_segment(seg, unit, stop);
+      Pages pages;
+      begin_pages(pages, p, seg, part, lane);
+      if (part.slice_b < pages.slice_e) score_pages(p, seg, part, pages, ring, shared, me, lane, done);
+    }
+    unit = stop;
+  }
+  wait_for_predecessor();  // all threads of a CTA merge
 }
 
 // ---- Values ------------------------------------------------------------------------------------------------------------
 DEV void sum_pages(State& st, const Params& p, const Segment& seg, const Part& part, const Pages& r, u32 ring, u32 shared,
-                   const Member& me, int lane, const PagesDone& done) {
+                   const Member& me, int lane, PagesDone& done) {
   const int step_b = part.slice_b / TEAM, pages = (r.slice_e + TEAM - 1) / TEAM - step_b, n_b = done.pages;
   const u32 values = ring + me.index * 512 + lane * 16, tops = shared + TEAM_TOPS, raised = shared + TEAM_RAISED;
   const Barriers b(shared);
@@ -260,4 +281,5 @@ DEV void sum_pages(State& st, const Params& p, const Segment& seg, const Part& p
       for (int i = 0; i < 4; i++) st.sums[x][0][i] += factor[i & 1] * __uint_as_float(word(sums, i));
     }
   arrive_together(b.sums_read());
+  done.pages += pages, done.segments++;
 }

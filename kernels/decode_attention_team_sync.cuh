@@ -80,3 +80,13 @@ struct Pages {
   PageIds ids;
   int slice_e, low, exact_start;  // the last slice's end; tokens below `low` are read by every row; see `first_exact`
 };
+
+// Which pages a part of a segment reads; returns a lane's block of the window.
+DEV int begin_pages(Pages& r, const Params& p, const Segment& seg, const Part& part, int lane) {
+  r.ids.begin(p, seg, p.block_table + (i64)seg.request * p.block_table_stride, part.slice_b / PER, lane);
+  const int window_id = window_block(p, seg, part.start, lane);
+  r.exact_start = first_exact(seg, part.start, window_id, lane), r.low = max(part.start, r.exact_start);
+  const int high = max(window_start(seg.last), r.exact_start);
+  r.slice_e = min(part.most_e, (high + 31) / 32 - part.skipped);
+  return window_id;
+}

@@ -110,6 +110,8 @@ DEV Segment segment_at(const Params& p, int unit) {
 }
 
 // ---- A part of a segment --------------------------------------------------------------------------------------------
+DEV bool is_empty(const Segment& seg) { return seg.last < seg.first || seg.first < 0 || seg.rows <= 0; }
+
 // What lies between two units, in its own terms: slices of pages, and 16s of exact tokens.
 struct Part {
   int start, plain, skipped;  // the window's first token; slices before it, as they are counted here; those not read
