@@ -54,7 +54,7 @@ __shared__ Segment edges[2];  // a CTA's first and last: reading lengths again i
 extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(const __grid_constant__ Params p) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int total = scan_requests(p, warp, lane);
-  const int per_cta = max((total + (int)gridDim.x - 1) / (int)gridDim.x, p.min_units);
+  const int per_cta = whole_pages(max((total + (int)gridDim.x - 1) / (int)gridDim.x, p.min_units));
   const int cta_b = min(total, (int)blockIdx.x * per_cta), cta_e = min(total, cta_b + per_cta);
   if (cta_b >= cta_e) return wait_for_predecessor();
   // With SCORES a team has a page's slices at least, so that no page is cut into more than two parts.

@@ -246,18 +246,24 @@ DEV void sum_pages(State& st, const Params& p, const Segment& seg, const Part& p
     __syncwarp();
     if (elected()) arrive(b.values_read(n % VALUE_STEPS)), arrive(b.probabilities_read(n % PROB_BUFFERS));
   };
+  // The first slice of a page's values: before its probabilities, and while products of the page before are on the way.
   Values v;
+  Fragments first;
+  auto begin = [&](int n) {
+    wait_for(b.values(n % VALUE_STEPS), n / VALUE_STEPS & 1);
+    v.begin(values + n % VALUE_STEPS * PAGE_CODES, 0);
+    v.expand_first(first);
+  };
+  begin(n_b);
 #pragma unroll 1
   for (int n = n_b; n < n_b + pages; n++) {
-    const int stage = n % VALUE_STEPS, buffer = n % PROB_BUFFERS;
+    const int buffer = n % PROB_BUFFERS;
     reader.find(id);
     compute_here(reader.next);
-    wait_for(b.values(stage), n / VALUE_STEPS & 1);
+    v.columns = __shfl_sync(ALL, columns_at(shared + TEAM_PROB + buffer * PROB), 0);
     wait_for(b.probabilities(buffer), n / PROB_BUFFERS & 1);
-    const bool raise = lds32(raised + (1 + buffer) * 4);
-    v.begin(values + stage * PAGE_CODES, __shfl_sync(ALL, columns_at(shared + TEAM_PROB + buffer * PROB), 0));
-    if (raise) adopt_tops(st, tops + (1 + buffer) * 4 * ROWS, lane);
-    v.multiply(st, 0);
+    if (lds32(raised + (1 + buffer) * 4)) adopt_tops(st, tops + (1 + buffer) * 4 * ROWS, lane);
+    v.multiply(st, first, 0);
     if (n > n_b) {  // all have read the page before
       if (reader.more()) wait_for(b.values_read((n - 1) % VALUE_STEPS), (n - 1) / VALUE_STEPS & 1);
       ask((n - 1) % VALUE_STEPS);
@@ -265,6 +271,7 @@ DEV void sum_pages(State& st, const Params& p, const Segment& seg, const Part& p
     }
 #pragma unroll
     for (int i = 1; i < TEAM; i++) v.multiply(st, i);
+    if (n + 1 < n_b + pages) begin(n + 1);
     finish_values(st);
     release(n);
   }

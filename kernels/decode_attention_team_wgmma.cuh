@@ -172,6 +172,9 @@ struct Values {
     if (i + 1 < TEAM) next.load(mine + (i + 1) * PLANE);
     Fragments a;
     expand_slice(a, codes);
+    multiply(st, a, i);
+  }
+  DEV void multiply(State& st, const Fragments& a, int i) {
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 2; k++)
@@ -180,6 +183,12 @@ struct Values {
         wgmma<NT, 4 * OWN_MT>(st.acc[0][m], a[m][k], columns + (i / 2 * (128 * ROWS) + (i % 2 * 2 + k) * 32) / 16);
     wgmma_commit();
     wgmma_wait<1>();
+  }
+  // Slice 0, which is multiplied later.
+  DEV void expand_first(Fragments& a) {
+    const Codes codes = next;
+    next.load(mine + PLANE);
+    expand_slice(a, codes);
   }
 };
 

@@ -31,12 +31,15 @@ DEV int window_start(int position) {  // format.window_start
   return page > 0 ? page * G : 0;
 }
 
+// With SCORERS nobody begins within a page: a part of one takes as long as the whole.
+DEV int whole_pages(int units) { return SCORERS ? (units + PER - 1) / PER * PER : units; }
+
 // Units of one (head, row tile) of a request: at least one, so that every output row is written. `skipped` old pages are
 // not read.
 DEV int units_of(int first, int last, int skipped) {
-  if (last < first || first < 0) return 1;
+  if (last < first || first < 0) return whole_pages(1);
   const int start = window_start(first);
-  return start / 32 - skipped * PER + WINDOW_COST * ((last - start) / 16 + 1) + SEGMENT_COST;
+  return whole_pages(start / 32 - skipped * PER + WINDOW_COST * ((last - start) / 16 + 1) + SEGMENT_COST);
 }
 
 // ---- From requests to segments --------------------------------------------------------------------------------------
