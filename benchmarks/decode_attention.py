@@ -256,7 +256,9 @@ def main():
             options = [(7, 3), (8, 2), (8, 3), (8, 4), (10, 3), (12, 2), (12, 3), (14, 3), (16, 2)]
             *teams, alone = row_plans(128, 128, row[1] * row[2] // row[3], has_wgmma)
             options = [(alone, *option) for option in options]
-            options += [(plan, *option) for plan in teams for option in ((8, 8), (8, 12), (8, 16), (4, 8), (4, 12), (12, 8))]
+            options += [(p, *x) for p in teams if p.scorers for x in ((12, 4), (12, 8), (12, 12))]
+            pairs = ((8, 8), (8, 12), (8, 16), (4, 8), (4, 12), (12, 8))
+            options += [(p, *x) for p in teams if not p.scorers for x in pairs]
             (run, sets), times = prepare(PageFormat(row[3], 128), row), {}
             for option in options:
                 try:
@@ -265,7 +267,8 @@ def main():
                     continue
                 times[option] = median(lambda run=run, option=option: run(option), sets)
             best = sorted(times, key=times.get)
-            names = [f"{p.passes}x{p.tiles}/{p.team}{'w' * p.wgmma}/{w}x{s}:{times[p, w, s]:.1f}" for p, w, s in best]
+            kinds = {p: f"{p.passes}x{p.tiles}/{p.team}{'w' * p.wgmma}{p.scorers or ''}" for p, _, _ in best}
+            names = [f"{kinds[p]}/{w}x{s}:{times[p, w, s]:.1f}" for p, w, s in best]
             print(name_of(row), " ".join(names), flush=True)
         return
     bandwidth = copy_bandwidth()

@@ -75,7 +75,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(const 
   unsigned char* const own = smem + me.team * TEAM_BYTES;
   int end = begin_of(me.team + 1);
 #if SCORERS
-  if (me.team > 0) score_segments(p, edges, cta_b, cta_e, shared_address(smem), shared_address(smem + RING), me, lane), end = 0;
+  if (me.team > 0) {
+    score_segments(p, edges, cta_b, cta_e, shared_address(smem), shared_address(smem + RING), me, lane);
+    end = 0;  // the segments are those of the group that sums values
+  }
 #endif
   PagesDone done = {};
   for (int unit = begin_of(me.team); unit < end;) {

@@ -143,7 +143,7 @@ def decode_attention(
     )
     device = query.device.index
     with torch.cuda.device(device):
-        plan, shape = _launch_plan(fmt, bits, max_query_len * per_head, device, plan, warps_and_stages)
+        plan, shape = _launch_plan(fmt, bits, max_query_len * per_head, device, scores is not None, plan, warps_and_stages)
         _check_sparse(fmt, scores, selection, query, seq_lens.shape[0], plan.rows)
         may_change = bits == 8 if pages_may_change is None else pages_may_change
         sparse = scores is not None, selection is not None
@@ -244,12 +244,14 @@ TEAM_TILES = {32: 8, 64: 5, 128: 3}
 TEAM_PASS = 1.6
 # From as many query rows on, and up to as many tiles in a pass, a warp group is the fastest where it takes heads and groups.
 WGMMA_ROWS, WGMMA_TILES = 17, 8
+# Groups that score keys for one that sums values, and the tiles of a pass that they have registers for.
+SCORERS, SCORER_TILES = 2, 6
 
 
-def row_plans(head_size: int, group_size: int, rows: int, wgmma: bool = False) -> list[RowPlan]:
+def row_plans(head_size: int, group_size: int, rows: int, wgmma: bool = False, scores: bool = False) -> list[RowPlan]:
     """Ways to read for ``rows`` query rows per KV head, the fastest first; the last is one warp's.
 
-    ``wgmma``: those of a GPU that has it.
+    ``wgmma``: those of a GPU that has it. ``scores``: those that leave the mass of pages.
     """
     tiles = -(-rows // 8)
 
@@ -261,7 +263,10 @@ def row_plans(head_size: int, group_size: int, rows: int, wgmma: bool = False) -
     team = next((n for n in (4, 2) if head_size // 32 % n == 0 and group_size // 32 % n == 0), 1)
     plans = []
     if wgmma and takes_wgmma(head_size, group_size) and rows >= WGMMA_ROWS:
-        plans.append(plan(WGMMA_TILES, 4, wgmma=True))
+        groups = plan(WGMMA_TILES, 4, wgmma=True)
+        if groups.tiles <= SCORER_TILES and not scores:
+            plans.append(groups._replace(scorers=SCORERS))
+        plans.append(groups)
     if team > 1 and head_size // team in TEAM_TILES:
         most = plan(TEAM_TILES[head_size // team], team)
         if TEAM_PASS * most.passes < alone.passes:
@@ -312,21 +317,23 @@ def _static_bytes(plan: RowPlan, warps: int) -> int:
 
 def _shape(fmt: PageFormat, bits: int, plan: RowPlan, device: Device) -> tuple[int, int] | None:
     """Warps per CTA (one CTA per multiprocessor), as many as registers allow, and the ring stages that fit; or None."""
-    for warps in (8, 4, 2, 1):
+    for warps in (plan.team * (1 + plan.scorers),) if plan.scorers else (8, 4, 2, 1):
         for steps in (3, 2):
-            needed = warps // plan.team * _bytes_per_team(fmt, bits, plan, steps * plan.team) + _static_bytes(plan, warps)
+            needed = _teams(plan, warps) * _bytes_per_team(fmt, bits, plan, steps * plan.team) + _static_bytes(plan, warps)
             if warps % plan.team == 0 and needed <= device.shared_memory_per_block:
                 return warps, steps * plan.team
     return None
 
 
-def _configuration(fmt: PageFormat, bits: int, rows: int, device: Device) -> tuple[RowPlan, tuple[int, int]]:
+def _configuration(
+    fmt: PageFormat, bits: int, rows: int, device: Device, scores: bool = False
+) -> tuple[RowPlan, tuple[int, int]]:
     """The plan of ``rows`` query rows per KV head with its warps and stages: a team's, where as many warps fit as without.
 
     Raises:
         RuntimeError: if none fits.
     """
-    plans = row_plans(fmt.head_size, fmt.group_size, rows, device.has_wgmma)
+    plans = row_plans(fmt.head_size, fmt.group_size, rows, device.has_wgmma, scores)
     shapes = [(plan, shape) for plan in plans if (shape := _shape(fmt, bits, plan, device))]
     if shapes:
         most = max(warps for _, (warps, _) in shapes)
@@ -340,12 +347,18 @@ def _configuration(fmt: PageFormat, bits: int, rows: int, device: Device) -> tup
 
 @cache
 def _launch_plan(
-    fmt: PageFormat, bits: int, rows: int, device: int, plan: RowPlan | None, warps_and_stages: tuple[int, int] | None
+    fmt: PageFormat,
+    bits: int,
+    rows: int,
+    device: int,
+    scores: bool,
+    plan: RowPlan | None,
+    warps_and_stages: tuple[int, int] | None,
 ) -> tuple[RowPlan, tuple[int, int]]:
     properties = device_properties(device)
     if plan is None and warps_and_stages is None:
-        return _configuration(fmt, bits, rows, properties)
-    plan = plan or row_plans(fmt.head_size, fmt.group_size, rows, properties.has_wgmma)[0]
+        return _configuration(fmt, bits, rows, properties, scores)
+    plan = plan or row_plans(fmt.head_size, fmt.group_size, rows, properties.has_wgmma, scores)[0]
     return plan, warps_and_stages or _shape(fmt, bits, plan, properties)
 
 
@@ -356,7 +369,7 @@ def check_shapes(fmt: PageFormat, num_heads: int, max_query_len: int, bits: int,
         RuntimeError: what is missing, as the begin of a sentence.
     """
     for query_len in range(1, max_query_len + 1):
-        _configuration(fmt, bits, query_len * num_heads // fmt.num_kv_heads, device_properties(device))
+        _configuration(fmt, bits, query_len * num_heads // fmt.num_kv_heads, device_properties(device), scores)
 
 
 @cache

@@ -37,7 +37,7 @@ DEV void begin_team(u32 shared) {
   if (threadIdx.x == 0) {
     for (int i = 0; i < SCORERS * KEY_STEPS; i++) barrier_init(b.keys(0, i), PLANES);
     for (int i = 0; i < VALUE_STEPS; i++) barrier_init(b.values(i), PLANES), barrier_init(b.values_read(i), TEAM);
-    for (int i = 0; i < PROB_BUFFERS; i++) barrier_init(b.probabilities(i), TEAM), barrier_init(b.probabilities_read(i), TEAM);
+    for (int i = 0; i < 2 * PROB_BUFFERS; i++) barrier_init(b.probabilities(i), TEAM);  // and those read
     barrier_init(b.decided(), 1), barrier_init(b.sums(), SCORERS * TEAM), barrier_init(b.sums_read(), TEAM);
     fence_shared();
   }
