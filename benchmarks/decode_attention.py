@@ -150,7 +150,7 @@ def time_groups(row, configurations):
             continue
         us = median(lambda configuration=configuration: run(configuration), sets)
         ratio = f" {baseline / us:.2f}x" if baseline else ""
-        line.append(f"{scorers}+1/{warps}x{stages}: {us:.1f}{ratio} (error {error:.1e})")
+        line.append(f"{scorers}/{warps}x{stages}: {us:.1f}{ratio} (error {error:.1e})")
     print(name_of(row), f"FA3 {baseline:.1f}" if baseline else "", "  ".join(line), flush=True)
 
 
@@ -245,7 +245,7 @@ def main():
         prepare(PageFormat(row[3], 128), row)[0]()
         return torch.cuda.synchronize()
     if args.groups is not None:
-        groups = args.groups or ["0,8,8", "2,12,4", "2,12,8"]
+        groups = args.groups or ["0,8,8", "2,12,8", "2,16,4", "2,16,8"]
         for row in rows:
             time_groups(row, [tuple(map(int, x.split(","))) for x in groups])
             torch.cuda.empty_cache()
@@ -256,7 +256,7 @@ def main():
             options = [(7, 3), (8, 2), (8, 3), (8, 4), (10, 3), (12, 2), (12, 3), (14, 3), (16, 2)]
             *teams, alone = row_plans(128, 128, row[1] * row[2] // row[3], has_wgmma)
             options = [(alone, *option) for option in options]
-            options += [(p, *x) for p in teams if p.scorers for x in ((12, 4), (12, 8), (12, 12))]
+            options += [(p, w, s) for p in teams if p.scorers for w in (12, 16) for s in (4, 8, 12)]
             pairs = ((8, 8), (8, 12), (8, 16), (4, 8), (4, 12), (12, 8))
             options += [(p, *x) for p in teams if not p.scorers for x in pairs]
             (run, sets), times = prepare(PageFormat(row[3], 128), row), {}

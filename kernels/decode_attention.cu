@@ -72,28 +72,45 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(const 
   if (PAGES_MAY_CHANGE || SCORES) wait_for_predecessor();
 
   const Member me = {TEAM == 1 ? warp : warp / TEAM, TEAM == 1 ? 0 : warp % TEAM};
-  unsigned char* const own = smem + me.team * TEAM_BYTES;
-  int end = begin_of(me.team + 1);
+  auto attend_segments = [&] {
+    unsigned char* const own = smem + me.team * TEAM_BYTES;
+    const int end = begin_of(me.team + 1);
+    PagesDone done = {};
+    for (int unit = begin_of(me.team); unit < end;) {
+      const Segment seg = unit >= edges[1].begin ? edges[1] : unit < edges[0].end ? edges[0] : segment_at(p, unit);
+      const int stop = min(end, seg.end);
+      const bool whole = unit == seg.begin && stop == seg.end, last = stop == end;
+      State st;
+      attend(st, p, seg, unit, stop, shared_address(own), shared_address(own + RING), me, lane, done);
+      wait_for_predecessor();  // it may be reading what is written from here on
+      release_successor();
+      store_part(st, p, seg, whole, last, own, p.spill + (i64)(blockIdx.x * TEAMS + me.team) * ROWS * (D + 4), me, lane);
+      if (!whole && lane == 0) part_of[last][me.team] = seg.begin;
+      unit = stop;
+    }
+  };
 #if SCORERS
-  if (me.team > 0) {
-    score_segments(p, edges, cta_b, cta_e, shared_address(smem), shared_address(smem + RING), me, lane);
-    end = 0;  // the segments are those of the group that sums values
+  const u32 ring = shared_address(smem), shared = shared_address(smem + RING);
+  if (BRINGERS && me.team > SCORERS) {
+    leave_registers<BRING_REGISTERS>();
+    help_segments<true>(p, edges, cta_b, cta_e, ring, shared, me, lane);
+    __syncthreads();
+    take_registers<128>();  // the others have left theirs
+  } else if (me.team > 0) {
+    if (BRINGERS) take_registers<SCORE_REGISTERS>();
+    help_segments<false>(p, edges, cta_b, cta_e, ring, shared, me, lane);
+    if (BRINGERS) leave_registers<128>();
+    __syncthreads();
+  } else {
+    if (BRINGERS) take_registers<SUM_REGISTERS>();
+    attend_segments();
+    if (BRINGERS) leave_registers<128>();
+    __syncthreads();
   }
-#endif
-  PagesDone done = {};
-  for (int unit = begin_of(me.team); unit < end;) {
-    const Segment seg = unit >= edges[1].begin ? edges[1] : unit < edges[0].end ? edges[0] : segment_at(p, unit);
-    const int stop = min(end, seg.end);
-    const bool whole = unit == seg.begin && stop == seg.end, last = stop == end;
-    State st;
-    attend(st, p, seg, unit, stop, shared_address(own), shared_address(own + RING), me, lane, done);
-    wait_for_predecessor();  // it may be reading what is written from here on
-    release_successor();
-    store_part(st, p, seg, whole, last, own, p.spill + (i64)(blockIdx.x * TEAMS + me.team) * ROWS * (D + 4), me, lane);
-    if (!whole && lane == 0) part_of[last][me.team] = seg.begin;
-    unit = stop;
-  }
+#else
+  attend_segments();
   __syncthreads();
+#endif
 
   for (int unit = cta_b; unit < cta_e;) {
     const Segment seg = unit == cta_b ? edges[0] : unit == edges[1].begin ? edges[1] : segment_at(p, unit);

@@ -244,8 +244,9 @@ TEAM_TILES = {32: 8, 64: 5, 128: 3}
 TEAM_PASS = 1.6
 # From as many query rows on, and up to as many tiles in a pass, a warp group is the fastest where it takes heads and groups.
 WGMMA_ROWS, WGMMA_TILES = 17, 8
-# Groups that score keys for one that sums values, and the tiles of a pass that they have registers for.
-SCORERS, SCORER_TILES = 2, 6
+# Groups that score keys for one that sums values, the tiles of a pass that they have registers for, and whether one more
+# group brings pages to all (1), or each asks for its own (0).
+SCORERS, SCORER_TILES, BRINGERS = 2, 6, 1
 
 
 def row_plans(head_size: int, group_size: int, rows: int, wgmma: bool = False, scores: bool = False) -> list[RowPlan]:
@@ -289,7 +290,7 @@ def _bytes_per_team(fmt: PageFormat, bits: int, plan: RowPlan, stages: int) -> i
         values = -(-max(4 * page, least) // 1024) * 1024
         high, tops = 4 * 8 * tiles * team, 4 * 8 * tiles
         beside = plan.scorers * query + 4 * 64 * tiles * 8 * team + 256 * tiles * team + (1 + plan.scorers) * high
-        beside += plan.scorers * 64 * tiles * team + (5 + plan.scorers) * tops + 24 + 8 * (steps + 19)
+        beside += plan.scorers * 64 * tiles * team + (5 + plan.scorers) * tops + 24 + 8 * (2 * steps + 20)
         return values + steps * (page + scales) + -(-beside // 1024) * 1024
     if plan.wgmma:
         pages = stages * planes * 32 * dim + 4 * (4 * dim + 4 * groups * fmt.group_size)
@@ -317,7 +318,7 @@ def _static_bytes(plan: RowPlan, warps: int) -> int:
 
 def _shape(fmt: PageFormat, bits: int, plan: RowPlan, device: Device) -> tuple[int, int] | None:
     """Warps per CTA (one CTA per multiprocessor), as many as registers allow, and the ring stages that fit; or None."""
-    for warps in (plan.team * (1 + plan.scorers),) if plan.scorers else (8, 4, 2, 1):
+    for warps in (plan.team * (1 + plan.scorers + BRINGERS),) if plan.scorers else (8, 4, 2, 1):
         for steps in (3, 2):
             needed = _teams(plan, warps) * _bytes_per_team(fmt, bits, plan, steps * plan.team) + _static_bytes(plan, warps)
             if warps % plan.team == 0 and needed <= device.shared_memory_per_block:

@@ -24,7 +24,10 @@ constexpr int QUERY = 16 * D * NT;  // fp16 query
 // One team: a ring of values and one of keys, with a page's scales, for each of those who score it. Whole pages of each
 // plane. Exact tokens and what is left of a segment lie where the values do. The query and the probabilities are columns of
 // wgmma's B: they begin at multiples of 1024.
-static_assert(NW == TEAM * (1 + SCORERS), "warps that sum values, and as many for each who scores keys");
+constexpr bool BRINGERS = NW == TEAM * (2 + SCORERS);  // another group of warps, which brings pages: a plane each
+// Registers per thread with them: 512 for the four warps on a scheduler, who are launched with 128 each.
+constexpr int BRING_REGISTERS = 24, SCORE_REGISTERS = 168, SUM_REGISTERS = 152;
+static_assert(BRINGERS || NW == TEAM * (1 + SCORERS), "warps that sum values, and as many for each who scores keys");
 constexpr int KEY_STEPS = S / TEAM, VALUE_STEPS = 4, PROB_BUFFERS = 4;
 constexpr int PAGE_PLANE = TEAM * PLANE, PAGE_CODES = PLANES * PAGE_PLANE, PAGE_SCALES = 4 * D + 4 * NVG * G;
 constexpr int VALUES_PAGES = VALUE_STEPS * PAGE_CODES, RING_WINDOW = 2 * TEAM * WIN_STAGE;
@@ -40,7 +43,7 @@ constexpr int SUMS = 64 * NT * TEAM;  // of one who scores, of rows
 constexpr int TEAM_TOPS = TEAM_SUMS + SCORERS * SUMS;  // the latest, of each page in the buffers, of each who scored
 constexpr int TEAM_RAISED = TEAM_TOPS + (1 + PROB_BUFFERS + SCORERS) * 4 * ROWS;  // pages: the latest, of each buffer
 constexpr int TEAM_BARRIERS = (TEAM_RAISED + 4 * (1 + PROB_BUFFERS) + 7) / 8 * 8;
-constexpr int BARRIERS = SCORERS * KEY_STEPS + 2 * VALUE_STEPS + 2 * PROB_BUFFERS + 3;
+constexpr int BARRIERS = 2 * SCORERS * KEY_STEPS + 2 * VALUE_STEPS + 2 * PROB_BUFFERS + 4;
 constexpr int TEAM_SHARED = (TEAM_BARRIERS + 8 * BARRIERS + 1023) / 1024 * 1024;
 #define SHARED_ALIGNMENT 1024
 #elif WGMMA

@@ -6,7 +6,8 @@
 //     values                     values of page 0 | values of page 1 | ...
 //
 // So there are three warps on each scheduler, none of which needs registers for both, and groups wait for each other only
-// where a buffer is full or empty. All rows have one `top`, which those who score raise in the order of pages: the decision
+// where a buffer is full or empty. With BRINGERS a fourth asks for pages: elsewhere asking is a tenth of a step of whoever
+// does it. All rows have one `top`, which those who score raise in the order of pages: the decision
 // of a page waits for that of the page before. Sums of probabilities stay with those who score until the segment's pages are
 // done.
 //
@@ -29,6 +30,9 @@ struct Barriers {
   DEV u32 decided() const { return probabilities(2 * PROB_BUFFERS); }  // a page's `top`
   DEV u32 sums() const { return decided() + 8; }  // of a segment
   DEV u32 sums_read() const { return decided() + 16; }
+  // For those who bring pages: the room of values has nothing else in it, and keys that are read.
+  DEV u32 room() const { return decided() + 24; }
+  DEV u32 keys_read(int scorer, int step) const { return decided() + 32 + (scorer * KEY_STEPS + step) * 8; }
 };
 
 // Before the CTA meets for the first time.
@@ -39,6 +43,8 @@ DEV void begin_team(u32 shared) {
     for (int i = 0; i < VALUE_STEPS; i++) barrier_init(b.values(i), PLANES), barrier_init(b.values_read(i), TEAM);
     for (int i = 0; i < 2 * PROB_BUFFERS; i++) barrier_init(b.probabilities(i), TEAM);  // and those read
     barrier_init(b.decided(), 1), barrier_init(b.sums(), SCORERS * TEAM), barrier_init(b.sums_read(), TEAM);
+    barrier_init(b.room(), TEAM);
+    for (int i = 0; i < SCORERS * KEY_STEPS; i++) barrier_init(b.keys_read(0, i), TEAM);
     fence_shared();
   }
 }
@@ -103,7 +109,7 @@ DEV void score_pages(const Params& p, const Segment& seg, const Part& part, cons
   int n = n_b + (scorer + SCORERS - n_b % SCORERS) % SCORERS, count = n / SCORERS;
   PlaneReader reader;
   reader.begin(p.pages + seg.head * p.head_stride + (me.index ? K_LOWER : K_UPPER), p, part, r, step_b + n - n_b,
-               me.index < PLANES);
+               !BRINGERS && me.index < PLANES);
   auto ask = [&](int stage) {
     if (reader.more()) {
       const u32 barrier = b.keys(scorer, stage);
@@ -119,11 +125,12 @@ DEV void score_pages(const Params& p, const Segment& seg, const Part& part, cons
   };
   int stage = count % KEY_STEPS;
   team_sync(me);  // the query before is done with
+  if (!BRINGERS)
 #pragma unroll
-  for (int i = 0; i < KEY_STEPS; i++) {
-    reader.find(__shfl_sync(ALL, r.ids.ids, n - n_b + i * SCORERS));
-    ask((stage + i) % KEY_STEPS);
-  }
+    for (int i = 0; i < KEY_STEPS; i++) {
+      reader.find(__shfl_sync(ALL, r.ids.ids, n - n_b + i * SCORERS));
+      ask((stage + i) % KEY_STEPS);
+    }
   int id = __shfl_sync(ALL, r.ids.ids, n - n_b + KEY_STEPS * SCORERS);
   load_team_query(query, p, seg, me, lane);
   fence_shared();
@@ -131,21 +138,26 @@ DEV void score_pages(const Params& p, const Segment& seg, const Part& part, cons
 
   int latest = -1;  // the page whose `top` this one is
   const float inverse = 1.f / p.scale;
+  // The first codes of a page, before the probabilities of the one before.
+  Keys keys;
+  auto begin = [&](int stage, int count) {
+    wait_for(b.keys(scorer, stage), count / KEY_STEPS & 1);
+    keys.begin(stages + stage * PAGE_CODES + me.index * PLANE, scales + stage * PAGE_SCALES, lane);
+  };
+  if (n - n_b < step_e - step_b) begin(stage, count);
 #pragma unroll 1
   for (; n - n_b < step_e - step_b; n += SCORERS, count++) {
     const int step = step_b + n - n_b, slice = step * TEAM + me.index, buffer = n % PROB_BUFFERS;
     const bool has = slice >= part.slice_b && slice < r.slice_e;  // this warp has a slice of this page
     const u32 page_scales = scales + stage * PAGE_SCALES;
     float s[NT][2][4];
-    reader.find(id);
-    compute_here(reader.next);
-    wait_for(b.keys(scorer, stage), count / KEY_STEPS & 1);
-    multiply_keys(s, stages + stage * PAGE_CODES + me.index * PLANE, page_scales, __shfl_sync(ALL, columns_at(query), 0),
-                  lane);
+    if (!BRINGERS) reader.find(id), compute_here(reader.next);
+    multiply_keys(s, keys, __shfl_sync(ALL, columns_at(query), 0), lane);
     Tokens tokens;
     tokens.load(page_scales + 4 * D + me.index * 16, has, lane);
     wgmma_wait<0>();
     hold_scores(s);
+    if (BRINGERS) arrive_together(b.keys_read(scorer, stage));
     const int token = has ? (slice + part.skipped) * 32 : 1 << 29;
     if (token + 32 > r.low) mask_slice(s, seg, token, r.exact_start, lane);
 
@@ -166,10 +178,14 @@ DEV void score_pages(const Params& p, const Segment& seg, const Part& part, cons
       }
     }
     if (me.index == 0) arrive_together(b.decided());
-    ask(stage);
-    id = page_id(p, seg, r.ids.table, reader.asked, r.ids.last_page);
+    if (!BRINGERS) {
+      ask(stage);
+      id = page_id(p, seg, r.ids.table, reader.asked, r.ids.last_page);
+    }
 
     wait_for(b.probabilities_read(buffer), n / PROB_BUFFERS + 1 & 1);
+    if (++stage == KEY_STEPS) stage = 0;
+    if (n + SCORERS - n_b < step_e - step_b) begin(stage, count + 1);
     leave_probabilities(st, s, tokens, shared + TEAM_PROB + buffer * PROB, p.scale, me, lane);
     if (me.index == 0) {
       if (raise) write_tops(st, tops + (1 + buffer) * 4 * ROWS, lane);
@@ -177,7 +193,6 @@ DEV void score_pages(const Params& p, const Segment& seg, const Part& part, cons
     }
     fence_shared();
     arrive_together(b.probabilities(buffer));
-    if (++stage == KEY_STEPS) stage = 0;
   }
 
   wait_for(b.sums_read(), done.segments + 1 & 1);
@@ -195,24 +210,6 @@ DEV void score_pages(const Params& p, const Segment& seg, const Part& part, cons
   done.pages += step_e - step_b, done.segments++;
 }
 
-// All segments of a CTA.
-DEV void score_segments(const Params& p, const Segment (&edges)[2], int begin, int end, u32 ring, u32 shared,
-                        const Member& me, int lane) {
-  PagesDone done = {};
-  for (int unit = begin; unit < end;) {
-    const Segment seg = unit >= edges[1].begin ? edges[1] : unit < edges[0].end ? edges[0] : segment_at(p, unit);
-    const int stop = min(end, seg.end);
-    if (!is_empty(seg)) {
-      const Part part = part_of_segment(seg, unit, stop);
-      Pages pages;
-      begin_pages(pages, p, seg, part, lane);
-      if (part.slice_b < pages.slice_e) score_pages(p, seg, part, pages, ring, shared, me, lane, done);
-    }
-    unit = stop;
-  }
-  wait_for_predecessor();  // all threads of a CTA merge
-}
-
 // ---- Values ------------------------------------------------------------------------------------------------------------
 DEV void sum_pages(State& st, const Params& p, const Segment& seg, const Part& part, const Pages& r, u32 ring, u32 shared,
                    const Member& me, int lane, PagesDone& done) {
@@ -220,7 +217,8 @@ DEV void sum_pages(State& st, const Params& p, const Segment& seg, const Part& p
   const u32 values = ring + me.index * 512 + lane * 16, tops = shared + TEAM_TOPS, raised = shared + TEAM_RAISED;
   const Barriers b(shared);
   PlaneReader reader;
-  reader.begin(p.pages + seg.head * p.head_stride + (me.index ? V_LOWER : V_UPPER), p, part, r, step_b, me.index < PLANES);
+  reader.begin(p.pages + seg.head * p.head_stride + (me.index ? V_LOWER : V_UPPER), p, part, r, step_b,
+               !BRINGERS && me.index < PLANES);
   auto ask = [&](int stage) {
     if (reader.more()) {
       const u32 barrier = b.values(stage);
@@ -234,11 +232,13 @@ DEV void sum_pages(State& st, const Params& p, const Segment& seg, const Part& p
   };
   fence_shared();  // what was written to the ring is there before copies are
   team_sync(me);
+  if (BRINGERS) arrive_together(b.room());
+  else
 #pragma unroll
-  for (int i = 0; i < VALUE_STEPS; i++) {
-    reader.find(__shfl_sync(ALL, r.ids.ids, i));
-    ask((n_b + i) % VALUE_STEPS);
-  }
+    for (int i = 0; i < VALUE_STEPS; i++) {
+      reader.find(__shfl_sync(ALL, r.ids.ids, i));
+      ask((n_b + i) % VALUE_STEPS);
+    }
   int id = __shfl_sync(ALL, r.ids.ids, VALUE_STEPS);
 
   // Page n and its probabilities are read.
@@ -258,13 +258,12 @@ DEV void sum_pages(State& st, const Params& p, const Segment& seg, const Part& p
 #pragma unroll 1
   for (int n = n_b; n < n_b + pages; n++) {
     const int buffer = n % PROB_BUFFERS;
-    reader.find(id);
-    compute_here(reader.next);
+    if (!BRINGERS) reader.find(id), compute_here(reader.next);
     v.columns = __shfl_sync(ALL, columns_at(shared + TEAM_PROB + buffer * PROB), 0);
     wait_for(b.probabilities(buffer), n / PROB_BUFFERS & 1);
     if (lds32(raised + (1 + buffer) * 4)) adopt_tops(st, tops + (1 + buffer) * 4 * ROWS, lane);
     v.multiply(st, first, 0);
-    if (n > n_b) {  // all have read the page before
+    if (!BRINGERS && n > n_b) {  // all have read the page before
       if (reader.more()) wait_for(b.values_read((n - 1) % VALUE_STEPS), (n - 1) / VALUE_STEPS & 1);
       ask((n - 1) % VALUE_STEPS);
       id = page_id(p, seg, r.ids.table, reader.asked, r.ids.last_page);
@@ -289,4 +288,64 @@ DEV void sum_pages(State& st, const Params& p, const Segment& seg, const Part& p
     }
   arrive_together(b.sums_read());
   done.pages += pages, done.segments++;
+}
+
+// ---- Pages, by warps of their own ----------------------------------------------------------------------------------------
+// Warps 0 and 1 bring planes of keys, the last of them with a page's scales, 2 and 3 planes of values.
+DEV void bring_pages(const Params& p, const Segment& seg, const Part& part, const Pages& r, u32 ring, u32 shared,
+                     const Member& me, PagesDone& done) {
+  const bool of_values = me.index >= TEAM / 2;
+  const int plane = me.index % 2, step_b = part.slice_b / TEAM, n_b = done.pages;
+  const int pages = (r.slice_e + TEAM - 1) / TEAM - step_b;
+  done.pages += pages, done.segments++;
+  if (plane >= PLANES) return;
+  static_assert(V_LOWER - K_LOWER == V_UPPER - K_UPPER, "planes of values follow those of keys");
+  const Barriers b(shared);
+  PlaneReader reader;
+  const int offset = (plane ? K_LOWER : K_UPPER) + (of_values ? V_UPPER - K_UPPER : 0);
+  reader.begin(p.pages + seg.head * p.head_stride + offset, p, part, r, step_b, true);
+  const bool scales = !of_values && plane == PLANES - 1;
+  int id = page_id(p, seg, r.ids.table, step_b, r.ids.last_page);
+  if (of_values) wait_for(b.room(), done.segments + 1 & 1);
+#pragma unroll 1
+  for (int n = n_b; n < n_b + pages; n++) {
+    const int count = n / SCORERS, of_keys = n % SCORERS * KEY_STEPS + count % KEY_STEPS;
+    const int stage = of_values ? n % VALUE_STEPS : of_keys;
+    const u32 to = ring + (of_values ? 0 : RING_KEYS) + stage * PAGE_CODES + plane * PAGE_PLANE;
+    const u32 full = of_values ? b.values(stage) : b.keys(0, stage);
+    const int round = of_values ? n / VALUE_STEPS : count / KEY_STEPS;
+    const int first = reader.first(), bytes = reader.bytes();
+    reader.find(id);
+    id = page_id(p, seg, r.ids.table, ++reader.asked, r.ids.last_page);
+    wait_for(of_values ? b.values_read(stage) : b.keys_read(0, stage), round + 1 & 1);
+    if (elected()) {
+      arrive_expecting(full, bytes + (scales ? PAGE_SCALES : 0));
+      copy_bulk(to + first, reader.next + first, bytes, full);
+      if (scales)
+        copy_bulk(ring + RING_SCALES + stage * PAGE_SCALES, reader.next + K_SCALE - (plane ? K_LOWER : K_UPPER), PAGE_SCALES,
+                  full);
+    }
+  }
+}
+
+// What those do who do not sum values, for all segments of a CTA.
+template <bool BRINGS>
+DEV void help_segments(const Params& p, const Segment (&edges)[2], int begin, int end, u32 ring, u32 shared,
+                       const Member& me, int lane) {
+  PagesDone done = {};
+  for (int unit = begin; unit < end;) {
+    const Segment seg = unit >= edges[1].begin ? edges[1] : unit < edges[0].end ? edges[0] : segment_at(p, unit);
+    const int stop = min(end, seg.end);
+    if (!is_empty(seg)) {
+      const Part part = part_of_segment(seg, unit, stop);
+      Pages pages;
+      begin_pages(pages, p, seg, part, lane);
+      if (part.slice_b < pages.slice_e) {
+        if (BRINGS) bring_pages(p, seg, part, pages, ring, shared, me, done);
+        else score_pages(p, seg, part, pages, ring, shared, me, lane, done);
+      }
+    }
+    unit = stop;
+  }
+  wait_for_predecessor();  // all threads of a CTA merge
 }

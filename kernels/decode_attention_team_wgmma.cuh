@@ -109,22 +109,28 @@ struct Codes {
 // [tile of 16 rows][product of 16 columns]
 typedef u32 Fragments[2][2][4];
 
-// Scores of this warp's slice. They are there after a wait.
-DEV void multiply_keys(float (&s)[NT][2][4], u32 keys, u32 scales, u32 columns, int lane) {
-  const int t = lane & 3, odd = t / 2;
-  const u32 mine = keys + lane * 16, run = scales + t * (D / 2);
+// Keys of this warp's slice, as a lane reads them for its products.
+struct Keys {
   Codes next;
-  uint4 next_scale, next_minimum;
-  auto load = [&](int j) {
-    const int tile = j % 2 ? j - odd : j + odd;  // j ^ odd
-    next.load(mine + tile * 512), next_scale = lds128(run + tile * 16), next_minimum = lds128(run + tile * 16 + 2 * D);
-  };
-  load(0);
+  uint4 scale, minimum;
+  u32 mine, run;
+  DEV void begin(u32 keys, u32 scales, int lane) {
+    mine = keys + lane * 16, run = scales + (lane & 3) * (D / 2);
+    load(0, lane);
+  }
+  DEV void load(int j, int lane) {
+    const int odd = (lane & 3) / 2, tile = j % 2 ? j - odd : j + odd;  // j ^ odd
+    next.load(mine + tile * 512), scale = lds128(run + tile * 16), minimum = lds128(run + tile * 16 + 2 * D);
+  }
+};
+
+// Scores of this warp's slice. They are there after a wait.
+DEV void multiply_keys(float (&s)[NT][2][4], Keys& keys, u32 columns, int lane) {
 #pragma unroll
   for (int j = 0; j < J; j++) {
-    const Codes codes = next;
-    const uint4 scale = next_scale, minimum = next_minimum;
-    if (j + 1 < J) load(j + 1);
+    const Codes codes = keys.next;
+    const uint4 scale = keys.scale, minimum = keys.minimum;
+    if (j + 1 < J) keys.load(j + 1, lane);
     Fragments a;
 #pragma unroll
     for (int y = 0; y < 4; y++) {
@@ -351,7 +357,9 @@ DEV void attend_pages(State& st, const Params& p, const Segment& seg, const Part
     find(id);
     compute_here(next);
     wait_for(barriers + stage * 16, parity);
-    multiply_keys(s, keys + stage * PAGE_CODES, scales_of(step), __shfl_sync(ALL, columns_at(shared), 0), lane);
+    Keys k;
+    k.begin(keys + stage * PAGE_CODES, scales_of(step), lane);
+    multiply_keys(s, k, __shfl_sync(ALL, columns_at(shared), 0), lane);
     // Of what is before the first step probabilities are 0.
     if (step > step_b) wait_for(barriers + before * 16 + 8, parity_before);
     begin_values();
