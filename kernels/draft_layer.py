@@ -353,7 +353,7 @@ def plan_of(
     pieces = -(-tokens * shape.hidden // (256 * warps))
     whole = min(gpu.shared_memory_per_block, gpu.shared_memory_per_multiprocessor // min_ctas - 1024) - 1024
     # As many as registers hold: a thread of 16 warps has 128 of them, and more tokens need some more (H200).
-    fitting = 2 if tokens > 2 else 10 if warps < 16 else 7 if tokens == 1 else 4
+    fitting = 2 if tokens > 2 else 10 if warps < 16 else 7 if tokens == 1 or order.is_marlin else 4
     pairs = min(pairs or fitting, most)
     tiles = per_pass(hidden, min(3, most)), per_pass(gate, pairs), per_pass(qkv, min(4, most))
     flight = max(2, round(FLIGHT_BYTES / (warps * UNIT)))
