@@ -48,6 +48,22 @@ def _codes(x, scale, minimum):
 
 
 @jit
+def _keep_spread(codes, scale, minimum, is_first, G: tl.constexpr):
+    """Scale and minimum by which the upper of `codes` [G, channels] have the keys' variance: see `format._keep_spread`."""
+    upper = (codes >> 4).to(tl.float32)
+    total = tl.sum(upper, axis=0)
+    spread = G * tl.sum(upper * upper, axis=0) - total * total
+    more = tl.where(spread == 0, 0.0, tl.div_rn(G * G / 24.0, tl.where(spread == 0, 1.0, spread)))
+    s = scale.to(tl.float32)
+    kept = (s * (1.0 - tl.minimum(more, 0.03125))).to(tl.float16)
+    center = total * (1.0 / G)
+    if is_first:
+        center = tl.sum(tl.where(tl.arange(0, G)[:, None] == 0, upper, 0.0), axis=0)
+    moved = minimum.to(tl.float32) + (s - kept.to(tl.float32)) * center
+    return kept, tl.minimum(moved, 65504.0).to(tl.float16)
+
+
+@jit
 def _pack(codes):
     """16 * upper + lower [..., 2], the last dim for the nibbles, -> flat bytes of upper and of lower codes."""
     even, odd = tl.split(codes)
@@ -66,6 +82,8 @@ def quantize_keys(
         sink = tl.sum(tl.where(tl.arange(0, G)[:, None] == 0, x, 0.0), axis=0)
         minimum = _on_a_code(sink, scale, minimum)
     codes = _codes(x, scale[None, :], minimum[None, :])
+    if PAGE_BITS == 4:
+        scale, minimum = _keep_spread(codes, scale, minimum, is_first, G)
 
     column = tl.arange(0, 32)  # par, b, t, e
     at = (column // 2) % 4 * (D // 4) + (piece * 2 + column // 16) * 4 + (column // 8) % 2 * 2 + column % 2

@@ -41,6 +41,8 @@ import torch
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 GROUP_SIZES = (64, 128)
 PAGE_BITS = (4, 8)
+# By how much `_keep_spread` narrows a step at most. Codes from 0 to 15 never ask for more: only ranges below fp16's do.
+MOST_SPREAD = 1 / 32
 
 
 def window_start(position: int | torch.Tensor, group_size: int) -> int | torch.Tensor:
@@ -177,15 +179,41 @@ def window_blocks_per_request(group_size: int, window_block_size: int, num_specu
 
 
 def quantize_keys(
-    k: torch.Tensor, is_first: torch.Tensor | None = None
+    k: torch.Tensor, is_first: torch.Tensor | None = None, bits: int = 8
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Quantize keys [..., G, D] per channel over the G tokens; scale and minimum are fp16 [..., D].
 
     Of pages that begin a sequence (``is_first``, bool [...]; None: of no page) the minimum is moved by up to half a step, so
     that the first token's key, an attention sink, is read as it is. The others are read within half a step as before.
+
+    For pages of 4 ``bits`` scale and minimum are then those with which the upper codes have the keys' mean and variance.
     """
     upper, lower, scale, minimum = _quantize(k, dim=-2, is_first=is_first)
+    if bits == 4:
+        scale, minimum = _keep_spread(upper, scale, minimum, is_first)
     return upper, lower, scale.squeeze(-2), minimum.squeeze(-2)
+
+
+def _keep_spread(
+    upper: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor, is_first: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and minimum fp16 [..., 1, D] by which codes [..., G, D] have no more variance than what they stand for.
+
+    Rounding adds a twelfth of a step squared, and so to the spread of scores, whose exponentials then sum to more: pages
+    would draw more attention than they should. What stays is the mean; where a sequence begins, its first key.
+    """
+    codes = upper.float()
+    n, total = codes.shape[-2], codes.sum(-2, keepdim=True)
+    # Sums of integers and products that fp32 has exactly: a kernel has the same bytes, in whatever order it adds.
+    spread = n * codes.square().sum(-2, keepdim=True) - total * total
+    more = torch.where(spread == 0, 0.0, torch.full_like(spread, n * n / 24) / spread).clamp(max=MOST_SPREAD)
+    s = scale.float()
+    kept = (s * (1 - more)).half()
+    center = total / n
+    if is_first is not None:
+        center = torch.where(is_first[..., None, None], codes[..., :1, :], center)
+    limit = torch.finfo(torch.float16).max
+    return kept, (minimum.float() + (s - kept.float()) * center).clamp(max=limit).half()
 
 
 def quantize_values(v: torch.Tensor, value_group_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -321,7 +349,7 @@ def encode_pages(
     ``is_first``: bool [n], pages that begin a sequence (see `quantize_keys`); None: none does.
     """
     is_first = None if is_first is None else is_first[:, None].expand(-1, keys.shape[2])
-    k_upper, k_lower, k_scale, k_min = quantize_keys(keys.transpose(1, 2), is_first)
+    k_upper, k_lower, k_scale, k_min = quantize_keys(keys.transpose(1, 2), is_first, fmt.bits)
     v_upper, v_lower, v_scale, v_min = quantize_values(values.transpose(1, 2), fmt.value_group_size)
     fields = {
         "k_upper": pack_key_codes(k_upper),
