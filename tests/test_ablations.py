@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vllm_quantspec.config import parse_options
-from vllm_quantspec.format import PageFormat, window_start
+from vllm_quantspec.format import PageFormat, dequantize_keys, quantize_keys, window_start
 from vllm_quantspec.kernels import reference, step
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -100,11 +100,12 @@ def test_ways_to_read_the_first_page(way, group=128):
 def test_pages_with_the_ranges_of_the_product_are_the_products(head_size, group=page_ranges.GROUP):
     torch.manual_seed(0)
     exact = tuple(torch.randn(2, 3 * group + 5, head_size).bfloat16() for _ in range(2))
-    both = page_ranges.variants(2, [0.5], parts=True)[0]
+    both, query_size = page_ranges.variants(2, [0.5], parts=True)[0], torch.rand(2, head_size)
     expected = ablations.read_quantized(*exact, group, 4)
-    for read, wanted in zip(page_ranges.read_pages(*exact, both, 0), expected, strict=True):
+    for read, wanted in zip(page_ranges.read_pages(*exact, both, 0, query_size)[:2], expected, strict=True):
         torch.testing.assert_close(read, wanted, atol=1e-6, rtol=1e-6)
-    alone = page_ranges.read_pages(*exact, page_ranges.Variant("keys", values=None, layer=1, part=(0, 0.5)), 1)
+    half = page_ranges.Variant("keys", values=None, layer=1, part=(0, 0.5))
+    alone = page_ranges.read_pages(*exact, half, 1, query_size)
     assert torch.equal(alone[1], exact[1][:, : 3 * group].float())
     assert torch.equal(alone[0][:, group:], exact[0][:, group : 3 * group].float())
     assert (alone[0][:, :group] - expected[0][:, :group]).abs().max() < 1e-6
@@ -113,10 +114,60 @@ def test_pages_with_the_ranges_of_the_product_are_the_products(head_size, group=
 @pytest.mark.parametrize("inset", [0.25, 0.5, 1.0])
 def test_an_inset_leaves_every_number_within_half_a_step(inset):
     torch.manual_seed(0)
-    x = torch.randn(2, 5, 128, 16)
-    error = (page_ranges.read(x, 2, inset, first=False) - x).abs()
-    step = (x.amax(2, keepdim=True) - x.amin(2, keepdim=True)) / (15 + inset)
-    assert (error <= 0.505 * step + 4e-3).all()  # and the rounding of minimum and scale
+    x = torch.randn(2, 5, 1, 128, 16)
+    read, step = page_ranges.read(x, page_ranges.Variant("inset"), inset)
+    torch.testing.assert_close(step, (x.amax(3, keepdim=True) - x.amin(3, keepdim=True)) / (15 + inset), rtol=1e-3, atol=0)
+    assert ((read - x).abs() <= 0.505 * step + 4e-3).all()  # and the rounding of minimum and scale
+
+
+def test_ways_to_read_keys():
+    """What each way promises: a squared error, or a page's mean and variance, on keys with channels of unlike size."""
+    torch.manual_seed(0)
+    keys = torch.randn(2, 4 * 128, 64) * torch.linspace(0.1, 4, 64) + 3 * torch.randn(64)
+    ways, query_size = {v.name: v for v in page_ranges.WAYS}, torch.rand(2, 64) + 0.1
+    plain = page_ranges.read_keys(keys, page_ranges.Variant("plain"), query_size)[0]
+    read = {name: page_ranges.read_keys(keys, v, query_size) for name, v in ways.items()}
+    error = {name: (x[0] - keys).square().mean() / (plain - keys).square().mean() for name, x in read.items()}
+    assert error["fit squares"] < error["fit variance"] < 1.02 and error["fit squares"] < 1
+    assert error["40 of 5 bits"] < error["32 of 5 bits"] < 0.5 and error["groups of 64"] < 0.85
+    pages, kept = (x.unflatten(1, (-1, 128))[:, 1:] for x in (keys, read["fit variance"][0]))
+    torch.testing.assert_close(kept.var(2), pages.var(2), rtol=2e-3, atol=0)
+    torch.testing.assert_close(kept.mean(2), pages.mean(2), rtol=1e-3, atol=5e-3)  # fp16 minima
+    assert (plain.unflatten(1, (-1, 128))[:, 1:].var(2) / pages.var(2)).mean() > 1.004
+    upper, _, scale, minimum = quantize_keys(keys.unflatten(1, (-1, 128)), torch.arange(4).expand(2, -1) == 0, bits=4)
+    expected = dequantize_keys(upper, None, scale, minimum).flatten(1, 2)
+    torch.testing.assert_close(read["fit codes"][0], expected, rtol=0, atol=1e-2)  # fp16 minima, rounded twice
+    rotated = read["rotated"][0] - keys  # an error is spread over all channels
+    assert rotated.square().mean((0, 1)).max() < 1.5 * rotated.square().mean((0, 1)).min()
+
+
+def test_half_the_variance_leaves_the_scores():
+    """Attention with `less variance` is that of scores less sum of (q step)^2 / 24 D."""
+    torch.manual_seed(0)
+    size, group = 32, page_ranges.GROUP
+    q, own = torch.randn(2, 1, size), (torch.randn(1, 1, size), torch.zeros(1, 1, size))
+    cache = [(torch.randn(1, 4 * group, size).bfloat16(), torch.randn(1, 4 * group, size).bfloat16())]
+    seen = []
+
+    class Model:
+        linears, head = None, torch.eye(2 * size)
+
+        def hidden_states(self, ids, linears, attend, first):
+            seen.append(attend(0, q, *own))
+            return seen[-1].transpose(0, 1).flatten(1)
+
+    reader = page_ranges.Reader(Model(), torch.zeros(4 * group, dtype=torch.long), 1, cache)
+    less = page_ranges.Variant("less variance", less_variance=True)
+    _, mass = reader(less)
+    keys, values, steps = page_ranges.read_pages(*cache[0], less, 0, torch.ones(1, size))
+    start = 2 * group
+    every_key = torch.cat([keys[0, :start], cache[0][0][0, start:-1].float(), own[0][0].bfloat16().float()])
+    every_value = torch.cat([values[0, :start], cache[0][1][0, start:-1].float(), own[1][0]])
+    scores = q[:, 0] @ every_key.T * size**-0.5
+    scores[:, :start] -= q[:, 0].square() @ steps[0, :start].square().T / (24 * size)
+    expected = scores.softmax(-1)
+    torch.testing.assert_close(seen[0][:, 0], expected @ every_value)
+    assert abs(mass - expected[:, :start].sum(-1).mean()) < 1e-6
 
 
 def test_symmetric_weights():
