@@ -44,19 +44,6 @@ def cores():
 
 
 @pytest.fixture(scope="module")
-def forked(cores, tmp_path_factory):
-    """From here on vLLM's processes are copies of one that imported it (forked_workers.py), with the environment it has."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["forked_workers"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
-        patch.setenv("VLLM_CACHE_ROOT", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr("vllm.utils.system_utils.multiprocessing", SimpleNamespace(get_context=lambda method: context))
-        yield
-    _forkserver._stop()
-
-
-@pytest.fixture(scope="module")
 def expected(books_4m, passage):
     """Prompts below one page, of some pages and of many, and what an engine of one worker answers."""
     with engine(books_4m, **quantspec()) as llm:
@@ -80,6 +67,70 @@ def test_processes_with_sparse_drafts(books_4m, expected):
     for llm in check(books_4m, expected, "mp", **quantspec(draft_context=256)):
         shares = llm.collective_rpc(lambda worker: worker.model_runner.drafter.page_scores.share.mean)
         assert shares[0] == shares[1] < 0.7
+
+
+def place_workers_by_cpu(setattr=setattr):
+    """vLLM's Ray executor asks for an accelerator per worker and its CPU platform names none: let it ask for a CPU."""
+    import ray
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.executor.ray_executor_v2 import RayExecutorV2, RayWorkerProc
+
+    setattr(CpuPlatform, "ray_device_key", "CPU")
+    setattr(RayExecutorV2, "_get_actor_resource_kwargs", staticmethod(lambda: {"num_gpus": 0}))
+    setattr(RayWorkerProc, "get_node_and_physical_gpu_ids", lambda self: (ray.get_runtime_context().get_node_id(), []))
+
+
+@pytest.fixture
+def ray_cluster(monkeypatch):
+    """A Ray cluster of two nodes on this machine, one CPU each: one worker shares the engine's memory, one does not."""
+    if find_spec("ray") is None:
+        pytest.skip("Ray is not installed: pip install 'vllm-quantspec[ray]'")
+    import ray
+    from ray._raylet import AuthenticationTokenLoader, Config
+    from ray.cluster_utils import Cluster
+
+    def read_environment():  # Ray did, when vLLM imported it
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
+
+    # Its ports are open to the network; and a token from here leaves the home directory's alone.
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    read_environment()
+
+    place_workers_by_cpu(monkeypatch.setattr)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers do not find the tests
+    node = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=node)
+    try:
+        cluster.add_node(**node)
+        ray.init(address=cluster.address, runtime_env={"worker_process_setup_hook": place_workers_by_cpu})
+        yield ray
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+        ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+        monkeypatch.undo()
+        read_environment()
+
+
+def test_ray(books_4m, expected, ray_cluster):
+    assert [node["Resources"]["CPU"] for node in ray_cluster.nodes()] == [1, 1]
+    for _ in check(books_4m, expected, "Ray", distributed_executor_backend="ray", **quantspec()):
+        pass
+
+
+@pytest.fixture(scope="module")
+def forked(cores, tmp_path_factory):
+    """From here on vLLM's processes are copies of one that imported it (forked_workers.py), with the environment it has."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["forked_workers"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        patch.setenv("VLLM_CACHE_ROOT", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr("vllm.utils.system_utils.multiprocessing", SimpleNamespace(get_context=lambda method: context))
+        yield
+    _forkserver._stop()
 
 
 def test_processes_are_told_who_reads_everything(books_4m, passage, monkeypatch, forked):
@@ -153,57 +204,6 @@ def widths_of_draft(worker) -> dict[str, int]:
     """Bits of each linear of the draft."""
     linears = {name: getattr(m, "quant_method", None) for name, m in worker.model_runner.drafter.model.named_modules()}
     return {name: method.bits for name, method in linears.items() if hasattr(method, "bits")}
-
-
-def place_workers_by_cpu(setattr=setattr):
-    """vLLM's Ray executor asks for an accelerator per worker and its CPU platform names none: let it ask for a CPU."""
-    import ray
-    from vllm.platforms.cpu import CpuPlatform
-    from vllm.v1.executor.ray_executor_v2 import RayExecutorV2, RayWorkerProc
-
-    setattr(CpuPlatform, "ray_device_key", "CPU")
-    setattr(RayExecutorV2, "_get_actor_resource_kwargs", staticmethod(lambda: {"num_gpus": 0}))
-    setattr(RayWorkerProc, "get_node_and_physical_gpu_ids", lambda self: (ray.get_runtime_context().get_node_id(), []))
-
-
-@pytest.fixture
-def ray_cluster(monkeypatch):
-    """A Ray cluster of two nodes on this machine, one CPU each: one worker shares the engine's memory, one does not."""
-    if find_spec("ray") is None:
-        pytest.skip("Ray is not installed: pip install 'vllm-quantspec[ray]'")
-    import ray
-    from ray._raylet import AuthenticationTokenLoader, Config
-    from ray.cluster_utils import Cluster
-
-    def read_environment():  # Ray did, when vLLM imported it
-        Config.initialize("")
-        AuthenticationTokenLoader.instance().reset_cache()
-
-    # Its ports are open to the network; and a token from here leaves the home directory's alone.
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    read_environment()
-
-    place_workers_by_cpu(monkeypatch.setattr)
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers do not find the tests
-    node = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=node)
-    try:
-        cluster.add_node(**node)
-        ray.init(address=cluster.address, runtime_env={"worker_process_setup_hook": place_workers_by_cpu})
-        yield ray
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
-        ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
-        monkeypatch.undo()
-        read_environment()
-
-
-def test_ray(books_4m, expected, ray_cluster):
-    assert [node["Resources"]["CPU"] for node in ray_cluster.nodes()] == [1, 1]
-    for _ in check(books_4m, expected, "Ray", distributed_executor_backend="ray", **quantspec()):
-        pass
 
 
 def test_pipeline_stages_are_refused(books_4m):
