@@ -106,29 +106,39 @@ def is_original_faster(tokens: int, codes: torch.Tensor, original: torch.Tensor 
     return original is not None and tokens > int4_linear.max_faster_tokens(codes)
 
 
-def _check(x, channels: int, codes, *beside) -> None:
-    if x.dim() != 2 or x.shape[1] != channels or channels != codes.shape[1] * CHUNK:
-        raise ValueError(f"x is {list(x.shape)}, but the weight has {codes.shape[1] * CHUNK} channels.")
-    if (reason := supported(codes.shape[1] * CHUNK)) is not None:
+def _check(x, times: int, codes, scales_zeros, bias=None) -> None:
+    """Of x [M, ``times`` * in] and the weight."""
+    channels = codes.shape[1] * CHUNK if codes.dim() == 3 else 0
+    if x.dim() != 2 or x.shape[1] != times * channels:
+        raise ValueError(f"x is {list(x.shape)}, but the weight has {channels} channels.")
+    if (reason := supported(channels)) is not None:
         raise ValueError(reason)
-    for tensor in beside:
-        if tensor.dtype != x.dtype or tensor.shape[-1] != channels:
-            raise ValueError(f"x is {x.dtype} {list(x.shape)}, which {tensor.dtype} {list(tensor.shape)} does not fit.")
+    int4_linear.check(x[:, :channels], codes, scales_zeros, bias)
+
+
+def _check_sum(x, residual, norm) -> None:
+    if residual.shape != x.shape or norm.shape != x.shape[1:] or not residual.dtype == norm.dtype == x.dtype:
+        raise ValueError(
+            f"x is {x.dtype} {list(x.shape)}, which a residual of {residual.dtype} {list(residual.shape)} and a norm of "
+            f"{norm.dtype} {list(norm.shape)} do not fit."
+        )
 
 
 def _normalized_cpu(x, residual, norm, epsilon, codes, scales_zeros, bias=None, original=None, fp8_inputs=False):
-    _check(x, x.shape[1], codes, residual, norm)
+    _check(x, 1, codes, scales_zeros, bias)
+    _check_sum(x, residual, norm)
     inputs, total = normalized(x, residual, norm, epsilon)
     return _linear(inputs, codes, scales_zeros, bias, original, fp8_inputs), total
 
 
 def _activated_cpu(x, codes, scales_zeros, original=None, fp8_inputs=False):
-    _check(x[:, : x.shape[1] // 2], codes.shape[1] * CHUNK, codes)
+    _check(x, 2, codes, scales_zeros)
     return _linear(activated(x), codes, scales_zeros, None, original, fp8_inputs)
 
 
 def _normalized_cuda(x, residual, norm, epsilon, codes, scales_zeros, bias=None, original=None, fp8_inputs=False):
-    _check(x, x.shape[1], codes, residual, norm)
+    _check(x, 1, codes, scales_zeros, bias)
+    _check_sum(x, residual, norm)
     if norm.data_ptr() % 16 or not norm.is_contiguous():  # a copy would be read before it is written
         raise ValueError("norm must be contiguous and begin at a multiple of 16 bytes.")
     total, residual = x.new_empty(x.shape), _aligned(residual)
@@ -143,7 +153,7 @@ def _normalized_cuda(x, residual, norm, epsilon, codes, scales_zeros, bias=None,
 
 
 def _activated_cuda(x, codes, scales_zeros, original=None, fp8_inputs=False):
-    _check(x[:, : x.shape[1] // 2], codes.shape[1] * CHUNK, codes)
+    _check(x, 2, codes, scales_zeros)
     return _launch(x, _Params(), True, codes, scales_zeros, None, original, fp8_inputs)
 
 

@@ -251,14 +251,17 @@ def reference(
     parts: int | None = None,
 ) -> torch.Tensor:
     """`int4_linear` in plain PyTorch, accumulated in fp32; with ``parts``, of inputs that are so many e4m3 numbers each."""
-    _check(x, codes, scales_zeros, bias)
+    check(x, codes, scales_zeros, bias)
     weight = dequantize(codes, scales_zeros)[:, : x.shape[1]]
     inputs = rotate_inputs(x).to(x.dtype) if rotated else x
     out = (inputs.float() if parts is None else split(inputs, parts)) @ weight.t()
     return (out if bias is None else out + bias.float()).to(x.dtype)
 
 
-def _check(x: torch.Tensor, codes: torch.Tensor, scales_zeros: torch.Tensor, bias: torch.Tensor | None) -> None:
+def check(x: torch.Tensor, codes: torch.Tensor, scales_zeros: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Raises:
+    ValueError: these are not arguments of `int4_linear`.
+    """
     if x.dim() != 2 or x.dtype not in MAGIC:
         raise ValueError(f"x must be bfloat16 or float16 [M, in], got {x.dtype} {list(x.shape)}.")
     if x.dtype != scales_zeros.dtype:
@@ -302,7 +305,7 @@ def _cuda(
     rotated: bool = False,
     fp8_inputs: bool = False,
 ) -> torch.Tensor:
-    _check(x, codes, scales_zeros, bias)
+    check(x, codes, scales_zeros, bias)
     out = x.new_empty(x.shape[0], codes.shape[0] * ROWS)
     if x.shape[0] == 0:
         return out

@@ -54,8 +54,13 @@ def test_what_does_not_fit_is_said():
     weights = packed.codes, packed.scales_zeros
     with pytest.raises(ValueError, match="the weight has 256 channels"):
         activated_linear(x[:, :256], *weights)
-    with pytest.raises(ValueError, match="does not fit"):
-        normalized_linear(x[:, :256], residual.half(), norm, EPSILON, *weights)
+    for other in (residual.half(), residual[:2], residual[:, :128]):
+        with pytest.raises(ValueError, match="do not fit"):
+            normalized_linear(x[:, :256], other, norm, EPSILON, *weights)
+    with pytest.raises(ValueError, match="bias must be"):
+        normalized_linear(x[:, :256], residual, norm, EPSILON, *weights, norm[:16])
+    with pytest.raises(ValueError, match="packed for"):
+        activated_linear(x.half(), *weights)
     assert "not divisible by 128" in fused_linear.supported(192)
     assert "more than 32768" in fused_linear.supported(65536)
     assert fused_linear.supported(28672) is None and fused_linear.pieces_of(28672) == 7
