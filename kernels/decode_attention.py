@@ -244,9 +244,11 @@ TEAM_TILES = {32: 8, 64: 5, 128: 3}
 TEAM_PASS = 1.6
 # From as many query rows on, and up to as many tiles in a pass, a warp group is the fastest where it takes heads and groups.
 WGMMA_ROWS, WGMMA_TILES = 17, 8
-# Groups that score keys for one that sums values, the tiles of a pass that they have registers for, and whether one more
-# group brings pages to all (1), or each asks for its own (0).
-SCORERS, SCORER_TILES, BRINGERS = 2, 6, 1
+# Groups that score keys for one that sums values, and whether one more group brings pages to all (1), or each asks for its
+# own (0). They have registers for passes of `MOST_SCORER_TILES` tiles, and are chosen up to SCORER_TILES: not at all until
+# they have run on a GPU (benchmarks/NOTES.md, "Groups with roles").
+SCORERS, BRINGERS = 2, 1
+MOST_SCORER_TILES, SCORER_TILES = 6, 0
 
 
 def row_plans(head_size: int, group_size: int, rows: int, wgmma: bool = False, scores: bool = False) -> list[RowPlan]:
