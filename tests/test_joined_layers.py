@@ -27,7 +27,7 @@ def joined_engine(model: str, **options):
     with pytest.MonkeyPatch.context() as patch:
         for module in (linears, joined_layers, fused_layers):
             patch.setattr(module, "current_platform", gpu)
-        with engine(model, max_model_len=1024, max_num_seqs=8, **quantspec(3), **options) as llm:
+        with engine(model, max_model_len=1024, max_num_seqs=8, **quantspec(3, fuse_layers=True), **options) as llm:
             yield llm
 
 

@@ -38,7 +38,7 @@ def registered():
 def test_defaults():
     options, vllm_options = parse_options("quantspec")
     assert options == QuantSpecOptions(
-        4, 128, "int4", "int4", "int4", 128, "auto", "none", None, "model", True, True, "auto", "attention"
+        4, 128, "int4", "int4", "int4", 128, "auto", "none", None, "model", True, True, False, "auto", "attention"
     )
     assert vllm_options == {}
 

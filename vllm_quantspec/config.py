@@ -84,7 +84,11 @@ class QuantSpecOptions:
     """Whether the draft's output layer is INT4 as well; its largest logits are computed again exactly."""
     join_layers: bool = True
     """Whether draft steps of up to `joined_layers.MAX_ROWS` sequences compute all between two attentions in one launch, on
-    models and GPUs where that is possible (the log says where it is not)."""
+    models and GPUs where that is possible (the log says where it is not). On the one copy of a 4-bit checkpoint only where
+    it is asked for: that has not run on a GPU yet."""
+    fuse_layers: bool = False
+    """Whether draft steps of more sequences launch norms and activations together with the linears behind them, on the same
+    models and GPUs. Off, as it has not run on a GPU yet."""
     draft_context: str | int | float = "auto"
     """What a draft step reads of the tokens older than the exact window, per layer and KV head: ``all``; a number of tokens
     (rounded up to whole pages); a fraction of them, above 0 and up to 1; or ``auto``: a sixteenth, where that pays.
@@ -120,6 +124,7 @@ class QuantSpecOptions:
             ("draft_activations", DRAFT_ACTIVATIONS),
             ("quantize_lm_head", (False, True)),
             ("join_layers", (False, True)),
+            ("fuse_layers", (False, True)),
             ("draft_selection", DRAFT_SELECTIONS),
             ("ngram", ("off", "auto")),
         ):

@@ -120,6 +120,8 @@ class Builder:
         rotated: bool,
         weight_bits: float | None,
         join_layers: bool,
+        join_one_copy: bool,
+        fuse_layers: bool,
         fp8_inputs: bool,
     ) -> None:
         self.vllm_config = vllm_config
@@ -132,7 +134,7 @@ class Builder:
         self.group_size = weight_group_size
         self.quantize_lm_head = quantize_lm_head
         self.rounding, self.gptq_asked, self.rotated, self.fp8_inputs = weight_rounding, gptq_asked, rotated, fp8_inputs
-        self.join_layers = join_layers
+        self.join_layers, self.join_one_copy, self.fuse_layers = join_layers, join_one_copy, fuse_layers
         self.own: list[OwnLinear] = []
         self.draft = DraftModel()
         self.clones: dict[int, nn.Module] = {}
@@ -186,19 +188,27 @@ class Builder:
         with_finite_logits(self.draft.model)
         if self.join_layers and (self.draft.quantized or self.draft.one_copy):
             self._join_layers()
+        if self.fuse_layers and self.draft.quantized:
+            self._fuse_layers()
         return self.draft
 
     def _join_layers(self) -> None:
-        log = logger.debug if current_platform.is_cpu() else logger.info
-        joined, fused = self._view(join_layers, "joined"), self._view(fuse_layers, "fused")
+        joined: Joined | str = "on a checkpoint's one copy one launch is to be asked for (join_layers true)"
+        if self.join_one_copy or not self.draft.one_copy:
+            joined = self._view(join_layers, "joined")
         if isinstance(joined, str):
-            log("A draft step has several launches between two attentions: %s", joined)
+            log = logger.debug if current_platform.is_cpu() else logger.info
+            log("Every linear and norm of a draft step is a launch of its own: %s", joined)
         else:
             logger.info("Draft steps of up to %d sequences compute all between attentions in one launch", joined.max_rows)
             self.draft.joined = joined
+
+    def _fuse_layers(self) -> None:
+        fused = self._view(fuse_layers, "fused")
         if isinstance(fused, str):
-            log("Norms and activations of a draft step are torch.compile's: %s", fused)
+            logger.warning("quantspec: fuse_layers has no effect: %s", fused)
         else:
+            logger.info("Draft steps of more sequences launch norms and activations with the linears behind them")
             self.draft.fused = fused
 
     def _view(self, make: Callable[..., _View], name: str) -> _View:

@@ -46,6 +46,7 @@ class QuantSpecConfig(SpeculativeConfig):
     draft_activations: str = "model"
     quantize_lm_head: bool = True
     join_layers: bool = True
+    fuse_layers: bool = False
     draft_context: str | int | float = "auto"
     draft_selection: str = "attention"
     ngram: str = "off"
