@@ -7,9 +7,8 @@
 //
 // So there are three warps on each scheduler, none of which needs registers for both, and groups wait for each other only
 // where a buffer is full or empty. With BRINGERS a fourth asks for pages: elsewhere asking is a tenth of a step of whoever
-// does it. All rows have one `top`, which those who score raise in the order of pages: the decision
-// of a page waits for that of the page before. Sums of probabilities stay with those who score until the segment's pages are
-// done.
+// does it. All rows have one `top`, which those who score raise in the order of pages: the decision of a page waits for that
+// of the page before. Sums of probabilities stay with those who score until the segment's pages are done.
 //
 // Pages are counted through a CTA's segments: page n is that of scorer n % SCORERS, and lies in stage n of rings.
 #pragma once
