@@ -234,9 +234,10 @@ def test_random_batches(seed):
 
 
 @runs
-def test_huge_and_tiny_values():
+@pytest.mark.parametrize("bits", [4, 8])
+def test_huge_and_tiny_values(bits):
     """Scales and minima stop at fp16's range; spreads below fp16's smallest number make flat groups."""
-    batch = Batch(PageFormat(1, 64, 64), [(0, 64, 0, 0)], max_drafts=0)
+    batch = Batch(PageFormat(1, 64, 64, bits=bits), [(0, 64, 0, 0)], max_drafts=0)
     batch.key[3:-2, :, 0] *= 1e30
     batch.key[3:-2, :, 1] = batch.key[3:-2, :, 1] * 1e3 + 70_000
     batch.key[3:-2, :, 2] = batch.key[3:-2, :, 2] * 1e3 - 1e6
