@@ -246,7 +246,7 @@ TEAM_PASS = 1.6
 WGMMA_ROWS, WGMMA_TILES = 17, 8
 # Groups that score keys for one that sums values, and whether one more group brings pages to all (1), or each asks for its
 # own (0). They have registers for passes of `MOST_SCORER_TILES` tiles, and are chosen up to SCORER_TILES: not at all until
-# they have run on a GPU (benchmarks/NOTES.md, "Groups with roles").
+# they have run on a GPU (benchmarks/NOTES.md, "Warp groups with roles").
 SCORERS, BRINGERS = 2, 1
 MOST_SCORER_TILES, SCORER_TILES = 6, 0
 

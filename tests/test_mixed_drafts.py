@@ -243,8 +243,8 @@ def test_a_default_whose_losses_cannot_be_measured_has_4_bits(runner, again, ask
 
 
 QUANTSPEC = type("Config", (), {
-    "group_size": 128, "num_speculative_tokens": 4, "quantize_lm_head": True, "join_layers": True, "draft_context": "all",
-    "draft_experts": "target", "draft_sample_method": "greedy", "chooses_number": False,
+    "group_size": 128, "num_speculative_tokens": 4, "quantize_lm_head": True, "join_layers": True, "fuse_layers": False,
+    "draft_context": "all", "draft_experts": "target", "draft_sample_method": "greedy", "chooses_number": False,
 })  # fmt: skip
 
 
