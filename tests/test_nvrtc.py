@@ -1,5 +1,6 @@
 """Compiling and loading a kernel, against stand-ins for NVRTC, the driver and the GPU."""
 
+import ctypes
 import re
 import sys
 from types import ModuleType, SimpleNamespace
@@ -144,3 +145,24 @@ def test_code_for_an_emulated_gpu_is_left_to_the_driver(calls, monkeypatch):
     monkeypatch.setattr(nvrtc, "device_properties", lambda index: gpu_like((8, 6), from_ptx=True))
     nvrtc.load(int4_linear.SOURCE, {}, 0, **SIZES)
     assert ("nvrtcCompileProgram", [b"--gpu-architecture=compute_86", b"--std=c++17"]) in calls
+
+
+def test_a_tensor_map_is_encoded_where_the_driver_wants_it(monkeypatch):
+    """Aligned to 64 bytes; strides in bytes, sizes in elements, the inner dimension first."""
+    seen, errors = [], [0, 1]
+
+    def encode(to, kind, rank, address, sizes, strides, box, steps, *rest):
+        numbers = [n.value for n in (kind, rank, address, *rest)]
+        seen.append((numbers, *map(list, (sizes, strides, box, steps))))
+        assert to.value % 64 == 0
+        ctypes.memmove(to, bytes(range(128)), 128)
+        return errors.pop(0)
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(cuTensorMapEncodeTiled=encode))
+    nvrtc.tensor_map.cache_clear()
+    assert bytes(nvrtc.tensor_map(4096, 10, 64, 2, 16, 8)) == bytes(range(128))
+    nvrtc.tensor_map(4096, 10, 64, 2, 16, 8)
+    assert seen == [([1, 2, 4096, 0, 0, 3, 0], [64, 10], [128], [16, 8], [1, 1])]
+    with pytest.raises(RuntimeError, match="error 1"):
+        nvrtc.tensor_map(4096, 10, 64, 4, 16, 8)
+    nvrtc.tensor_map.cache_clear()

@@ -81,11 +81,8 @@ class JoinedLayer(nn.Module):
         self.o_proj, self.norm, self.mlp = layer.self_attn.o_proj, layer.post_attention_layernorm, layer.mlp
         if following is not None:
             self.next_norm, self.next_qkv = following.input_layernorm, following.self_attn.qkv_proj
-            self.weight_names = [_weights_of(linear).names for linear in self.linears]
-
-    @property
-    def linears(self) -> tuple[nn.Module, ...]:
-        return self.o_proj, self.mlp.gate_up_proj, self.mlp.down_proj, self.next_qkv
+            linears = self.o_proj, self.mlp.gate_up_proj, self.mlp.down_proj, self.next_qkv
+            self.names = tuple(_weights_of(linear).names for linear in linears)
 
     def forward(
         self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None, t_cond: None = None
@@ -104,8 +101,8 @@ class JoinedLayer(nn.Module):
             out, _ = self.o_proj(out)
             out, residual = self.norm(out, residual)
             return self.mlp(out), residual
-        named = zip(self.linears, self.weight_names, strict=True)
-        weights = [getattr(linear, name) for linear, names in named for name in names]
+        linears = self.o_proj, self.mlp.gate_up_proj, self.mlp.down_proj, self.next_qkv
+        weights = [getattr(linears[i], name) for i in range(4) for name in self.names[i]]
         return torch.ops.vllm_quantspec.draft_layer(
             out,
             residual,
