@@ -535,6 +535,10 @@ def test_one_copy_of_a_4_bit_checkpoint(tmp_path, capsys):
     four_bits = LLAMA_8B | {"quantization_config": settings}
     model, plain = estimate.model_from(four_bits, "awq"), estimate.model_from(LLAMA_8B, "plain")
     assert model.linear_bits == 4 + 20 / 128 and plain.linear_bits is None
+    # One launch per layer reads a checkpoint's groups of 128, and of no other size.
+    for group_size in (128, 64):
+        grouped = {"model_type": "llama", "quantization_config": settings | {"group_size": group_size}}
+        assert estimate.model_from(LLAMA_8B | grouped, "awq").can_join_layers == (group_size == 128)
     twice, once = (estimate.memory(model, 140 * estimate.GIB, 0.9, 1, 128, 0, one_copy=one) for one in (False, True))
     assert twice.weights == once.weights < 5.9 * estimate.GIB < 15 * estimate.GIB < plain.weight_bytes + estimate.GIB
     saved = model.linear_weights * draft_weights.INT4_BITS / 8
