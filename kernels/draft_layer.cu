@@ -117,10 +117,11 @@ struct Position {
 };
 template <int T>
 DEV void leave_sums(const float (&acc)[T][LANE_SUMS], int count, float2* sums, int warp, int lane) {
-  if ((lane & 3) < LANES_WITH_SUMS) {
+  const int g = lane >> 2, t = lane & 3;
+  if (t < LANES_WITH_SUMS) {
 #pragma unroll
     for (int i = 0; i < T; i++)
-      if (i < count) leave_tile(acc[i], sums + (warp * T + i) * TILE_SUMS, lane);
+      if (i < count) leave_tile(acc[i], sums, (warp * T + i) * TILE_SUMS, g, t);
   }
   meet<THREADS>();
 }

@@ -124,6 +124,6 @@ DEV void multiply(float (&acc)[T][1], Ring& r, int count, int chunks, const Colu
   }
 }
 
-DEV void leave_tile(const float (&acc)[1], float2* sums, int lane) {
-  reinterpret_cast<float*>(sums)[(lane >> 2) * 2 * TOKENS + (lane & 3)] = acc[0];
+DEV void leave_tile(const float (&acc)[1], float2* sums, int first, int g, int q) {
+  reinterpret_cast<float*>(sums)[2 * first + g * 2 * TOKENS + q] = acc[0];
 }

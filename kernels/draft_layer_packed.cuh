@@ -77,7 +77,6 @@ DEV void multiply(float (&acc)[T][2], Ring& r, int count, int chunks, const Colu
   }
 }
 
-DEV void leave_tile(const float (&acc)[2], float2* sums, int lane) {
-  const int g = lane >> 2, t = lane & 3;
-  sums[g * TOKENS + t] = make_float2(acc[0], acc[1]);
+DEV void leave_tile(const float (&acc)[2], float2* sums, int first, int g, int t) {
+  sums[first + g * TOKENS + t] = make_float2(acc[0], acc[1]);
 }
