@@ -125,7 +125,7 @@ def test_what_fails_says_so(calls):
 def test_a_launch_overlaps_where_it_may_and_can(gpu, overlap, overlaps, capability, calls):
     capability[0] = gpu
     kernel = nvrtc.load(int4_linear.SOURCE, {}, 0, **(SIZES | {"overlap": overlap}))
-    nvrtc.launch(kernel, int4_linear._Params(tokens=5), grid_y=3)
+    nvrtc.launch(kernel, int4_linear.Params(tokens=5), grid_y=3)
     (name, config, function, *_), c = calls[-1], kernel.config
     assert (name, config, function) == ("launch", c, "kernel")
     assert (c.gridDimX, c.gridDimY, c.gridDimZ, c.blockDimX, c.hStream) == (132, 3, 2, 288, 77)
