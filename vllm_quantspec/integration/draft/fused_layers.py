@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from vllm import envs
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
@@ -66,12 +65,7 @@ def _normalized(
 
 def fuse_layers(draft: nn.Module, vllm_config: VllmConfig, clone: Callable[[nn.Module], nn.Module]) -> nn.Module | str:
     """The view of ``draft``, or why it cannot be had; arguments as of `join_layers`."""
-    parallel = vllm_config.parallel_config
-    if parallel.tensor_parallel_size > 1 or parallel.pipeline_parallel_size > 1:
-        return "other GPUs compute a part of each layer"
-    if envs.VLLM_BATCH_INVARIANT:
-        return "VLLM_BATCH_INVARIANT is set, and fused linears round elsewhere than single ones"
-    stack = stack_of(draft)
+    stack = stack_of(draft, vllm_config)
     if isinstance(stack, str):
         return stack
     layers = nn.ModuleList()

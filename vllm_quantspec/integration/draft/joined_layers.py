@@ -122,12 +122,7 @@ def join_layers(draft: nn.Module, vllm_config: VllmConfig, clone: Callable[[nn.M
         draft: the draft model, whose linears have their weights.
         clone: makes a new module of the same class with the same attributes, which is compiled anew.
     """
-    parallel = vllm_config.parallel_config
-    if parallel.tensor_parallel_size > 1 or parallel.pipeline_parallel_size > 1:
-        return "other GPUs compute a part of each layer"
-    if envs.VLLM_BATCH_INVARIANT:
-        return "VLLM_BATCH_INVARIANT is set, and one launch rounds elsewhere than seven"
-    stack = stack_of(draft)
+    stack = stack_of(draft, vllm_config)
     if isinstance(stack, str):
         return stack
     shapes = _shapes_of(list(stack), vllm_config.model_config.dtype)
@@ -143,8 +138,13 @@ def join_layers(draft: nn.Module, vllm_config: VllmConfig, clone: Callable[[nn.M
     return Joined(with_layers(draft, stack, layers, clone), max_rows)
 
 
-def stack_of(draft: nn.Module) -> nn.ModuleList | str:
-    """The decoder layers of ``draft``, or why they are not known here."""
+def stack_of(draft: nn.Module, vllm_config: VllmConfig) -> nn.ModuleList | str:
+    """The decoder layers of ``draft``, or why they cannot have other launches."""
+    parallel = vllm_config.parallel_config
+    if parallel.tensor_parallel_size > 1 or parallel.pipeline_parallel_size > 1:
+        return "other GPUs compute a part of each layer"
+    if envs.VLLM_BATCH_INVARIANT:
+        return "VLLM_BATCH_INVARIANT is set, and other launches round elsewhere"
     decoders = [m for m in draft.modules() if type(m) in _MODELS]
     if len(decoders) != 1 or getattr(decoders[0], "aux_hidden_state_layers", ()) or len(decoders[0].layers) < 2:
         return _OTHER_LAYERS
