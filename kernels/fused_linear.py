@@ -95,17 +95,6 @@ def activated(x: torch.Tensor) -> torch.Tensor:
     return (F.silu(gate) * up).to(x.dtype)
 
 
-def _linear(inputs, codes, scales_zeros, bias, original, fp8_inputs):
-    if is_original_faster(len(inputs), codes, original):
-        return F.linear(inputs, original, bias)
-    return int4_linear.int4_linear(inputs, codes, scales_zeros, bias, fp8_inputs=fp8_inputs)
-
-
-def is_original_faster(tokens: int, codes: torch.Tensor, original: torch.Tensor | None) -> bool:
-    """Whether so many tokens are multiplied by the weight in 16 bits."""
-    return original is not None and tokens > int4_linear.max_faster_tokens(codes)
-
-
 def _check(x, times: int, codes, scales_zeros, bias=None) -> None:
     """Of x [M, ``times`` * in] and the weight."""
     channels = codes.shape[1] * CHUNK if codes.dim() == 3 else 0
@@ -128,12 +117,12 @@ def _normalized_cpu(x, residual, norm, epsilon, codes, scales_zeros, bias=None, 
     _check(x, 1, codes, scales_zeros, bias)
     _check_sum(x, residual, norm)
     inputs, total = normalized(x, residual, norm, epsilon)
-    return _linear(inputs, codes, scales_zeros, bias, original, fp8_inputs), total
+    return int4_linear.faster_linear(inputs, codes, scales_zeros, bias, original, fp8_inputs=fp8_inputs), total
 
 
 def _activated_cpu(x, codes, scales_zeros, original=None, fp8_inputs=False):
     _check(x, 2, codes, scales_zeros)
-    return _linear(activated(x), codes, scales_zeros, None, original, fp8_inputs)
+    return int4_linear.faster_linear(activated(x), codes, scales_zeros, None, original, fp8_inputs=fp8_inputs)
 
 
 def _normalized_cuda(x, residual, norm, epsilon, codes, scales_zeros, bias=None, original=None, fp8_inputs=False):
@@ -141,7 +130,7 @@ def _normalized_cuda(x, residual, norm, epsilon, codes, scales_zeros, bias=None,
     _check_sum(x, residual, norm)
     if norm.data_ptr() % 16 or not norm.is_contiguous():  # a copy would be read before it is written
         raise ValueError("norm must be contiguous and begin at a multiple of 16 bytes.")
-    total, residual = x.new_empty(x.shape), _aligned(residual)
+    total, residual = x.new_empty(x.shape), nvrtc.aligned_rows(residual)
     params = _Params(
         residual=residual.data_ptr(),
         norm=norm.data_ptr(),
@@ -198,20 +187,14 @@ class _Params(ctypes.Structure):
     )
 
 
-def _aligned(x: torch.Tensor) -> torch.Tensor:
-    """``x`` [M, n], or a copy whose rows can be read 16 bytes at a time."""
-    fits = x.stride(1) == 1 and (len(x) < 2 or x.stride(0) % 8 == 0)
-    x = x if fits else x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
-
-
 def _launch(x, params: _Params, is_activated: bool, codes, scales_zeros, bias, original, fp8_inputs) -> torch.Tensor:
-    x, tokens, chunks = _aligned(x), len(x), codes.shape[1]
+    x, tokens, chunks = nvrtc.aligned_rows(x), len(x), codes.shape[1]
     out = x.new_empty(tokens, codes.shape[0] * ROWS)
     if not tokens:
         return out
     bf16, device, channels = x.dtype == torch.bfloat16, x.device.index, chunks * CHUNK
-    if not is_original_faster(tokens, codes, original):
+    takes_original = int4_linear.is_original_faster(tokens, codes, original)
+    if not takes_original:
         groups, bits = scales_zeros.shape[2], codes.shape[2] // 256
         plan = int4_linear.choose_plan(codes.shape[0], chunks, groups, tokens, device, bits, bf16, fp8_inputs)
         if isinstance(plan, Fp8Plan) and plan.ready:
@@ -223,7 +206,7 @@ def _launch(x, params: _Params, is_activated: bool, codes, scales_zeros, bias, o
     )
     with torch.cuda.device(device):
         nvrtc.launch(_kernel(is_activated, pieces_of(channels), bf16, device), params, grid_x=tokens)
-    if is_original_faster(tokens, codes, original):
+    if takes_original:
         return F.linear(inputs, original, bias)
     return int4_linear.launch(inputs, codes, scales_zeros, bias, out, plan)
 
@@ -240,7 +223,7 @@ def _convert(
 ) -> None:
     """An `int4_linear.Convert`: inputs for FP8 products."""
     params.p = linear
-    macros = tuple((plan.input_macros(group_size, bf16)).items())
+    macros = tuple(plan.input_macros(group_size, bf16).items())
     kernel = _kernel(is_activated, pieces_of(linear.channels), bf16, device, macros, plan.overlap)
     nvrtc.launch(kernel, params, token_blocks, plan.input_blocks(linear.chunks))
 

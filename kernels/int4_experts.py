@@ -304,10 +304,7 @@ def _launch(
     out: torch.Tensor,
 ) -> None:
     """Both launches on checked arguments of up to ``MAX_LAUNCHED`` tokens."""
-    if x.stride(0) % 8 or x.data_ptr() % 16:
-        x = x.contiguous()
-        if x.data_ptr() % 16:
-            x = x.clone()
+    x = nvrtc.aligned_rows(x)
     (tokens, hidden), chosen, device = x.shape, topk_ids.shape[1], x.device.index
     width, pairs = w13.codes.shape[2] // 4, topk_ids.numel()
     shapes = [(hidden, 2 * width, _group_of(w13)), (width, hidden, _group_of(w2))]

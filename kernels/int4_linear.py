@@ -242,6 +242,26 @@ def int4_linear(
     return torch.ops.vllm_quantspec.int4_linear(x, codes, scales_zeros, bias, rotated, fp8_inputs)
 
 
+def faster_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales_zeros: torch.Tensor,
+    bias: torch.Tensor | None,
+    original: torch.Tensor | None,
+    rotated: bool = False,
+    fp8_inputs: bool = False,
+) -> torch.Tensor:
+    """`int4_linear`, or with ``original``, the weight in 16 bits ([out, in]), from as many rows on as that is faster."""
+    if is_original_faster(x.shape[0], codes, original):
+        return F.linear(x, original, bias)
+    return int4_linear(x, codes, scales_zeros, bias, rotated, fp8_inputs)
+
+
+def is_original_faster(tokens: int, codes: torch.Tensor, original: torch.Tensor | None) -> bool:
+    """Whether `faster_linear` multiplies so many tokens by the weight in 16 bits."""
+    return original is not None and tokens > max_faster_tokens(codes)
+
+
 def reference(
     x: torch.Tensor,
     codes: torch.Tensor,
@@ -411,10 +431,7 @@ def launch(
 
     ``convert`` launches what computes the inputs for FP8 products, in the place of reading them from ``x``.
     """
-    if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
-        x = x.contiguous()
-        if x.data_ptr() % 16:
-            x = x.clone()
+    x = nvrtc.aligned_rows(x)
     tiles, chunks = codes.shape[:2]
     tokens, channels = len(x), x.shape[1] if convert is None else chunks * CHUNK
     device = x.device.index

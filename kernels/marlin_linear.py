@@ -352,10 +352,7 @@ def launch(
     plan: Plan | None = None,
 ) -> torch.Tensor:
     """The kernel on checked arguments, into a contiguous ``out``; ``plan`` overrides the launch, for tuning."""
-    if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
-        x = x.contiguous()
-        if x.data_ptr() % 16:
-            x = x.clone()
+    x = nvrtc.aligned_rows(x)
     tokens, device, kind = x.shape[0], x.device.index, kind_of(weight)
     strips, units = weight.out_features // STRIP, weight.in_features // UNIT
     with torch.cuda.device(device):

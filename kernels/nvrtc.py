@@ -87,6 +87,15 @@ def launch(kernel: Kernel, params: ctypes.Structure, grid_y: int = 1, grid_x: in
     call("cuLaunchKernelEx", kernel.config, kernel.function, ctypes.addressof(pointers), 0)
 
 
+def aligned_rows(x: torch.Tensor) -> torch.Tensor:
+    """``x`` [M, n] in 16 bits, or a copy of it whose rows a kernel can read 16 bytes at a time."""
+    if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
+        x = x.contiguous()
+        if x.data_ptr() % 16:
+            x = x.clone()
+    return x
+
+
 class TensorMap(ctypes.Structure):
     """A matrix in memory and the size of the boxes that a kernel copies of it, as the driver encodes them."""
 

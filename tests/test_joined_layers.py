@@ -89,6 +89,20 @@ def test_the_views_have_the_drafts_own_weights(llm):
         assert hasattr(before.self_attn.qkv_proj, linears.WEIGHT)  # the draft's own attention has its linears still
 
 
+def put(monkeypatch, layer, path: str, value) -> None:
+    """In the place of what ``layer`` has at ``path``."""
+    module, _, name = path.rpartition(".")
+    owner = layer
+    for part in module.split("."):
+        owner = getattr(owner, part)
+    if isinstance(owner, torch.nn.Module) and name in owner._modules:
+        monkeypatch.setitem(owner._modules, name, value)
+    elif isinstance(owner, torch.nn.Module) and name in owner._parameters:
+        monkeypatch.setitem(owner._parameters, name, torch.nn.Parameter(value, requires_grad=False))
+    else:
+        monkeypatch.setattr(owner, name, value)
+
+
 def test_few_sequences_take_it(llm, monkeypatch):
     """The same answers, by either; and more sequences than it is made for do not reach it."""
     draft, rows = draft_of(llm), []
@@ -127,16 +141,7 @@ def test_few_sequences_take_it(llm, monkeypatch):
     ],
 )
 def test_other_layers_are_not_joined(llm, runner, monkeypatch, path, value, words):
-    module, _, name = path.rpartition(".")
-    owner = draft_of(llm).model.model.layers[1]
-    for part in module.split("."):
-        owner = getattr(owner, part)
-    if isinstance(owner, torch.nn.Module) and name in owner._modules:
-        monkeypatch.setitem(owner._modules, name, value)
-    elif isinstance(owner, torch.nn.Module) and name in owner._parameters:
-        monkeypatch.setitem(owner._parameters, name, torch.nn.Parameter(value, requires_grad=False))
-    else:
-        monkeypatch.setattr(owner, name, value)
+    put(monkeypatch, draft_of(llm).model.model.layers[1], path, value)
     reason = join_layers(draft_of(llm).model, runner.vllm_config, lambda module: pytest.fail("nothing is to be cloned"))
     assert isinstance(reason, str) and words in reason
 
@@ -159,7 +164,7 @@ def test_other_engines_have_no_joined_layers(llm, runner, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name, value, words",
+    "path, value, words",
     [
         ("mlp.gate_up_proj.quant_method", SimpleNamespace(), "this package's GPU kernel"),
         ("mlp.down_proj.skip_bias_add", True, "biases"),
@@ -167,13 +172,8 @@ def test_other_engines_have_no_joined_layers(llm, runner, monkeypatch):
         ("mlp.act_fn", torch.nn.SiLU(), "MLP"),
     ],
 )
-def test_other_layers_are_not_fused(llm, runner, monkeypatch, name, value, words):
-    module, _, name = name.rpartition(".")
-    owner = draft_of(llm).model.model.layers[0]
-    for part in module.split("."):
-        owner = getattr(owner, part)
-    changed = owner._modules if isinstance(owner, torch.nn.Module) and name in owner._modules else owner.__dict__
-    monkeypatch.setitem(changed, name, value)
+def test_other_layers_are_not_fused(llm, runner, monkeypatch, path, value, words):
+    put(monkeypatch, draft_of(llm).model.model.layers[0], path, value)
     reason = fuse_layers(draft_of(llm).model, runner.vllm_config, lambda module: pytest.fail("nothing is to be cloned"))
     assert isinstance(reason, str) and words in reason
 

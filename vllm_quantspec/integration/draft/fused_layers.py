@@ -2,7 +2,7 @@
 
 For more sequences than `joined_layers` has one launch for. A layer's norms and its activation become launches of
 `kernels.fused_linear`, under which the linear behind them begins to read its weight, and which leave its inputs in the form
-that it reads: without them those are kernels of torch.compile's, under which nothing begins, and a conversion more.
+that it reads: without them those are kernels of torch.compile's and, from 9 sequences on, a conversion more.
 """
 
 from __future__ import annotations
@@ -23,9 +23,7 @@ from vllm_quantspec.integration.draft.linears import (
     FastInt8LinearMethod,
 )
 from vllm_quantspec.kernels import fused_linear
-
-# Launches that begin under the end of the one before.
-MIN_CAPABILITY = (9, 0)
+from vllm_quantspec.kernels.draft_layer import MIN_CAPABILITY
 
 
 class FusedLayer(nn.Module):

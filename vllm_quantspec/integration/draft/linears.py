@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 
 import torch
-import torch.nn.functional as F
 from vllm.logger import init_logger
 from vllm.model_executor.kernels.linear import MPLinearKernel, MPLinearLayerConfig, choose_mp_linear_kernel
 from vllm.model_executor.layers.linear import LinearMethodBase
@@ -110,13 +109,11 @@ def draft_linear(
     rotated: bool,
     fp8_inputs: bool = False,
 ) -> torch.Tensor:
-    """``int4_linear``; with the target's own weight ([out, in] or None) from as many rows on as that is faster.
+    """`int4_linear.faster_linear`, where the weight in 16 bits is the target's own.
 
     One operator, because torch.compile must not see a choice that depends on the number of tokens.
     """
-    if original is not None and x.shape[0] > int4_linear.max_faster_tokens(codes):
-        return F.linear(x, original, bias)
-    return int4_linear.int4_linear(x, codes, scales_zeros, bias, rotated, fp8_inputs)
+    return int4_linear.faster_linear(x, codes, scales_zeros, bias, original, rotated, fp8_inputs)
 
 
 def _draft_linear_fake(x, codes, scales_zeros, bias, original, rotated, fp8_inputs=False):
