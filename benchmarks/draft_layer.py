@@ -241,9 +241,9 @@ def main():
                     methods |= {"one": one_launch(), "again": one_launch()}
                 for key, method in methods.items():
                     row[f"{key}_us"] = time_layer(method, layers, shape, tokens)
-                for key, name in (("ratio", "one"), ("fused_ratio", "fused")):
-                    if name in methods:
-                        row[key] = row["seven_us"] / row[f"{name}_us"]
+                for key, method in (("ratio", "one"), ("fused_ratio", "fused")):
+                    if method in methods:
+                        row[key] = row["seven_us"] / row[f"{method}_us"]
                 print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
             rows.append(row)
             if args.json:

@@ -4,7 +4,9 @@
 #include "decode_attention_fragments.cuh"
 #include "decode_attention_layout.cuh"
 
-constexpr float NEVER = -1e30f, HEADROOM = 3.f;  // probabilities stay below 2^(2 * HEADROOM)
+// A score may be above `top` by so much: probabilities stay below 2^ROOM, in fp16 times a value's scale. Then `top` rises to a
+// little below it. Raising costs a team as much as half a page, and of 40 rows one is often the first.
+constexpr float NEVER = -1e30f, ROOM = 8.f, HEADROOM = 1.f;
 
 // Lane 4*g+t holds rows 8*nt + 2t + {0, 1}: element [..][0..1] of output channel 16*mt + g, [2..3] of channel 16*mt + 8
 // + g.
@@ -40,12 +42,12 @@ DEV float sum_of_rows(float x) {
   return x + __shfl_xor_sync(ALL, x, 16);
 }
 
-// A row tile's `top`, where its largest score is above it by more than the headroom.
+// A row tile's `top`, where its largest score is above it by more than there is room for.
 DEV void rescale(State& st, int n, const float (&high)[2]) {
   float factor[2];
 #pragma unroll
   for (int e = 0; e < 2; e++) {
-    const float top = high[e] > st.top[n][e] + 2 * HEADROOM ? high[e] - HEADROOM : st.top[n][e];
+    const float top = high[e] > st.top[n][e] + ROOM ? high[e] - HEADROOM : st.top[n][e];
     factor[e] = exp2_fast(st.top[n][e] - top);
     st.top[n][e] = top;
   }
@@ -58,7 +60,7 @@ DEV void rescale(State& st, int n, const float (&high)[2]) {
   }
 }
 
-// The largest of a lane's scores in each row, if it has any; whether one is above `top` by more than the headroom.
+// The largest of a lane's scores in each row, if it has any; whether one is above `top` by more than ROOM.
 template <int N>
 DEV bool above_top(float (&high)[NT][2], const State& st, const float (&s)[NT][N][4], float scale, bool has = true) {
   bool raise = false;
@@ -70,12 +72,12 @@ DEV bool above_top(float (&high)[NT][2], const State& st, const float (&s)[NT][N
 #pragma unroll
       for (int i = 1; i < N; i++) x = fmaxf(x, fmaxf(s[n][i][e], s[n][i][e + 2]));
       high[n][e] = has ? x * scale : NEVER;
-      raise |= high[n][e] > st.top[n][e] + 2 * HEADROOM;
+      raise |= high[n][e] > st.top[n][e] + ROOM;
     }
   return raise;
 }
 
-// Raise `top` where a score exceeds it by more than the headroom: after the first slices hardly ever.
+// Raise `top` where a score exceeds it by more than ROOM: after the first slices hardly ever.
 template <int N>
 DEV void raise_top(State& st, const float (&s)[NT][N][4], float scale) {
   float high[NT][2];

@@ -25,7 +25,7 @@ DEV void sts_float2(u32 a, float x, float y) {
 }
 DEV void sts64(u32 a, u32 x, u32 y) { asm volatile("st.shared.v2.u32 [%0],{%1,%2};" ::"r"(a), "r"(x), "r"(y) : "memory"); }
 
-// A larger `top` for the team, where the largest of its scores are above it by more than the headroom. Ends with all warps
+// A larger `top` for the team, where the largest of its scores are above it by more than ROOM. Ends with all warps
 // in step.
 DEV void raise_together(State& st, const float (&high)[NT][2], u32 shared, const Member& me, int lane) {
   const u32 mine = shared + TEAM_HIGH + (lane & 3) * 8;

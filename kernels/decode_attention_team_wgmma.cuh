@@ -274,7 +274,7 @@ DEV void raise_under_probabilities(State& st, const float (&s)[NT][2][4], float 
   team_sync(me);
 }
 
-// Whether one of a lane's scores is above `top` by more than the headroom (`above_top`); `inverse` of the scores' scale.
+// Whether one of a lane's scores is above `top` by more than ROOM (`above_top`); `inverse` of the scores' scale.
 DEV bool exceeds_top(const State& st, const float (&s)[NT][2][4], float inverse) {
   bool raise = false;
 #pragma unroll
@@ -282,7 +282,7 @@ DEV bool exceeds_top(const State& st, const float (&s)[NT][2][4], float inverse)
 #pragma unroll
     for (int e = 0; e < 2; e++)
       raise |= fmaxf(fmaxf(s[n][0][e], s[n][0][e + 2]), fmaxf(s[n][1][e], s[n][1][e + 2])) >
-               fmaf(st.top[n][e], inverse, 2 * HEADROOM * inverse);
+               fmaf(st.top[n][e], inverse, ROOM * inverse);
   return raise;
 }
 

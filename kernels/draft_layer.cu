@@ -155,7 +155,7 @@ DEV void add_linear(const Params& p, const Linear& l, Share share, Ring& ring, c
     for (int h = 0; h < 2; h++)
       if (mine) old[h] = read16(residual + at.token * residual_stride + row + h * 8);
     float acc[HIDDEN_TILES][LANE_SUMS];
-    multiply<HIDDEN_TILES>(acc, ring, count, l.chunks, phase.column, warp, lane);
+    multiply<HIDDEN_TILES, false>(acc, ring, first, count, l.chunks, phase.column, warp, lane);
     leave_sums(acc, count, phase.sums, warp, lane);
     if (mine) {
       const float2 v = sum_of<HIDDEN_TILES>(phase.sums, at.unit, threadIdx.x % TILE_SUMS);
@@ -175,7 +175,7 @@ DEV void activate(const Params& p, Share share, Ring& ring, const Phase& phase, 
   for (int first = share.begin; first < share.end; first += PAIRS) {
     const int count = min(PAIRS, share.end - first);
     float acc[T][LANE_SUMS];
-    multiply<T>(acc, ring, 2 * count, p.gate_up.chunks, phase.column, warp, lane);
+    multiply<T, true>(acc, ring, first, 2 * count, p.gate_up.chunks, phase.column, warp, lane);
     leave_sums(acc, 2 * count, phase.sums, warp, lane);
     if (at.unit < count) {
       const float2 gate = sum_of<T>(phase.sums, 2 * at.unit, threadIdx.x % TILE_SUMS);
@@ -198,7 +198,7 @@ DEV void project(const Params& p, Share share, Ring& ring, const Phase& phase, i
     const int place = bias_of(first + at.unit, at.g);
     if (mine && p.bias) b0 = low_float(read16(p.bias + place)), b1 = low_float(read16(p.bias + place + BIAS_STEP));
     float acc[QKV_TILES][LANE_SUMS];
-    multiply<QKV_TILES>(acc, ring, count, p.qkv.chunks, phase.column, warp, lane);
+    multiply<QKV_TILES, false>(acc, ring, first, count, p.qkv.chunks, phase.column, warp, lane);
     leave_sums(acc, count, phase.sums, warp, lane);
     if (mine) {
       const float2 v = sum_of<QKV_TILES>(phase.sums, at.unit, threadIdx.x % TILE_SUMS);

@@ -15,7 +15,7 @@
 
 static_assert(TOKENS <= 2, "a product has 8 columns");
 DEV constexpr int in_128(int bytes) { return (bytes + 127) / 128 * 128; }  // where boxes may begin
-constexpr int CODES = 1024, SCALES = 32, ZEROS = HAS_ZEROS ? 16 : 0;  // of zero points 8 bytes are another tile's: boxes have 16
+constexpr int CODES = 1024, SCALES = 32, ZEROS = HAS_ZEROS ? 16 : 0;  // of zero points, two row tiles': boxes begin at 16 bytes
 constexpr int SCALES_AT = NW * CODES, ZEROS_AT = SCALES_AT + in_128(NW * SCALES), STAGE = ZEROS_AT + in_128(NW * ZEROS);
 // Lane 4*g + 2*t + h has row g + 8*h of token t of a row tile.
 constexpr int LANE_SUMS = 1, LANES_WITH_SUMS = 2 * TOKENS, BIAS_STEP = 2;
@@ -38,7 +38,7 @@ DEV void ask_for_stage(const Linear& l, Place from, int, u32 to, u32 done) {
   arrive_expecting(done, NW * (CODES + SCALES + ZEROS));
   copy_box(to, l.codes, from.tile * 32, from.chunk * 8, done);
   copy_box(to + SCALES_AT, l.scales, from.tile * 16, from.chunk, done);
-  if (HAS_ZEROS) copy_box(to + ZEROS_AT, l.zeros, from.tile * 2, from.chunk, done);
+  if (HAS_ZEROS) copy_box(to + ZEROS_AT, l.zeros, from.tile / 2 * 4, from.chunk, done);
 }
 
 DEV int token_of_sums(int lane) { return min(lane >> 1 & 1, TOKENS - 1); }
@@ -67,9 +67,9 @@ DEV Ring ring_of(u32 ring, u32 full, u32 empty, int warp, int lane) {
           {0, 0}};
 }
 
-// This warp's sums of `count` row tiles, a float of each.
-template <int T>
-DEV void multiply(float (&acc)[T][1], Ring& r, int count, int chunks, const Column& in, int warp, int lane) {
+// This warp's sums of `count` row tiles from `first` on, or as many pairs of them, a float of each.
+template <int T, bool PAIRED>
+DEV void multiply(float (&acc)[T][1], Ring& r, int first, int count, int chunks, const Column& in, int warp, int lane) {
   constexpr u32 MASK = 0x0f0f0f0f;
 #pragma unroll
   for (int i = 0; i < T; i++) acc[i][0] = 0.f;
@@ -100,7 +100,7 @@ DEV void multiply(float (&acc)[T][1], Ring& r, int count, int chunks, const Colu
 #pragma unroll
         for (int j = 0; j < 8; j++) w[k][j] = lds32(r.codes + stage + j * 128);
         of_rows[k] = lds16(r.scales + stage);
-        if (HAS_ZEROS) zeros[k] = lds32(r.zeros + stage);
+        if (HAS_ZEROS) zeros[k] = lds32(r.zeros + stage + (first + (PAIRED ? i / 2 : i + k) & 1) * 8);
         __syncwarp();
         if (lane == 0) arrive(r.empty + r.at.slot * 8);
         r.at.step();

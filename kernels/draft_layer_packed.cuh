@@ -38,8 +38,8 @@ DEV Ring ring_of(u32 ring, u32 full, u32 empty, int warp, int lane) {
 }
 
 // This warp's sums of `count` row tiles: rows g and g + 8 of token t of lane 4*g+t.
-template <int T>
-DEV void multiply(float (&acc)[T][2], Ring& r, int count, int chunks, const Column& in, int warp, int lane) {
+template <int T, bool PAIRED>
+DEV void multiply(float (&acc)[T][2], Ring& r, int, int count, int chunks, const Column& in, int warp, int lane) {
 #pragma unroll
   for (int i = 0; i < T; i++) acc[i][0] = acc[i][1] = 0.f;
 #pragma unroll 1

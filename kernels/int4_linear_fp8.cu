@@ -27,7 +27,6 @@
 
 constexpr int XS = X_STAGES, NP = PRODUCERS;
 constexpr int AHEAD = XS > 2 ? XS - 2 : 1;  // stages of x that are asked for in advance, without a warp for it
-constexpr int PER_GROUP = GROUP_SIZE / 32;  // products of k = 32 of a group and part
 constexpr int X_STAGE = 2 * X_BYTES, FACTOR_STAGE = 2 * FACTOR_BYTES, STAGE = T * 2 * UNIT;  // of two chunks
 constexpr int FACTORS_AT = XS * X_STAGE, RINGS_AT = FACTORS_AT + XS * FACTOR_STAGE;
 constexpr int BARRIERS_AT = RINGS_AT + NW * S * STAGE;

@@ -109,7 +109,7 @@ DEV void split_tile(const uint4 (&x)[4], int lane, const Put& put) {
 }
 
 // ---- Inputs that a launch of its own converts ------------------------------------------------------------------------
-constexpr int PER_GROUP = GROUP_SIZE / 32;
+constexpr int PER_GROUP = GROUP_SIZE / 32;  // products of k = 32 of a group and part
 
 struct ToGlobal {
   u8* x;

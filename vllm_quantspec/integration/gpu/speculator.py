@@ -238,7 +238,7 @@ class QuantSpecSpeculator(TargetDependentARSpeculator):
         )
         if is_profile and self.draft.joined is not None:
             # Compiled now: what that takes is part of the start, and the memory it takes is counted.
-            for rows in range(self.draft.joined.max_rows, 0, -1):
+            for rows in range(min(self.draft.joined.max_rows, self.max_num_reqs), 0, -1):
                 self._run_model(rows, None, None, None)
         if plan is not None and plan.ngram_requests:
             self.ngrams.write(plan, input_batch, num_sampled, last_sampled, self.draft_tokens, self.draft_logits)

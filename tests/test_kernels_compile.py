@@ -1,0 +1,109 @@
+"""The CUDA kernels compile for the GPUs that have them, in the variants that engines launch. NVRTC needs no GPU for it."""
+
+from functools import partial
+
+import pytest
+import torch
+from emulated_gpus import GPUS, KIB
+
+from vllm_quantspec.format import PageFormat
+from vllm_quantspec.kernels import decode_attention, device, draft_layer, fused_linear, int4_linear, nvrtc
+from vllm_quantspec.kernels.device import Device
+from vllm_quantspec.kernels.draft_layer import Order
+
+
+def has_nvrtc() -> bool:
+    try:
+        nvrtc.call("nvrtcVersion")
+    except Exception:  # without the bindings or without the library, whose loader raises what it likes
+        return False
+    return True
+
+
+pytestmark = pytest.mark.skipif(not has_nvrtc(), reason="needs NVRTC: pip install cuda-bindings nvidia-cuda-nvrtc")
+
+HOPPER = Device("NVIDIA H200", (9, 0), 132, 227 * KIB, 228 * KIB)
+AMPERE = Device("NVIDIA A100", (8, 0), 108, 163 * KIB, 164 * KIB)
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """Take every GPU for this one, and compile kernels where they would be loaded; the sources that were, in order."""
+    compiled = []
+
+    def load(source, macros, index, *, features="", **launch):
+        assert nvrtc.compile_source(source, tuple(macros.items()), device.device_properties(index).architecture + features)
+        compiled.append(source.name)
+
+    def put(gpu: Device) -> list[str]:
+        device.emulate(gpu)
+        int4_linear.choose_plan.cache_clear()
+        return compiled
+
+    monkeypatch.setattr(nvrtc, "load", load)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    yield put
+    put(None)
+
+
+# bits read of each code, query heads per KV head, query tokens, whether pages may change, scores and lists
+READINGS = {
+    "draft": (4, 4, 1, False, (True, True)),
+    "target": (8, 4, 5, True, (False, False)),
+    "wide groups": (8, 8, 5, True, (False, False)),
+    "wide groups of 4 bits": (4, 8, 5, True, (False, False)),
+}
+
+
+@pytest.mark.parametrize("gpu", [HOPPER, AMPERE], ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("reading", READINGS)
+def test_attention(reading, gpu, on):
+    compiled = on(gpu)
+    bits, group, tokens, pages_may_change, sparse = READINGS[reading]
+    fmt = PageFormat(8, 128)
+    plans = decode_attention.row_plans(128, 128, group * tokens, gpu.has_wgmma, sparse[0])
+    for plan in plans[:2]:
+        shape = decode_attention._shape(fmt, bits, plan, gpu)
+        decode_attention._kernel.__wrapped__(fmt, bits, group, plan, shape, 0, pages_may_change, sparse, True)
+    assert len(compiled) == len(plans[:2])
+
+
+@pytest.mark.parametrize("gpu", [HOPPER, AMPERE], ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize(
+    ("tokens", "bits", "rotated"), [(1, 4, False), (5, 4, True), (5, 8, False), (16, 4, False), (40, 4, False)]
+)
+def test_linears(tokens, bits, rotated, gpu, on):
+    compiled = on(gpu)
+    for parts in (False, True) if tokens > 8 else (False,):
+        plan = int4_linear.choose_plan(256, 32, 1, tokens, 0, bits, fp8_inputs=parts)
+        int4_linear._kernel.__wrapped__(plan, 128, True, 0, rotated)
+        if getattr(plan, "ready", False):
+            int4_linear._inputs_kernel.__wrapped__(plan, 128, True, 0, rotated)
+    assert ("int4_linear_fp8.cu" in compiled) == (tokens > 8 and gpu is HOPPER)
+
+
+@pytest.mark.parametrize("is_activated", [False, True])
+@pytest.mark.parametrize("tokens", [5, 40])
+def test_linears_with_what_is_before_them(tokens, is_activated, on):
+    on(HOPPER)
+    plan = int4_linear.choose_plan(256, 32, 1, tokens, 0)
+    kernel = partial(fused_linear._kernel.__wrapped__, is_activated, fused_linear.pieces_of(4096), True, 0)
+    kernel()
+    if tokens > 8:
+        kernel(tuple(plan.input_macros(128, True).items()), plan.overlap)
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("order", Order)
+def test_layers(order, tokens):
+    plan = draft_layer.plan_of(draft_layer.Shape(4096, 4096, 14336, 6144), tokens, HOPPER, order=order)
+    assert nvrtc.compile_source(draft_layer.SOURCE, tuple(plan.macros(True).items()), HOPPER.architecture)
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_ptx_for_older_gpus(name, on):
+    """As `--emulate-gpu` makes it."""
+    compiled = on(GPUS[name])
+    plan = int4_linear.choose_plan(256, 32, 1, 5, 0)
+    int4_linear._kernel.__wrapped__(plan, 128, True, 0)
+    assert compiled == ["int4_linear.cu"]
