@@ -84,7 +84,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(const 
       attend(st, p, seg, unit, stop, shared_address(own), shared_address(own + RING), me, lane, done);
       wait_for_predecessor();  // it may be reading what is written from here on
       release_successor();
-      store_part(st, p, seg, whole, last, own, p.spill + (i64)(blockIdx.x * TEAMS + me.team) * ROWS * (D + 4), me, lane);
+      const bool inside = seg.begin >= cta_b && seg.end <= cta_e;
+      store_part(st, p, seg, whole, last, own, p.spill + (i64)(blockIdx.x * TEAMS + me.team) * ROWS * (D + 4),
+                 inside || SHARES < TEAMS ? nullptr : share_at(p, blockIdx.x, seg.begin > cta_b, me.team), me, lane);
       if (!whole && lane == 0) part_of[last][me.team] = seg.begin;
       unit = stop;
     }
@@ -119,7 +121,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(const 
     const bool whole = lane < TEAMS && team_begin[lane] <= seg.begin && seg.end <= team_begin[lane + 1];
     if (__any_sync(ALL, whole)) continue;  // one team did it all
     const int slot = seg.begin > cta_b;
-    merge_teams(p, seg, inside, partial_of(p, blockIdx.x, slot), warp, lane);
+    if (inside || SHARES < TEAMS) merge_teams(p, seg, inside, share_at(p, blockIdx.x, slot, 0), warp, lane);
+    else leave_nothing(p, seg, slot);
     __syncthreads();
     if (!inside && threadIdx.x == 0) {
       __threadfence();

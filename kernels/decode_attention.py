@@ -424,7 +424,8 @@ def _kernel(
         overlap=overlap,
         features="a" if plan.wgmma else "",
     )
-    sizes = grid * 2 * rows * (fmt.head_size + 2), grid * teams * rows * (fmt.head_size + 4)
+    shares = teams if teams <= 2 else 1  # of a CTA, in a segment that others have a share of, too
+    sizes = grid * 2 * shares * rows * (fmt.head_size + 2), grid * teams * rows * (fmt.head_size + 4)
     return kernel, teams, sizes
 
 

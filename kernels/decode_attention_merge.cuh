@@ -18,7 +18,8 @@ DEV float output_of(const State& st, int n, int mt, int first, int i) {
 DEV u16 to_exact(float x) { return (u16)pack_exact(x, 0.f); }
 
 // A warp leaves a segment that it did not do alone in two places: its last one in its ring, one before in the
-// workspace.
+// workspace. Where a CTA has few of them (teams of warps), they leave what other CTAs have a share of where those find it.
+constexpr int SHARES = TEAMS <= 2 ? TEAMS : 1;  // of a CTA, in such a segment
 __shared__ float2 row_state[2][TEAMS][ROWS];  // (top, sum); [1] last, [0] before
 __shared__ int part_of[2][TEAMS], team_begin[TEAMS + 1];  // first units: of the segment left there, of each team
 __shared__ float weight_of[TEAMS][ROWS];
@@ -29,8 +30,17 @@ DEV void store_lse(const Params& p, const Segment& s, int row, float top, float 
 }
 #endif
 
+// A share of a segment: [ROWS][D] sums, then [ROWS] (top, sum). Slot 1 for a segment that begins inside the CTA's range.
+DEV float* share_at(const Params& p, int cta, int slot, int share) {
+  return p.partial + (i64)((cta * 2 + slot) * SHARES + share) * ROWS * (D + 2);
+}
+DEV float2* states_of(float* share) { return (float2*)(share + ROWS * D); }
+
+// `share`: where other CTAs find it, or null.
 DEV void store_part(const State& st, const Params& p, const Segment& seg, bool whole, bool last, unsigned char* own,
-                    float* spill, const Member& me, int lane) {
+                    float* spill, float* share, const Member& me, int lane) {
+  float* const to = share ? share : last ? (float*)own : spill;
+  const int row_size = share ? D : D + 4;
   const int g = lane >> 2, t = lane & 3, first = me.index * OWN_MT, channel = g + first * 16;
 #pragma unroll
   for (int n = 0; n < NT; n++)
@@ -50,13 +60,14 @@ DEV void store_part(const State& st, const Params& p, const Segment& seg, bool w
         if (g == 0 && me.index == 0) store_lse(p, seg, row, st.top[n][e], sum);
 #endif
       } else {
-        float* o = (last ? (float*)own : spill) + row * (D + 4) + channel;
+        float* o = to + row * row_size + channel;
 #pragma unroll
         for (int mt = 0; mt < OWN_MT; mt++) {
           o[mt * 16] = output_of(st, n, mt, first, e);
           o[mt * 16 + 8] = output_of(st, n, mt, first, e + 2);
         }
-        if (g == 0 && me.index == 0) row_state[last][me.team][row] = make_float2(st.top[n][e], sum);
+        if (g == 0 && me.index == 0)
+          (share ? states_of(share) : row_state[last][me.team])[row] = make_float2(st.top[n][e], sum);
       }
     }
 }
@@ -79,10 +90,6 @@ DEV void store_row(const Params& p, const Segment& seg, int row, int d, float4 o
   *(uint2*)(p.out + row_offset(p, seg, row, p.out_stride) + d) = make_uint2(pack_exact(o.x, o.y), pack_exact(o.z, o.w));
 }
 
-// A CTA's share of a segment: [ROWS][D] sums, then [ROWS] (top, sum). Slot 1 for a segment that begins inside its
-// range.
-DEV float* partial_of(const Params& p, int cta, int slot) { return p.partial + (i64)(cta * 2 + slot) * ROWS * (D + 2); }
-
 // Merge the teams' shares of a segment, into the output or into this CTA's share.
 DEV void merge_teams(const Params& p, const Segment& seg, bool inside, float* partial, int warp, int lane) {
   bool last = false, before = false;
@@ -93,7 +100,7 @@ DEV void merge_teams(const Params& p, const Segment& seg, bool inside, float* pa
     const float top = warp_max(state.x), weight = last || before ? exp2_fast(state.x - top) : 0.f;
     const float sum = warp_sum(weight * state.y);
     if (lane < TEAMS) weight_of[lane][row] = inside ? (sum > 0.f ? weight / sum : 0.f) : weight;
-    if (!inside && lane == 0) ((float2*)(partial + ROWS * D))[row] = make_float2(top, sum);
+    if (!inside && lane == 0) states_of(partial)[row] = make_float2(top, sum);
 #if SCORES
     if (inside && lane == 0) store_lse(p, seg, row, top, sum);
 #endif
@@ -121,6 +128,15 @@ DEV void merge_teams(const Params& p, const Segment& seg, bool inside, float* pa
   }
 }
 
+// Of the teams that had nothing of a segment which other CTAs have a share of.
+DEV void leave_nothing(const Params& p, const Segment& seg, int slot) {
+#pragma unroll
+  for (int w = 0; w < TEAMS; w++)
+    if (part_of[0][w] != seg.begin && part_of[1][w] != seg.begin)
+      for (int row = threadIdx.x; row < seg.rows; row += THREADS)
+        states_of(share_at(p, blockIdx.x, slot, w))[row] = make_float2(NEVER, 0.f);
+}
+
 // ---- Merging CTAs ---------------------------------------------------------------------------------------------------
 // CTAs that share a segment count themselves in; the last to have seen all of them sets the counters back for the next
 // launch.
@@ -139,7 +155,7 @@ DEV void merge_ctas(const Params& p, const Segment& seg, int per_cta, int all_un
   float4* const sums = (float4*)smem;  // the rings are done with
   float2* const states = (float2*)(smem + 16 * THREADS);
   const int first = seg.begin / per_cta, count = (seg.end - 1) / per_cta - first + 1,
-            first_slot = seg.begin > first * per_cta;
+            first_slot = seg.begin > first * per_cta, shares = count * SHARES;
   // A CTA merges only the last segment that it has a share of: the others need not wait for one that does two.
   const int mergers = count - (seg.end % per_cta != 0 && seg.end != all_units);
   if (threadIdx.x == 0) {
@@ -153,7 +169,7 @@ DEV void merge_ctas(const Params& p, const Segment& seg, int per_cta, int all_un
             begin = ((int)blockIdx.x - first) * mine;
   const int elements = min(mine, total - begin);
   if (elements <= 0) return;
-  // Threads that one element has: each takes every ways-th CTA.
+  // Threads that one element has: each takes every ways-th share.
   const int ways = max(1, THREADS / elements), way = threadIdx.x / elements;
   for (int base = 0; base < elements; base += THREADS) {
     const int element = base + (ways == 1 ? threadIdx.x : threadIdx.x - way * elements);
@@ -162,15 +178,15 @@ DEV void merge_ctas(const Params& p, const Segment& seg, int per_cta, int all_un
     float4 o = make_float4(0.f, 0.f, 0.f, 0.f);
     float top = NEVER, sum = 0.f;
     if (busy)
-      for (int c0 = ways == 1 ? 0 : way; c0 < count; c0 += AHEAD * ways) {
+      for (int c0 = ways == 1 ? 0 : way; c0 < shares; c0 += AHEAD * ways) {
         float4 part[AHEAD];
         float2 state[AHEAD];
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
           const int c = c0 + i * ways;
-          const float* from = partial_of(p, first + c, c ? 0 : first_slot);
-          state[i] = c < count ? __ldcg((const float2*)(from + ROWS * D) + row) : make_float2(NEVER, 0.f);
-          part[i] = c < count ? __ldcg((const float4*)from + at) : make_float4(0.f, 0.f, 0.f, 0.f);
+          float* const from = share_at(p, first + c / SHARES, c < SHARES ? first_slot : 0, c % SHARES);
+          state[i] = c < shares ? __ldcg(states_of(from) + row) : make_float2(NEVER, 0.f);
+          part[i] = c < shares ? __ldcg((const float4*)from + at) : make_float4(0.f, 0.f, 0.f, 0.f);
         }
         float high = top;
 #pragma unroll
@@ -179,6 +195,7 @@ DEV void merge_ctas(const Params& p, const Segment& seg, int per_cta, int all_un
         o.x *= factor, o.y *= factor, o.z *= factor, o.w *= factor, sum *= factor, top = high;
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
+          if (state[i].x == NEVER) continue;  // nothing was written there
           const float weight = exp2_fast(state[i].x - high);
           sum += weight * state[i].y;
           add_weighted(o, weight, part[i]);

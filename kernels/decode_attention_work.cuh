@@ -5,7 +5,7 @@
 #include "decode_attention_layout.cuh"
 
 // In slices of 32 quantized tokens: what 16 exact tokens cost, and a segment's merge.
-constexpr int WINDOW_COST = 2, SEGMENT_COST = 8;
+constexpr int WINDOW_COST = WGMMA && !SCORERS ? 3 : 2, SEGMENT_COST = 8;
 constexpr int MAX_CHUNKS = 32;  // of 32 requests
 
 // A warp's place: its team in the CTA, and which of the team it is.
