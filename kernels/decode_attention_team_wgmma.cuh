@@ -356,6 +356,8 @@ DEV void attend_pages(State& st, const Params& p, const Segment& seg, const Part
     float s[NT][2][4];
     find(id);
     compute_here(next);
+    // It is asked for when there is room for it, half a step from here: memory need not wait for that.
+    if (asks && asked < step_e && elected()) prefetch_bulk(next, PAGE_PLANE);
     wait_for(barriers + stage * 16, parity);
     Keys k;
     k.begin(keys + stage * PAGE_CODES, scales_of(step), lane);

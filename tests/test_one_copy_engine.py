@@ -105,7 +105,7 @@ def test_few_sequences_have_one_launch_per_layer(form, one_copy, tmp_path, monke
     save(form, tmp_path / "quantized", tmp_path / "plain")
     prompts = [torch.randint(3, 1000, (length,)).tolist() for length in (40, 300)]
     arguments = {**ENGINE, "dtype": "bfloat16"}
-    exact = quantspec(3, quantize_lm_head=False, draft_kv="int8", join_layers=True)  # asked for
+    exact = quantspec(3, quantize_lm_head=False, draft_kv="int8")
     with engine(str(tmp_path / "quantized"), **arguments, **exact, **one_copy) as llm:
         draft = draft_of(llm)
         assert draft.joined.max_rows == 2 and len(draft.one_copy) == 4 * LAYERS

@@ -45,7 +45,6 @@ def build_configured_draft(vllm_config: VllmConfig, target_model: nn.Module) -> 
             weight_rotation=config.weight_rotation,
             weight_bits=config.weight_bits,
             join_layers=config.join_layers,
-            join_one_copy="join_layers" in config.asked_for,
             fuse_layers=config.fuse_layers,
             draft_activations=config.draft_activations,
         )
@@ -71,7 +70,6 @@ def build_draft_model(
     weight_rotation: str = "none",
     weight_bits: float | None = None,
     join_layers: bool = True,
-    join_one_copy: bool = True,
     fuse_layers: bool = False,
     draft_activations: str = "model",
 ) -> DraftModel:
@@ -96,8 +94,7 @@ def build_draft_model(
         gptq_asked: whether the user asked for that: otherwise a model for which it fails has weights rounded by search.
         weight_rotation: ``"hadamard"`` for weights of rotated inputs, see `vllm_quantspec.rotation`, or ``"none"``.
         weight_bits: of ``"mixed"``: the most bits per weight on average; None: as the cost model finds fastest.
-        join_layers: for few tokens, compute what lies between two attentions in one launch where that can be had;
-            join_one_copy: also with linears that read a 4-bit checkpoint's one copy.
+        join_layers: for few tokens, compute what lies between two attentions in one launch where that can be had.
         fuse_layers: for more tokens, launch norms and activations with the linears behind them where that can be had.
         draft_activations: ``"fp8"`` for inputs of INT4 linears as e4m3 numbers, or ``"model"``.
 
@@ -129,7 +126,6 @@ def build_draft_model(
         weight_rotation == "hadamard",
         weight_bits,
         join_layers,
-        join_one_copy,
         fuse_layers,
         draft_activations == "fp8",
     )

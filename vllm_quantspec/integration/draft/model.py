@@ -120,7 +120,6 @@ class Builder:
         rotated: bool,
         weight_bits: float | None,
         join_layers: bool,
-        join_one_copy: bool,
         fuse_layers: bool,
         fp8_inputs: bool,
     ) -> None:
@@ -134,7 +133,7 @@ class Builder:
         self.group_size = weight_group_size
         self.quantize_lm_head = quantize_lm_head
         self.rounding, self.gptq_asked, self.rotated, self.fp8_inputs = weight_rounding, gptq_asked, rotated, fp8_inputs
-        self.join_layers, self.join_one_copy, self.fuse_layers = join_layers, join_one_copy, fuse_layers
+        self.join_layers, self.fuse_layers = join_layers, fuse_layers
         self.own: list[OwnLinear] = []
         self.draft = DraftModel()
         self.clones: dict[int, nn.Module] = {}
@@ -193,9 +192,7 @@ class Builder:
         return self.draft
 
     def _join_layers(self) -> None:
-        joined: Joined | str = "on a checkpoint's one copy one launch is to be asked for (join_layers true)"
-        if self.join_one_copy or not self.draft.one_copy:
-            joined = self._view(join_layers, "joined")
+        joined = self._view(join_layers, "joined")
         if isinstance(joined, str):
             log = logger.debug if current_platform.is_cpu() else logger.info
             log("Every linear and norm of a draft step is a launch of its own: %s", joined)
