@@ -135,22 +135,24 @@ def time_groups(row, configurations):
     from vllm_quantspec.kernels.decode_attention import row_plans
 
     fmt = PageFormat(row[3], 128)
-    *_, alone = row_plans(128, 128, row[1] * row[2] // row[3], True)
-    plan = next(p for p in row_plans(128, 128, row[1] * row[2] // row[3], True) if p.wgmma)
+    plans = row_plans(128, 128, row[1] * row[2] // row[3], True)
+    plan, alone = plans[0], plans[-1]
+    if not plan.wgmma:  # too few query rows for groups
+        return
     baseline = None
     with contextlib.suppress(ImportError):  # times of plans without vLLM
         baseline = flash_attention_time(fmt, row, 16)
     run, sets = prepare(fmt, row)
     expected, line = run((alone,)).float(), []
-    for scorers, warps, stages in configurations:
-        configuration = plan._replace(scorers=scorers), warps, stages
+    for warps, stages in configurations:
+        configuration = plan, warps, stages
         try:
             error = ((run(configuration).float() - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
         except RuntimeError:  # does not fit
             continue
         us = median(lambda configuration=configuration: run(configuration), sets)
         ratio = f" {baseline / us:.2f}x" if baseline else ""
-        line.append(f"{scorers}/{warps}x{stages}: {us:.1f}{ratio} (error {error:.1e})")
+        line.append(f"{warps}x{stages}: {us:.1f}{ratio} (error {error:.1e})")
     print(name_of(row), f"FA3 {baseline:.1f}" if baseline else "", "  ".join(line), flush=True)
 
 
@@ -227,7 +229,7 @@ def plot(results):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tune", action="store_true", help="time every launch configuration")
-    parser.add_argument("--groups", nargs="*", metavar="SCORERS,WARPS,STAGES", help="time these plans of warp groups")
+    parser.add_argument("--groups", nargs="*", metavar="WARPS,STAGES", help="time warp groups with these")
     parser.add_argument("--profile", type=int, help="only launch this row twice")
     parser.add_argument("--plot", action="store_true", help="only draw the plot from the JSON")
     parser.add_argument("--rows", type=int, nargs="*", help="only these rows")
@@ -245,7 +247,7 @@ def main():
         prepare(PageFormat(row[3], 128), row)[0]()
         return torch.cuda.synchronize()
     if args.groups is not None:
-        groups = args.groups or ["0,8,8", "2,12,8", "2,16,4", "2,16,8"]
+        groups = args.groups or ["8,8", "4,12"]
         for row in rows:
             time_groups(row, [tuple(map(int, x.split(","))) for x in groups])
             torch.cuda.empty_cache()
@@ -256,9 +258,7 @@ def main():
             options = [(7, 3), (8, 2), (8, 3), (8, 4), (10, 3), (12, 2), (12, 3), (14, 3), (16, 2)]
             *teams, alone = row_plans(128, 128, row[1] * row[2] // row[3], has_wgmma)
             options = [(alone, *option) for option in options]
-            options += [(p, w, s) for p in teams if p.scorers for w in (12, 16) for s in (4, 8, 12)]
-            pairs = ((8, 8), (8, 12), (8, 16), (4, 8), (4, 12), (12, 8))
-            options += [(p, *x) for p in teams if not p.scorers for x in pairs]
+            options += [(plan, *option) for plan in teams for option in ((8, 8), (8, 12), (8, 16), (4, 8), (4, 12), (12, 8))]
             (run, sets), times = prepare(PageFormat(row[3], 128), row), {}
             for option in options:
                 try:
@@ -267,8 +267,7 @@ def main():
                     continue
                 times[option] = median(lambda run=run, option=option: run(option), sets)
             best = sorted(times, key=times.get)
-            kinds = {p: f"{p.passes}x{p.tiles}/{p.team}{'w' * p.wgmma}{p.scorers or ''}" for p, _, _ in best}
-            names = [f"{kinds[p]}/{w}x{s}:{times[p, w, s]:.1f}" for p, w, s in best]
+            names = [f"{p.passes}x{p.tiles}/{p.team}{'w' * p.wgmma}/{w}x{s}:{times[p, w, s]:.1f}" for p, w, s in best]
             print(name_of(row), " ".join(names), flush=True)
         return
     bandwidth = copy_bandwidth()

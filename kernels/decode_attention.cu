@@ -20,11 +20,11 @@
 // predecessor may complete pages that a request which shares them reads in the same step.) The successor is released after
 // the wait, so that a kernel that runs ahead finds all but its direct predecessor complete.
 //
-// Macros: HEAD_SIZE GROUP_SIZE VALUE_GROUP_SIZE WINDOW_BLOCK CODE_BITS (4 or 8, read of each code) IS_BF16 WARPS STAGES TEAM
-//         (warps that share slices: 1, 2 or 4) WGMMA (a team is a warp group: Hopper) SCORERS (warp groups that score keys,
-//         for another that sums values: the whole CTA is one team; or 0) QUERY_GROUP (query heads per KV head) ROW_TILES (of
-//         8 rows, in one pass) PASSES (row tiles' passes) PAGES_MAY_CHANGE (the kernel before this one may write pages)
-//         SCORES (leave the attention mass of every old page, see `emit`) LISTS (read chosen pages only, see `page_id`)
+// Macros: HEAD_SIZE GROUP_SIZE VALUE_GROUP_SIZE WINDOW_BLOCK CODE_BITS (4 or 8, read of each code) IS_BF16 WARPS STAGES
+//         TEAM (warps that share slices: 1, 2 or 4) WGMMA (a team is a warp group: Hopper) QUERY_GROUP (query heads per KV
+//         head) ROW_TILES (of 8 rows, in one pass) PASSES (row tiles' passes) PAGES_MAY_CHANGE (the kernel before this one
+//         may write pages) SCORES (leave the attention mass of every old page, see `emit`) LISTS (read chosen pages only,
+//         see `page_id`)
 //
 // Here is the course of a CTA; the headers decode_attention_*.cuh have what it consists of:
 //     layout                 bytes of a page and of shared memory, parameters
@@ -36,7 +36,6 @@
 //     team                   the same of a team
 //     team_products          pages with mma.m16n8k16, on every GPU
 //     team_wgmma             or with the products of a warp group
-//     team_roles             the same, for SCORERS: some score keys, others sum values
 //     team_exact             exact tokens
 //     team_sync, team_sums   how its warps meet, and what they have to add up
 //     merge                  sums to output
@@ -54,7 +53,7 @@ __shared__ Segment edges[2];  // a CTA's first and last: reading lengths again i
 extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(const __grid_constant__ Params p) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int total = scan_requests(p, warp, lane);
-  const int per_cta = whole_pages(max((total + (int)gridDim.x - 1) / (int)gridDim.x, p.min_units));
+  const int per_cta = max((total + (int)gridDim.x - 1) / (int)gridDim.x, p.min_units);
   const int cta_b = min(total, (int)blockIdx.x * per_cta), cta_e = min(total, cta_b + per_cta);
   if (cta_b >= cta_e) return wait_for_predecessor();
   // With SCORES a team has a page's slices at least, so that no page is cut into more than two parts.
@@ -63,56 +62,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_attention(const 
     return cta_b + (SCORES ? min(cta_e - cta_b, max(begin, w * PER)) : begin);
   };
   if (threadIdx.x <= TEAMS) team_begin[threadIdx.x] = begin_of(threadIdx.x);
-#if SCORERS
-  begin_team(shared_address(smem + RING));
-#endif
   if (threadIdx.x < 2 * TEAMS) part_of[threadIdx.x / TEAMS][threadIdx.x % TEAMS] = -1;
   if (warp == NW - 1 && lane < 2) edges[lane] = segment_at(p, lane ? cta_e - 1 : cta_b);
   __syncthreads();
   if (PAGES_MAY_CHANGE || SCORES) wait_for_predecessor();
 
   const Member me = {TEAM == 1 ? warp : warp / TEAM, TEAM == 1 ? 0 : warp % TEAM};
-  auto attend_segments = [&] {
-    unsigned char* const own = smem + me.team * TEAM_BYTES;
-    const int end = begin_of(me.team + 1);
-    PagesDone done = {};
-    for (int unit = begin_of(me.team); unit < end;) {
-      const Segment seg = unit >= edges[1].begin ? edges[1] : unit < edges[0].end ? edges[0] : segment_at(p, unit);
-      const int stop = min(end, seg.end);
-      const bool whole = unit == seg.begin && stop == seg.end, last = stop == end;
-      State st;
-      attend(st, p, seg, unit, stop, shared_address(own), shared_address(own + RING), me, lane, done);
-      wait_for_predecessor();  // it may be reading what is written from here on
-      release_successor();
-      const bool inside = seg.begin >= cta_b && seg.end <= cta_e;
-      store_part(st, p, seg, whole, last, own, p.spill + (i64)(blockIdx.x * TEAMS + me.team) * ROWS * (D + 4),
-                 inside || SHARES < TEAMS ? nullptr : share_at(p, blockIdx.x, seg.begin > cta_b, me.team), me, lane);
-      if (!whole && lane == 0) part_of[last][me.team] = seg.begin;
-      unit = stop;
-    }
-  };
-#if SCORERS
-  const u32 ring = shared_address(smem), shared = shared_address(smem + RING);
-  if (BRINGERS && me.team > SCORERS) {
-    leave_registers<BRING_REGISTERS>();
-    help_segments<true>(p, edges, cta_b, cta_e, ring, shared, me, lane);
-    __syncthreads();
-    take_registers<128>();  // the others have left theirs
-  } else if (me.team > 0) {
-    if (BRINGERS) take_registers<SCORE_REGISTERS>();
-    help_segments<false>(p, edges, cta_b, cta_e, ring, shared, me, lane);
-    if (BRINGERS) leave_registers<128>();
-    __syncthreads();
-  } else {
-    if (BRINGERS) take_registers<SUM_REGISTERS>();
-    attend_segments();
-    if (BRINGERS) leave_registers<128>();
-    __syncthreads();
+  unsigned char* const own = smem + me.team * TEAM_BYTES;
+  const int end = begin_of(me.team + 1);
+  for (int unit = begin_of(me.team); unit < end;) {
+    const Segment seg = unit >= edges[1].begin ? edges[1] : unit < edges[0].end ? edges[0] : segment_at(p, unit);
+    const int stop = min(end, seg.end);
+    const bool whole = unit == seg.begin && stop == seg.end, last = stop == end;
+    State st;
+    attend(st, p, seg, unit, stop, shared_address(own), shared_address(own + RING), me, lane);
+    wait_for_predecessor();  // it may be reading what is written from here on
+    release_successor();
+    const bool inside = seg.begin >= cta_b && seg.end <= cta_e;
+    store_part(st, p, seg, whole, last, own, p.spill + (i64)(blockIdx.x * TEAMS + me.team) * ROWS * (D + 4),
+               inside || SHARES < TEAMS ? nullptr : share_at(p, blockIdx.x, seg.begin > cta_b, me.team), me, lane);
+    if (!whole && lane == 0) part_of[last][me.team] = seg.begin;
+    unit = stop;
   }
-#else
-  attend_segments();
   __syncthreads();
-#endif
 
   for (int unit = cta_b; unit < cta_e;) {
     const Segment seg = unit == cta_b ? edges[0] : unit == edges[1].begin ? edges[1] : segment_at(p, unit);

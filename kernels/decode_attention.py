@@ -63,14 +63,12 @@ class RowPlan(NamedTuple):
     tiles: of 8 rows, in one pass.
     team: warps that share a slice of the cache, and hold the sums of a part of its channels each; or one that does it all.
     wgmma: a team of four multiplies as a warp group (Hopper).
-    scorers: of a team of such groups, those that score keys for another that sums values; 0 for groups that do both.
     """
 
     passes: int
     tiles: int
     team: int = 1
     wgmma: bool = False
-    scorers: int = 0
 
     @property
     def rows(self) -> int:
@@ -143,7 +141,7 @@ def decode_attention(
     )
     device = query.device.index
     with torch.cuda.device(device):
-        plan, shape = _launch_plan(fmt, bits, max_query_len * per_head, device, scores is not None, plan, warps_and_stages)
+        plan, shape = _launch_plan(fmt, bits, max_query_len * per_head, device, plan, warps_and_stages)
         _check_sparse(fmt, scores, selection, query, seq_lens.shape[0], plan.rows)
         may_change = bits == 8 if pages_may_change is None else pages_may_change
         sparse = scores is not None, selection is not None
@@ -244,17 +242,12 @@ TEAM_TILES = {32: 8, 64: 5, 128: 3}
 TEAM_PASS = 1.6
 # From as many query rows on, and up to as many tiles in a pass, a warp group is the fastest where it takes heads and groups.
 WGMMA_ROWS, WGMMA_TILES = 17, 8
-# Groups that score keys for one that sums values, and whether one more group brings pages to all (1), or each asks for its
-# own (0). They have registers for passes of `MOST_SCORER_TILES` tiles, and are chosen up to SCORER_TILES: not at all until
-# they have run on a GPU (benchmarks/NOTES.md, "Warp groups with roles").
-SCORERS, BRINGERS = 2, 1
-MOST_SCORER_TILES, SCORER_TILES = 6, 0
 
 
-def row_plans(head_size: int, group_size: int, rows: int, wgmma: bool = False, scores: bool = False) -> list[RowPlan]:
+def row_plans(head_size: int, group_size: int, rows: int, wgmma: bool = False) -> list[RowPlan]:
     """Ways to read for ``rows`` query rows per KV head, the fastest first; the last is one warp's.
 
-    ``wgmma``: those of a GPU that has it. ``scores``: those that leave the mass of pages.
+    ``wgmma``: those of a GPU that has it.
     """
     tiles = -(-rows // 8)
 
@@ -266,10 +259,7 @@ def row_plans(head_size: int, group_size: int, rows: int, wgmma: bool = False, s
     team = next((n for n in (4, 2) if head_size // 32 % n == 0 and group_size // 32 % n == 0), 1)
     plans = []
     if wgmma and takes_wgmma(head_size, group_size) and rows >= WGMMA_ROWS:
-        groups = plan(WGMMA_TILES, 4, wgmma=True)
-        if groups.tiles <= SCORER_TILES and not scores:
-            plans.append(groups._replace(scorers=SCORERS))
-        plans.append(groups)
+        plans.append(plan(WGMMA_TILES, 4, wgmma=True))
     if team > 1 and head_size // team in TEAM_TILES:
         most = plan(TEAM_TILES[head_size // team], team)
         if TEAM_PASS * most.passes < alone.passes:
@@ -287,13 +277,6 @@ def _bytes_per_team(fmt: PageFormat, bits: int, plan: RowPlan, stages: int) -> i
     dim, planes, tiles, team = fmt.head_size, bits // 4, plan.tiles, plan.team
     query, groups = 16 * dim * tiles, fmt.num_value_groups
     least = max(2 * team * 16 * (4 * dim + 16), 32 * tiles * (dim + 4))
-    if plan.scorers:
-        steps, page, scales = plan.scorers * (stages // team), planes * 64 * dim, 4 * dim + 4 * groups * fmt.group_size
-        values = -(-max(4 * page, least) // 1024) * 1024
-        high, tops = 4 * 8 * tiles * team, 4 * 8 * tiles
-        beside = plan.scorers * query + 4 * 64 * tiles * 8 * team + 256 * tiles * team + (1 + plan.scorers) * high
-        beside += plan.scorers * 64 * tiles * team + (5 + plan.scorers) * tops + 24 + 8 * (2 * steps + 20)
-        return values + steps * (page + scales) + -(-beside // 1024) * 1024
     if plan.wgmma:
         pages = stages * planes * 32 * dim + 4 * (4 * dim + 4 * groups * fmt.group_size)
         probabilities = (2 if tiles <= 6 else 1) * 64 * tiles * 8 * team
@@ -306,37 +289,30 @@ def _bytes_per_team(fmt: PageFormat, bits: int, plan: RowPlan, stages: int) -> i
     return ring + 2 * query + 64 * tiles * team + (0 if probabilities <= planes * 16 * dim else team * probabilities)
 
 
-def _teams(plan: RowPlan, warps: int) -> int:
-    """Per CTA."""
-    return 1 if plan.scorers else warps // plan.team
-
-
 def _static_bytes(plan: RowPlan, warps: int) -> int:
     """An upper bound of the kernel's static shared memory, for a GPU's limit."""
-    teams = _teams(plan, warps)
+    teams = warps // plan.team
     needed = 5632 + teams * (768 + 160 * plan.tiles) + 768 * (warps - teams)
     return needed if not plan.wgmma else -(-(5632 + teams * (64 + 160 * plan.tiles)) // 1024) * 1024
 
 
 def _shape(fmt: PageFormat, bits: int, plan: RowPlan, device: Device) -> tuple[int, int] | None:
     """Warps per CTA (one CTA per multiprocessor), as many as registers allow, and the ring stages that fit; or None."""
-    for warps in (plan.team * (1 + plan.scorers + BRINGERS),) if plan.scorers else (8, 4, 2, 1):
+    for warps in (8, 4, 2, 1):
         for steps in (3, 2):
-            needed = _teams(plan, warps) * _bytes_per_team(fmt, bits, plan, steps * plan.team) + _static_bytes(plan, warps)
+            needed = warps // plan.team * _bytes_per_team(fmt, bits, plan, steps * plan.team) + _static_bytes(plan, warps)
             if warps % plan.team == 0 and needed <= device.shared_memory_per_block:
                 return warps, steps * plan.team
     return None
 
 
-def _configuration(
-    fmt: PageFormat, bits: int, rows: int, device: Device, scores: bool = False
-) -> tuple[RowPlan, tuple[int, int]]:
+def _configuration(fmt: PageFormat, bits: int, rows: int, device: Device) -> tuple[RowPlan, tuple[int, int]]:
     """The plan of ``rows`` query rows per KV head with its warps and stages: a team's, where as many warps fit as without.
 
     Raises:
         RuntimeError: if none fits.
     """
-    plans = row_plans(fmt.head_size, fmt.group_size, rows, device.has_wgmma, scores)
+    plans = row_plans(fmt.head_size, fmt.group_size, rows, device.has_wgmma)
     shapes = [(plan, shape) for plan in plans if (shape := _shape(fmt, bits, plan, device))]
     if shapes:
         most = max(warps for _, (warps, _) in shapes)
@@ -350,29 +326,23 @@ def _configuration(
 
 @cache
 def _launch_plan(
-    fmt: PageFormat,
-    bits: int,
-    rows: int,
-    device: int,
-    scores: bool,
-    plan: RowPlan | None,
-    warps_and_stages: tuple[int, int] | None,
+    fmt: PageFormat, bits: int, rows: int, device: int, plan: RowPlan | None, warps_and_stages: tuple[int, int] | None
 ) -> tuple[RowPlan, tuple[int, int]]:
     properties = device_properties(device)
     if plan is None and warps_and_stages is None:
-        return _configuration(fmt, bits, rows, properties, scores)
-    plan = plan or row_plans(fmt.head_size, fmt.group_size, rows, properties.has_wgmma, scores)[0]
+        return _configuration(fmt, bits, rows, properties)
+    plan = plan or row_plans(fmt.head_size, fmt.group_size, rows, properties.has_wgmma)[0]
     return plan, warps_and_stages or _shape(fmt, bits, plan, properties)
 
 
-def check_shapes(fmt: PageFormat, num_heads: int, max_query_len: int, bits: int, device: int, scores: bool = False) -> None:
+def check_shapes(fmt: PageFormat, num_heads: int, max_query_len: int, bits: int, device: int) -> None:
     """Whether steps of up to ``max_query_len`` tokens per request can be launched on CUDA device ``device``.
 
     Raises:
         RuntimeError: what is missing, as the begin of a sentence.
     """
     for query_len in range(1, max_query_len + 1):
-        _configuration(fmt, bits, query_len * num_heads // fmt.num_kv_heads, device_properties(device), scores)
+        _configuration(fmt, bits, query_len * num_heads // fmt.num_kv_heads, device_properties(device))
 
 
 @cache
@@ -403,7 +373,6 @@ def _kernel(
         "ROW_TILES": plan.tiles,
         "TEAM": plan.team,
         "WGMMA": int(plan.wgmma),
-        "SCORERS": plan.scorers,
         "WARPS": warps,
         "STAGES": stages,
         "IS_BF16": int(fmt.dtype == torch.bfloat16),
@@ -411,7 +380,7 @@ def _kernel(
         "SCORES": int(sparse[0]),
         "LISTS": int(sparse[1]),
     }
-    teams = _teams(plan, warps)
+    teams = warps // plan.team
     shared_bytes = teams * _bytes_per_team(fmt, bits, plan, stages)
     grid, rows = properties.num_multiprocessors, 8 * plan.tiles
     kernel = nvrtc.load(

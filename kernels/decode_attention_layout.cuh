@@ -5,7 +5,7 @@
 #include "ptx.cuh"
 
 constexpr int D = HEAD_SIZE, G = GROUP_SIZE, NT = ROW_TILES, NW = WARPS, S = STAGES;
-constexpr int TEAMS = SCORERS ? 1 : NW / TEAM, OWN_MT = D / 16 / TEAM;  // tiles of 16 channels whose output a warp sums
+constexpr int TEAMS = NW / TEAM, OWN_MT = D / 16 / TEAM;  // tiles of 16 channels whose output a warp sums
 constexpr int ROWS = 8 * NT, J = D / 32, MT = D / 16, NVG = D / VALUE_GROUP_SIZE, THREADS = 32 * NW;
 constexpr int PER = G / 32;  // slices of a page
 constexpr u32 ALL = 0xffffffffu;
@@ -20,33 +20,7 @@ constexpr int ST_V = PLANES * PLANE, ST_VS = 2 * PLANES * PLANE, ST_KS = ST_VS +
 constexpr int WIN_ROW = 4 * D + 16, WIN_STAGE = 16 * WIN_ROW;  // 16 exact tokens; the padding avoids bank conflicts
 constexpr int PART = 4 * ROWS * (D + 4);  // a warp's unnormalized output
 constexpr int QUERY = 16 * D * NT;  // fp16 query
-#if SCORERS
-// One team: a ring of values and one of keys, with a page's scales, for each of those who score it. Whole pages of each
-// plane. Exact tokens and what is left of a segment lie where the values do. The query and the probabilities are columns of
-// wgmma's B: they begin at multiples of 1024.
-constexpr bool BRINGERS = NW == TEAM * (2 + SCORERS);  // another group of warps, which brings pages: a plane each
-// Registers per thread with them: 512 for the four warps on a scheduler, who are launched with 128 each.
-constexpr int BRING_REGISTERS = 24, SCORE_REGISTERS = 168, SUM_REGISTERS = 152;
-static_assert(BRINGERS || NW == TEAM * (1 + SCORERS), "warps that sum values, and as many for each who scores keys");
-constexpr int KEY_STEPS = S / TEAM, VALUE_STEPS = 4, PROB_BUFFERS = 4;
-constexpr int PAGE_PLANE = TEAM * PLANE, PAGE_CODES = PLANES * PAGE_PLANE, PAGE_SCALES = 4 * D + 4 * NVG * G;
-constexpr int VALUES_PAGES = VALUE_STEPS * PAGE_CODES, RING_WINDOW = 2 * TEAM * WIN_STAGE;
-constexpr int VALUES_LEAST = VALUES_PAGES > RING_WINDOW ? VALUES_PAGES : RING_WINDOW;
-constexpr int RING_KEYS = ((VALUES_LEAST > PART ? VALUES_LEAST : PART) + 1023) / 1024 * 1024;
-constexpr int RING_SCALES = RING_KEYS + SCORERS * KEY_STEPS * PAGE_CODES;
-constexpr int RING = RING_SCALES + SCORERS * KEY_STEPS * PAGE_SCALES;
-constexpr int PROB = 2 * ROWS * 32 * TEAM;  // of a page
-constexpr int TEAM_PROB = SCORERS * QUERY, TEAM_EXACT = TEAM_PROB + PROB_BUFFERS * PROB;
-constexpr int HIGH = 4 * ROWS * TEAM;  // largest scores, of four warps
-constexpr int TEAM_HIGH = TEAM_EXACT + TEAM * 256 * NT, TEAM_SUMS = TEAM_HIGH + (1 + SCORERS) * HIGH;
-constexpr int SUMS = 64 * NT * TEAM;  // of one who scores, of rows
-constexpr int TEAM_TOPS = TEAM_SUMS + SCORERS * SUMS;  // the latest, of each page in the buffers, of each who scored
-constexpr int TEAM_RAISED = TEAM_TOPS + (1 + PROB_BUFFERS + SCORERS) * 4 * ROWS;  // pages: the latest, of each buffer
-constexpr int TEAM_BARRIERS = (TEAM_RAISED + 4 * (1 + PROB_BUFFERS) + 7) / 8 * 8;
-constexpr int BARRIERS = 2 * SCORERS * KEY_STEPS + 2 * VALUE_STEPS + 2 * PROB_BUFFERS + 4;
-constexpr int TEAM_SHARED = (TEAM_BARRIERS + 8 * BARRIERS + 1023) / 1024 * 1024;
-#define SHARED_ALIGNMENT 1024
-#elif WGMMA
+#if WGMMA
 // A team's ring: keys and values apart, as those of a step are used at different times, whole pages of each plane; and the
 // scales of both. Then what shared memory has of a team beside its ring. The query and the probabilities are columns of
 // wgmma's B: they begin at multiples of 1024.

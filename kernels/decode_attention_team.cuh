@@ -15,16 +15,14 @@
 #pragma once
 
 #include "decode_attention_team_exact.cuh"
-#if SCORERS
-#include "decode_attention_team_roles.cuh"
-#elif WGMMA
+#if WGMMA
 #include "decode_attention_team_wgmma.cuh"
 #else
 #include "decode_attention_team_products.cuh"
 #endif
 
 DEV void attend(State& st, const Params& p, const Segment& seg, int begin, int end, u32 ring, u32 shared, const Member& me,
-                int lane, PagesDone& done) {
+                int lane) {
   reset(st);
   if (is_empty(seg)) return;
   const Part part = part_of_segment(seg, begin, end);
@@ -33,11 +31,7 @@ DEV void attend(State& st, const Params& p, const Segment& seg, int begin, int e
   const int window_id = begin_pages(pages, p, seg, part, lane), exact_start = pages.exact_start;
   const int low = pages.low;
 
-#if SCORERS
-  if (part.slice_b < pages.slice_e) sum_pages(st, p, seg, part, pages, ring, shared, me, lane, done);
-#else
   if (part.slice_b < pages.slice_e) attend_pages(st, p, seg, part, pages, ring, shared, me, lane);
-#endif
   team_sync(me);
 
   const int token_b = max(start + part.recent_b * 16, low & ~15), token_e = min(start + part.recent_e * 16, seg.last + 1);

@@ -24,6 +24,7 @@
 
 constexpr int OWN_J = J / TEAM;
 static_assert(TEAM == 4 && PER == TEAM && J % TEAM == 0, "a step is a page, one slice for each of four warps");
+static_assert(STEPS == 2 || STEPS == 3, "scales of values have four stages");
 static_assert(NVG == 1, "a token has one scale");
 
 DEV void sts128_trans(u32 a, u32 x, u32 y, u32 z, u32 w) {  // as load_matrices, each matrix transposed
@@ -178,9 +179,6 @@ struct Values {
     if (i + 1 < TEAM) next.load(mine + (i + 1) * PLANE);
     Fragments a;
     expand_slice(a, codes);
-    multiply(st, a, i);
-  }
-  DEV void multiply(State& st, const Fragments& a, int i) {
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 2; k++)
@@ -189,12 +187,6 @@ struct Values {
         wgmma<NT, 4 * OWN_MT>(st.acc[0][m], a[m][k], columns + (i / 2 * (128 * ROWS) + (i % 2 * 2 + k) * 32) / 16);
     wgmma_commit();
     wgmma_wait<1>();
-  }
-  // Slice 0, which is multiplied later.
-  DEV void expand_first(Fragments& a) {
-    const Codes codes = next;
-    next.load(mine + PLANE);
-    expand_slice(a, codes);
   }
 };
 
@@ -286,9 +278,7 @@ DEV bool exceeds_top(const State& st, const float (&s)[NT][2][4], float inverse)
   return raise;
 }
 
-#if !SCORERS
 // ---- The pages of a segment -----------------------------------------------------------------------------------------
-static_assert(STEPS == 2 || STEPS == 3, "scales of values have four stages");
 DEV void attend_pages(State& st, const Params& p, const Segment& seg, const Part& part, Pages& r, u32 ring, u32 shared,
                       const Member& me, int lane) {
   const int slice_b = part.slice_b, slice_e = r.slice_e, step_b = slice_b / TEAM, step_e = (slice_e + TEAM - 1) / TEAM;
@@ -415,4 +405,3 @@ DEV void attend_pages(State& st, const Params& p, const Segment& seg, const Part
 #pragma unroll
     for (int i = 0; i < 4; i++) st.sums[n][0][i] = sum_of_rows(st.sums[n][0][i]);
 }
-#endif

@@ -26,9 +26,9 @@ DEV void load_query(u32 (&x)[NT][MT][2], const Params& p, const Segment& seg, in
 }
 
 DEV void attend(State& st, const Params& p, const Segment& seg, int begin, int end, u32 ring, u32 query, const Member&,
-                int lane, PagesDone&) {
+                int lane) {
   reset(st);
-  if (seg.last < seg.first || seg.first < 0 || seg.rows <= 0) return;
+  if (is_empty(seg)) return;
   const Part part = part_of_segment(seg, begin, end);
   const int start = part.start, plain = part.plain, skipped = part.skipped, slice_b = part.slice_b;
 

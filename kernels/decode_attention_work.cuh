@@ -5,17 +5,12 @@
 #include "decode_attention_layout.cuh"
 
 // In slices of 32 quantized tokens: what 16 exact tokens cost, and a segment's merge.
-constexpr int WINDOW_COST = WGMMA && !SCORERS ? 3 : 2, SEGMENT_COST = 8;
+constexpr int WINDOW_COST = WGMMA ? 3 : 2, SEGMENT_COST = 8;
 constexpr int MAX_CHUNKS = 32;  // of 32 requests
 
 // A warp's place: its team in the CTA, and which of the team it is.
 struct Member {
   int team, index;
-};
-
-// What a CTA's warps have behind them: pages, and segments that have any.
-struct PagesDone {
-  int pages, segments;
 };
 
 struct Segment {
@@ -31,15 +26,12 @@ DEV int window_start(int position) {  // format.window_start
   return page > 0 ? page * G : 0;
 }
 
-// With SCORERS nobody begins within a page: a part of one takes as long as the whole.
-DEV int whole_pages(int units) { return SCORERS ? (units + PER - 1) / PER * PER : units; }
-
 // Units of one (head, row tile) of a request: at least one, so that every output row is written. `skipped` old pages are
 // not read.
 DEV int units_of(int first, int last, int skipped) {
-  if (last < first || first < 0) return whole_pages(1);
+  if (last < first || first < 0) return 1;
   const int start = window_start(first);
-  return whole_pages(start / 32 - skipped * PER + WINDOW_COST * ((last - start) / 16 + 1) + SEGMENT_COST);
+  return start / 32 - skipped * PER + WINDOW_COST * ((last - start) / 16 + 1) + SEGMENT_COST;
 }
 
 // ---- From requests to segments --------------------------------------------------------------------------------------

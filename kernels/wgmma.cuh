@@ -15,16 +15,6 @@ DEV void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
 }
 
-// A warp group's registers per thread: fewer than it was launched with, or more, once others have left enough.
-template <int N>
-DEV void leave_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
-}
-template <int N>
-DEV void take_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
-}
-
 // B's columns as rows of 128 bytes, 16-byte pieces at (piece ^ row % 8), 8 rows after 1024 bytes; they begin at a multiple
 // of 1024. The lower half of a descriptor; 2 more for each further product along the channels, of 32 bytes.
 DEV u32 columns_at(u32 at) { return 1 << 16 | (at & 0x3ffff) >> 4; }

@@ -156,22 +156,6 @@ def test_teams_of_four(wgmma, tiles, warps_and_stages):
     case.check(8, plan=RowPlan(1, tiles, 4, wgmma), warps_and_stages=warps_and_stages)
 
 
-@pytest.mark.parametrize("shape", [(12, 4), (12, 8), (16, 4), (16, 8)])
-@pytest.mark.parametrize("tiles", range(2, 7))
-@pytest.mark.parametrize("bits", [4, 8])
-def test_warp_groups_with_roles(bits, tiles, shape):
-    """As above; and requests of which nothing is old, and whose segments follow each other in one CTA."""
-    if not device_properties(torch.cuda.current_device()).has_wgmma:
-        pytest.skip("needs a Hopper GPU")
-    lengths = [tiles, 70_000, 128 * 6 + 3, 128 * 6 + tiles - 1, 128 * 20, 2500, 300, *[128 * 4 + 5] * 40]
-    case = Case(PageFormat(2, 128), 2 * 8, lengths, [tiles] * len(lengths), hits=[0, 0, 0, 0, 0, 128 * 19, *[0] * 41])
-    options = {"plan": RowPlan(1, tiles, 4, True, 2), "warps_and_stages": shape}
-    case.check(bits, **options)
-    case.query *= 2  # scores whose largest is found late
-    case.check(bits, **options)
-    case.check(bits, selection=case.choose(0.5), **options)
-
-
 @pytest.mark.parametrize("bits", [4, 8])
 def test_chosen_pages_of_many_rows(bits):
     lengths = [40 * 128 + 3, 2 * 128 + 7, 5 * 128 + 17, 133 * 128 + 5, 5, 9 * 128 + 8]

@@ -61,7 +61,7 @@ def test_attention(reading, gpu, on):
     compiled = on(gpu)
     bits, group, tokens, pages_may_change, sparse = READINGS[reading]
     fmt = PageFormat(8, 128)
-    plans = decode_attention.row_plans(128, 128, group * tokens, gpu.has_wgmma, sparse[0])
+    plans = decode_attention.row_plans(128, 128, group * tokens, gpu.has_wgmma)
     for plan in plans[:2]:
         shape = decode_attention._shape(fmt, bits, plan, gpu)
         decode_attention._kernel.__wrapped__(fmt, bits, group, plan, shape, 0, pages_may_change, sparse, True)

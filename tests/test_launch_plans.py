@@ -156,22 +156,6 @@ def test_plans_on_a_hopper_gpu_are_those_that_were_measured(on):
     assert decode_attention._configuration(PageFormat(8, 256), 8, 40, H200)[0] == RowPlan(1, 5, 4)
 
 
-@pytest.fixture
-def roles(monkeypatch):
-    """As if groups with roles were chosen."""
-    monkeypatch.setattr(decode_attention, "SCORER_TILES", decode_attention.MOST_SCORER_TILES)
-
-
-def test_plans_of_groups_with_roles(roles):
-    fmt = PageFormat(8, 128)
-    assert decode_attention._configuration(fmt, 8, 20, H200) == (RowPlan(1, 3, 4, True, 2), (16, 12))
-    assert decode_attention._configuration(fmt, 8, 40, H200) == (RowPlan(1, 5, 4, True, 2), (16, 8))
-    assert decode_attention._configuration(fmt, 8, 40, H200, True) == (RowPlan(1, 5, 4, True), (8, 8))
-    assert decode_attention._configuration(fmt, 8, 64, H200)[0] == RowPlan(1, 8, 4, True)
-    assert decode_attention._configuration(fmt, 8, 72, H200)[0] == RowPlan(2, 5, 4, True, 2)
-    assert decode_attention._configuration(fmt, 8, 40, replace(H200, capability=(8, 9)))[0] == RowPlan(1, 5, 4)
-
-
 def test_warp_groups_multiply_on_hopper_only():
     others = [replace(H200, capability=(8, 9)), replace(H200, capability=(12, 0)), replace(H200, from_ptx=True)]
     for gpu in (H200, *others):
@@ -179,15 +163,13 @@ def test_warp_groups_multiply_on_hopper_only():
         assert plan == RowPlan(1, 5, 4, wgmma=gpu is H200)
 
 
-@pytest.mark.parametrize("scores", [False, True])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("rows", range(17, 90))
-def test_two_teams_or_one_of_groups_fit_on_a_hopper_gpu(rows, bits, scores, roles):
+def test_two_teams_fit_on_a_hopper_gpu(rows, bits):
     fmt = PageFormat(8, 128, bits=bits)
-    plan, (warps, stages) = decode_attention._configuration(fmt, bits, rows, H200, scores)
-    assert plan.wgmma and plan.team == 4 and stages // plan.team in (2, 3)
-    assert (plan.scorers, warps) == ((2, 16) if plan.tiles <= 6 and not scores else (0, 8))
-    needed = (1 if plan.scorers else 2) * decode_attention._bytes_per_team(fmt, bits, plan, stages)
+    plan, (warps, stages) = decode_attention._configuration(fmt, bits, rows, H200)
+    assert plan.wgmma and (warps, plan.team) == (8, 4) and stages // plan.team in (2, 3)
+    needed = 2 * decode_attention._bytes_per_team(fmt, bits, plan, stages)
     assert needed % 1024 == 0 and needed + 6144 + 1024 * (plan.tiles > 5) <= H200.shared_memory_per_block
 
 
