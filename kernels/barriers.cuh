@@ -36,10 +36,6 @@ DEV void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
                "r"(bytes), "r"(barrier)
                : "memory");
 }
-// The same for L2, which nobody waits for.
-DEV void prefetch_bulk(const void* from, u32 bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0],%1;" ::"l"(from), "r"(bytes) : "memory");
-}
 // A matrix in memory and the size of the boxes that are copied of it, as the driver encodes them (nvrtc.py).
 struct __align__(64) TensorMap {
   u64 words[16];

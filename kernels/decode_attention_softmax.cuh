@@ -4,8 +4,8 @@
 #include "decode_attention_fragments.cuh"
 #include "decode_attention_layout.cuh"
 
-// A score may be above `top` by so much: probabilities stay below 2^ROOM, in fp16 times a value's scale. Then `top` rises to a
-// little below it. Raising costs a team as much as half a page, and of 40 rows one is often the first.
+// A score may be above `top` by so much: probabilities stay below 2^ROOM, in fp16 times a value's scale. Then `top` rises to
+// a little below it. Raising costs a team as much as half a page, and of 40 rows one often has to.
 constexpr float NEVER = -1e30f, ROOM = 8.f, HEADROOM = 1.f;
 
 // Lane 4*g+t holds rows 8*nt + 2t + {0, 1}: element [..][0..1] of output channel 16*mt + g, [2..3] of channel 16*mt + 8

@@ -5,21 +5,32 @@
 #include "decode_attention_team_sync.cuh"
 
 static_assert(TEAM * 256 * NT <= QUERY, "probabilities of exact tokens lie where others have room");
+static_assert(D % 32 == 0, "a lane has 8 of 32 channels");
 
+// Products of 32 channels take them in an order in which a lane has 8 that are adjacent: 8*t to 8*t + 7, of keys and query.
 DEV void score_window(float (&s)[NT][1][4], u32 stage, const Params& p, const Segment& seg, int token, int exact_start,
                       int lane) {
-  const u32 key = stage + (lane & 15) * WIN_ROW + (lane >> 4) * 16;
-  u32 a[MT][4];
+  const int g = lane >> 2, t = lane & 3;
+  uint4 keys[MT / 2][2];  // of tokens g and g + 8
 #pragma unroll
-  for (int x = 0; x < MT; x++) load_matrices(a[x], key + x * 32);
+  for (int x = 0; x < MT / 2; x++)
+#pragma unroll
+    for (int h = 0; h < 2; h++) keys[x][h] = lds128(stage + (g + h * 8) * WIN_ROW + x * 64 + t * 16);
 #pragma unroll
   for (int n = 0; n < NT; n++) {
-    u32 q[MT][2];
-    load_query_tile(q, n, p, seg, lane);
+    const int row = min(n * 8 + g, seg.rows - 1);
+    const uint4* from = (const uint4*)(p.query + row_offset(p, seg, row, p.query_stride)) + t;
+    uint4 q[MT / 2];
+#pragma unroll
+    for (int x = 0; x < MT / 2; x++) q[x] = __ldg(from + x * 4);
 #pragma unroll
     for (int i = 0; i < 4; i++) s[n][0][i] = 0.f;
 #pragma unroll
-    for (int x = 0; x < MT; x++) mma_exact(s[n][0], a[x][0], a[x][1], a[x][2], a[x][3], q[x][0], q[x][1]);
+    for (int x = 0; x < MT / 2; x++) {
+      const uint4 &low = keys[x][0], &high = keys[x][1];
+      mma_exact(s[n][0], low.x, high.x, low.y, high.y, q[x].x, q[x].y);
+      mma_exact(s[n][0], low.z, high.z, low.w, high.w, q[x].z, q[x].w);
+    }
     mask_window(s[n][0], n, seg, token, exact_start, lane);
   }
 }

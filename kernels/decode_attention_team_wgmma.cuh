@@ -57,15 +57,21 @@ DEV float half_of(u32 pair, int which) {
 // scales of their channels in different banks; the query's channels are in this order, too.
 // All rows of the query in fp16, 64 channels after another; rows that are not there are 0.
 DEV void load_team_query(u32 query, const Params& p, const Segment& seg, const Member& me, int lane) {
-  constexpr int PIECES = D / 8;
-#pragma unroll 1
-  for (int i = me.index * 32 + lane; i < ROWS * PIECES; i += 32 * TEAM) {
-    const int row = i / PIECES, piece = i % PIECES;
-    uint4 x = make_uint4(0, 0, 0, 0);
-    if (row < seg.rows) x = __ldg((const uint4*)(p.query + row_offset(p, seg, row, p.query_stride)) + piece);
+  constexpr int PIECES = D / 8, AT_ONCE = 32 * TEAM;
+  static_assert(ROWS * PIECES % AT_ONCE == 0, "all lanes have as many");
+  uint4 x[ROWS * PIECES / AT_ONCE];  // all are on their way before the first is needed
+#pragma unroll
+  for (int n = 0; n < ROWS * PIECES / AT_ONCE; n++) {
+    const int i = n * AT_ONCE + me.index * 32 + lane, row = i / PIECES;
+    x[n] = make_uint4(0, 0, 0, 0);
+    if (row < seg.rows) x[n] = __ldg((const uint4*)(p.query + row_offset(p, seg, row, p.query_stride)) + i % PIECES);
+  }
+#pragma unroll
+  for (int n = 0; n < ROWS * PIECES / AT_ONCE; n++) {
+    const int i = n * AT_ONCE + me.index * 32 + lane, row = i / PIECES, piece = i % PIECES;
     const u32 to = query + piece / 8 * (128 * ROWS) + row * 128, at = (piece ^ row) & 7;
-    sts64(to + at * 16, exact_to_f16(x.x), exact_to_f16(x.y));
-    sts64(to + (at ^ 4) * 16 + 8, exact_to_f16(x.z), exact_to_f16(x.w));
+    sts64(to + at * 16, exact_to_f16(x[n].x), exact_to_f16(x[n].y));
+    sts64(to + (at ^ 4) * 16 + 8, exact_to_f16(x[n].z), exact_to_f16(x[n].w));
   }
 }
 
@@ -346,8 +352,6 @@ DEV void attend_pages(State& st, const Params& p, const Segment& seg, const Part
     float s[NT][2][4];
     find(id);
     compute_here(next);
-    // It is asked for when there is room for it, half a step from here: memory need not wait for that.
-    if (asks && asked < step_e && elected()) prefetch_bulk(next, PAGE_PLANE);
     wait_for(barriers + stage * 16, parity);
     Keys k;
     k.begin(keys + stage * PAGE_CODES, scales_of(step), lane);
