@@ -226,6 +226,11 @@ class Drafts(NamedTuple):
     number: int
     by_ngrams: bool = False
 
+    @property
+    def by_model(self) -> bool:
+        """Whether the model drafts anything."""
+        return self.number > 0 and not self.by_ngrams
+
 
 class Plan(NamedTuple):
     """What was chosen for a step; ``ngram_requests`` draft by n-grams where the others draft by the model."""
@@ -241,6 +246,7 @@ class DraftLength:
         predict: as of `StepTimes`, of `choices`: the ``numbers``, then the ``ngram_numbers``.
         numbers: of drafts by the model that can be chosen, ascending, the first one 0.
         probe_steps: steps in a row that another choice has to be tried for until one of them tells its time.
+        idle_probe_steps: the same of a choice for which the model drafts nothing; None for as many.
         ngrams: what n-grams would bring, where they may be drafted; its user keeps it up to date.
         ngram_numbers: of drafts by n-grams alone that can be chosen, none above ``ngrams.num_positions``.
     """
@@ -250,6 +256,7 @@ class DraftLength:
         predict: Callable[[int, float], Sequence[float]],
         numbers: Sequence[int],
         probe_steps: int = 1,
+        idle_probe_steps: int | None = None,
         ngrams: NgramWatch | None = None,
         ngram_numbers: Sequence[int] = (),
     ) -> None:
@@ -261,7 +268,8 @@ class DraftLength:
         self.ngrams = ngrams
         self.times = StepTimes(predict, len(self.choices))
         self.num_probes = 0
-        self._probe_steps = probe_steps
+        idle_probe_steps = idle_probe_steps or probe_steps
+        self._probe_steps = [probe_steps if drafts.by_model else idle_probe_steps for drafts in self.choices]
         self._current: dict[bool, int] = {}  # the choice in steps with and without prompts
         self._share_alone = 1.0  # of steps that compute no prompt
         self._savings = 0.0  # seconds that probes may lose
@@ -361,7 +369,7 @@ class DraftLength:
         self._savings = min(grown, most)
         if self._since_probe < PROBE_GAP:
             return current
-        costs = losses * self._probe_steps
+        costs = losses * np.array(self._probe_steps)
         wanted = [
             choice
             for choice in range(len(self.choices))
@@ -381,6 +389,6 @@ class DraftLength:
         self._savings -= costs[choice]
         self._since_probe = 0
         self.num_probes += 1
-        if self._probe_steps > 1:
-            self._probe = (choice, self._probe_steps - 1)
+        if self._probe_steps[choice] > 1:
+            self._probe = (choice, self._probe_steps[choice] - 1)
         return choice

@@ -26,7 +26,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 
 from vllm_quantspec import estimate
 from vllm_quantspec.config import AUTO_NUMBERS, NGRAM_NUMBERS
-from vllm_quantspec.draft_length import DraftLength, Drafts, Plan
+from vllm_quantspec.draft_length import TIMES_NEEDED, DraftLength, Drafts, Plan
 from vllm_quantspec.integration.draft.ngram_count import NgramCount
 from vllm_quantspec.integration.draft.ngram_plan import set_plan
 from vllm_quantspec.integration.draft.read_share import labels_of
@@ -40,6 +40,9 @@ LOG_INTERVAL = 10.0
 BANDWIDTH = 4.26e12
 # Where the cost model does not know the model: a draft step takes this share of a step, and this a further row.
 DRAFT_SHARE, ROW_SHARE = 0.4, 0.02
+# With async scheduling, steps in a row that are tried without the model's drafts. The first and the last of their times
+# are mixtures, see `DraftLengthScheduler._is_even`; the others are enough to make theirs known at once.
+IDLE_PROBE_STEPS = TIMES_NEEDED + 2
 
 
 def step_seconds(config: VllmConfig):
@@ -129,8 +132,8 @@ class DraftLengthScheduler(Scheduler):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        # One verified number can be timed only if as many are drafted beside it.
-        probe_steps = 1 if self.times_end_before_drafts else 2
+        # Without async scheduling a verified number can be timed only if as many are drafted beside it.
+        probe_steps = (1, IDLE_PROBE_STEPS) if self.times_end_before_drafts else (2, 2)
         speculative, ngrams = self.vllm_config.speculative_config, {}
         self.ngrams = self._ngram_count = None
         if speculative.ngram == "auto":
@@ -140,7 +143,7 @@ class DraftLengthScheduler(Scheduler):
             self.ngrams = NgramWatch(*lengths, NGRAM_NUMBERS[-1], self.steps_ahead)
             self._ngram_count = NgramCount(labels_of(self.vllm_config))
             ngrams = {"ngrams": self.ngrams, "ngram_numbers": NGRAM_NUMBERS}
-        self.draft_length = DraftLength(step_seconds(self.vllm_config), AUTO_NUMBERS, probe_steps, **ngrams)
+        self.draft_length = DraftLength(step_seconds(self.vllm_config), AUTO_NUMBERS, *probe_steps, **ngrams)
         self._plan = Plan(Drafts(0))  # of the step before: what this one verifies
         self._steps: dict[int, _Step] = {}
         self._last_output_at, self._last_step_had_prompt = 0.0, True
@@ -203,11 +206,17 @@ class DraftLengthScheduler(Scheduler):
         now = time.monotonic()
         # The device turned to this step when it had the one before behind it, or, if it was idle, when this one came.
         seconds = now - max(self._last_output_at, step.scheduled_at)
-        # What was drafted for this step was drafted in it or, with async scheduling, before it, by this measure of time.
-        is_even = self.times_end_before_drafts or step.verified == step.drafted.drafts
-        if is_even and step.batch and not (step.has_prompt or self._last_step_had_prompt):
+        if self._is_even(step) and step.batch and not (step.has_prompt or self._last_step_had_prompt):
             self.draft_length.observe_time(step.batch, step.context, step.verified, seconds)
         self._last_output_at, self._last_step_had_prompt = now, step.has_prompt
+
+    def _is_even(self, step: _Step) -> bool:
+        """Whether the time between the output before a step's and its own is that of its verified number alone."""
+        if not self.times_end_before_drafts:
+            return step.verified == step.drafted.drafts
+        # The device drafted these before it verified them. Meanwhile, though, the host launched the next step and the drafts
+        # after it. A step without drafts is over before that, if the host is slow: its output waits for drafts of others.
+        return step.verified.by_model or not (step.drafted.drafts.by_model or self._plan.drafts.by_model)
 
     def _learn_acceptance(
         self, step: _Step, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
