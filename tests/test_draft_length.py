@@ -190,3 +190,12 @@ def test_numbers_that_are_not_chosen_from_are_passed_over():
     assert policy.choose([], 0.0) == Plan(Drafts(0))
     with pytest.raises(ValueError, match="must ascend from 0"):
         DraftLength(lambda batch, context: [1.0, 1.3], (1, 2))
+
+
+def test_steps_that_wait_now_and_then_cost_what_they_cost_on_average():
+    """Drafts would pay, but for one step with drafts in five that waits for a busy host."""
+    times = StepTimes(lambda batch, context: [1.0, 1.7], 2)
+    for index in range(15):
+        times.observe(1, 1000.0, 0, 1.0)
+        times.observe(1, 1000.0, 1, 4.2 if index % 5 == 0 else 1.7)
+    assert np.allclose(times.estimate(1, 1000.0), [1.0, 2.2])

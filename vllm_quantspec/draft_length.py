@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from statistics import median
+from statistics import fmean, median
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -31,8 +31,10 @@ if TYPE_CHECKING:
 PRIOR, PRIOR_WEIGHT, MEAN_WEIGHT = 0.8, 8.0, 6.0
 # What an observation leaves of those before it: a request's last 30 or so count, the engine's last 500.
 REQUEST_MEMORY, MEAN_MEMORY = 0.97, 0.998
-# Times of one number of drafts in batches alike that are kept; their median counts.
-TIMES_KEPT = 15
+# Times of one number of drafts in batches alike that are kept. Their mean counts, for it is what steps cost: if one in five
+# waits for the host that is part of it, and steps with drafts may wait more often. Times above so many medians are
+# accidents.
+TIMES_KEPT, ACCIDENT = 15, 3.0
 # So many times, none older than so many steps, make a number's time known.
 TIMES_NEEDED, STEPS_TO_STALE = 3, 2000
 # How much it weighs, in measurements, that verification and drafts are as far from the model as one another; and how many
@@ -151,9 +153,9 @@ class StepTimes:
 
     def __init__(self, predict: Callable[[int, float], Sequence[float]], num_choices: int) -> None:
         self.predict, self.num_choices = predict, num_choices
-        # By batch size, rounded to powers of two: of each choice, log of measured over predicted seconds.
+        # By batch size, rounded to powers of two: of each choice, measured over predicted seconds.
         self._ratios: dict[int, list[deque[float]]] = {}
-        self._medians: dict[int, list[float]] = {}
+        self._means: dict[int, list[float]] = {}
         self._last: dict[int, list[int]] = {}
         self._now = 0
 
@@ -169,14 +171,15 @@ class StepTimes:
         kind = self.kind(batch)
         if kind not in self._ratios:
             self._ratios[kind] = [deque(maxlen=TIMES_KEPT) for _ in range(self.num_choices)]
-            self._medians[kind] = [0.0] * self.num_choices
+            self._means[kind] = [1.0] * self.num_choices
             self._last[kind] = [0] * self.num_choices
         self._now += 1
         ratios = self._ratios[kind][choice]
         if ratios and self._now - self._last[kind][choice] > STEPS_TO_STALE:
             ratios.clear()
-        ratios.append(float(np.log(seconds / self.predict(batch, context)[choice])))
-        self._medians[kind][choice] = median(ratios)
+        ratios.append(seconds / self.predict(batch, context)[choice])
+        most = ACCIDENT * median(ratios)
+        self._means[kind][choice] = fmean(ratio for ratio in ratios if ratio <= most)
         self._last[kind][choice] = self._now
 
     def seen(self, batch: int) -> bool:
@@ -199,7 +202,7 @@ class StepTimes:
         kind = self.kind(batch)
         nearest = min(kinds, key=lambda k: (abs(k - kind), k))
         weights = np.minimum([len(ratios) for ratios in self._ratios[nearest]], TIMES_NEEDED) / TIMES_NEEDED
-        measured = predicted * np.exp(self._medians[nearest])
+        measured = predicted * np.array(self._means[nearest])
         # Measured once or twice: half believed.
         return measured**weights * _fitted(predicted, measured, weights) ** (1 - weights)
 
