@@ -5,8 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from vllm_quantspec.kernels import int4_experts as module
-from vllm_quantspec.kernels import nvrtc
-from vllm_quantspec.kernels.int4_experts import Packed, choose_plan, dequantize, int4_experts, pack, reference
+from vllm_quantspec.kernels.int4_experts import Packed, dequantize, int4_experts, pack, reference
 from vllm_quantspec.weights import quantize_weight
 
 CUDA = torch.cuda.is_available()
@@ -243,10 +242,3 @@ def test_graphs_of_launches_in_a_row():
         assert torch.equal(out, run()) and out.isfinite().all() and out.norm() > 0
 
 
-@on_a_gpu
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-def test_it_compiles_for(architecture):
-    for in_features, out_features, group, in_splits in ((2048, 1536, 128, 0), (768, 2048, 32, 2)):
-        plan = choose_plan(in_features, out_features, group, 128, 8, 1, in_splits > 0, 0)
-        macros = module.macros_of(plan, in_features, out_features, group, 8, True, "gelu", in_splits)
-        assert nvrtc.compile_source(module.SOURCE, tuple(macros.items()), architecture)

@@ -7,9 +7,20 @@ import torch
 from emulated_gpus import GPUS, KIB
 
 from vllm_quantspec.format import PageFormat
-from vllm_quantspec.kernels import decode_attention, device, draft_layer, fused_linear, int4_linear, nvrtc
+from vllm_quantspec.kernels import (
+    decode_attention,
+    device,
+    draft_layer,
+    fused_linear,
+    int4_experts,
+    int4_linear,
+    marlin_dequantize,
+    marlin_linear,
+    nvrtc,
+)
 from vllm_quantspec.kernels.device import Device
 from vllm_quantspec.kernels.draft_layer import Order
+from vllm_quantspec.kernels.marlin_linear import Kind
 
 
 def has_nvrtc() -> bool:
@@ -37,7 +48,8 @@ def on(monkeypatch):
 
     def put(gpu: Device) -> list[str]:
         device.emulate(gpu)
-        int4_linear.choose_plan.cache_clear()
+        for module in (int4_experts, int4_linear, marlin_linear):
+            module.choose_plan.cache_clear()
         return compiled
 
     monkeypatch.setattr(nvrtc, "load", load)
@@ -98,6 +110,25 @@ def test_linears_with_what_is_before_them(tokens, is_activated, on):
 def test_layers(order, tokens):
     plan = draft_layer.plan_of(draft_layer.Shape(4096, 4096, 14336, 6144), tokens, HOPPER, order=order)
     assert nvrtc.compile_source(draft_layer.SOURCE, tuple(plan.macros(True).items()), HOPPER.architecture)
+
+
+@pytest.mark.parametrize("gpu", [HOPPER, AMPERE], ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("kind", [Kind(128, False, True), Kind(32, True, False), Kind(0, True, True)])
+def test_linears_in_marlins_order(kind, gpu, on):
+    compiled = on(gpu)
+    for tokens in (1, 16, 32):
+        marlin_linear._kernel.__wrapped__(marlin_linear.choose_plan(64, 224, kind, tokens, 0), kind, 0)
+    marlin_dequantize._kernel.__wrapped__(kind, 0)
+    assert compiled == 3 * ["marlin_linear.cu"] + ["marlin_dequantize.cu"]
+
+
+@pytest.mark.parametrize("gpu", [HOPPER, AMPERE], ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize(("in_features", "out_features", "group", "in_splits"), [(2048, 1536, 128, 0), (768, 2048, 32, 2)])
+def test_experts(in_features, out_features, group, in_splits, gpu, on):
+    on(gpu)
+    plan = int4_experts.choose_plan(in_features, out_features, group, 128, 8, 1, in_splits > 0, 0)
+    macros = int4_experts.macros_of(plan, in_features, out_features, group, 8, True, "gelu", in_splits)
+    assert nvrtc.compile_source(int4_experts.SOURCE, tuple(macros.items()), gpu.architecture)
 
 
 @pytest.mark.parametrize("name", GPUS)

@@ -8,14 +8,11 @@ import torch.nn.functional as F
 from vllm.model_executor.layers.quantization.utils import marlin_utils, marlin_utils_test
 from vllm.model_executor.layers.quantization.utils.quant_utils import pack_rows
 
-from vllm_quantspec.kernels import marlin_dequantize as dequantize_module
 from vllm_quantspec.kernels import marlin_linear as module
-from vllm_quantspec.kernels import nvrtc
 from vllm_quantspec.kernels.marlin_dequantize import marlin_dequantize
 from vllm_quantspec.kernels.marlin_linear import (
     Kind,
     MarlinWeight,
-    choose_plan,
     dequantize,
     kind_of,
     marlin_linear,
@@ -241,17 +238,6 @@ def test_a_shape_first_seen_in_a_capture_is_refused():
     x = random_x(1, 3136, torch.float16).contiguous()
     with pytest.raises(RuntimeError, match="before capturing"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         marlin_linear(x, *packed)
-
-
-@on_a_gpu
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-def test_it_compiles_for(architecture):
-    for kind in (Kind(128, False, True), Kind(32, True, False), Kind(0, True, True)):
-        for tokens in (1, 16, 32):
-            macros = module.macros_of(choose_plan(64, 224, kind, tokens, 0), kind)
-            assert nvrtc.compile_source(module.SOURCE, tuple(macros.items()), architecture)
-        macros = dequantize_module.macros_of(kind)
-        assert nvrtc.compile_source(dequantize_module.SOURCE, tuple(macros.items()), architecture)
 
 
 def test_the_kind_of_a_weight():

