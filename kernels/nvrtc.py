@@ -8,6 +8,15 @@ from typing import NamedTuple
 import torch
 
 from vllm_quantspec.kernels.device import device_properties
+from vllm_quantspec.kernels.kept_code import KeptCode
+
+_kept: KeptCode | None = None
+
+
+def keep_code_in(folder: Path | None) -> None:
+    """Keep what is compiled from now on in ``folder``, and take from there what other processes kept; None: neither."""
+    global _kept
+    _kept = None if folder is None else KeptCode(folder)
 
 
 def call(name: str, *args):
@@ -136,7 +145,7 @@ def tensor_map(address: int, rows: int, columns: int, element_size: int, box_col
 def compile_source(source: Path, macros: tuple[tuple[str, int], ...], architecture: str) -> bytes:
     """The machine code of ``source`` for ``architecture`` ("sm_90"; PTX for "compute_80"), with ``macros`` defined.
 
-    It may include the headers (``*.cuh``) beside it and those of this package.
+    It may include the headers (``*.cuh``) beside it and those of this package. Kept on disk where `keep_code_in` said so.
 
     Raises:
         RuntimeError: it does not compile; the message is the compiler's log.
@@ -146,8 +155,12 @@ def compile_source(source: Path, macros: tuple[tuple[str, int], ...], architectu
     options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{name}={value}" for name, value in macros)]
     options = [x.encode() for x in options]
     headers = sorted({*source.parent.glob("*.cuh"), *Path(__file__).parent.glob("*.cuh")})
-    texts, names = [h.read_bytes() for h in headers], [h.name.encode() for h in headers]
-    program = call("nvrtcCreateProgram", source.read_bytes(), source.name.encode(), len(headers), texts, names)
+    text, texts, names = source.read_bytes(), [h.read_bytes() for h in headers], [h.name.encode() for h in headers]
+    if _kept is not None:
+        place = _kept.path([repr(call("nvrtcVersion")).encode(), *options, source.name.encode(), text, *names, *texts])
+        if (code := _kept.load(place)) is not None:
+            return code
+    program = call("nvrtcCreateProgram", text, source.name.encode(), len(headers), texts, names)
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
     if int(error):
         log = b" " * call("nvrtcGetProgramLogSize", program)
@@ -157,4 +170,6 @@ def compile_source(source: Path, macros: tuple[tuple[str, int], ...], architectu
     code = b" " * call(f"nvrtcGet{kind}Size", program)
     call(f"nvrtcGet{kind}", program, code)
     call("nvrtcDestroyProgram", program)
+    if _kept is not None:
+        _kept.save(place, code)
     return code

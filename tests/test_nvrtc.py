@@ -59,6 +59,7 @@ def calls(monkeypatch, capability):
         setattr(driver, name, SimpleNamespace)
     driver.CUlaunchAttributeID = SimpleNamespace(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION="overlap")
     compiler.nvrtcCreateProgram, compiler.nvrtcDestroyProgram = function("create", "program"), function("destroy")
+    compiler.nvrtcVersion = function("version", 13, 0)
     compiler.nvrtcCompileProgram = compile_program
     for what in ("ProgramLog", "CUBIN", "PTX"):
         setattr(compiler, f"nvrtcGet{what}Size", function("size", 3))
@@ -145,6 +146,53 @@ def test_code_for_an_emulated_gpu_is_left_to_the_driver(calls, monkeypatch):
     monkeypatch.setattr(nvrtc, "device_properties", lambda index: gpu_like((8, 6), from_ptx=True))
     nvrtc.load(int4_linear.SOURCE, {}, 0, **SIZES)
     assert ("nvrtcCompileProgram", [b"--gpu-architecture=compute_86", b"--std=c++17"]) in calls
+
+
+@pytest.fixture
+def compiled(calls, tmp_path):
+    """Load a kernel as another process would; how often the compiler ran for it."""
+
+    def load(**macros) -> int:
+        before = len(calls)
+        nvrtc.compile_source.cache_clear()
+        assert nvrtc.load(int4_linear.SOURCE, macros, 0, **SIZES).function == "kernel"
+        return sum(name == "nvrtcCompileProgram" for name, *_ in calls[before:])
+
+    nvrtc.keep_code_in(tmp_path / "kernels")
+    yield load
+    nvrtc.keep_code_in(None)
+
+
+def test_code_is_kept_for_other_processes(compiled, tmp_path):
+    assert compiled(A=1) == 1 and compiled(A=1) == 0
+    assert compiled(A=2) == 1 and compiled(A=1) == compiled(A=2) == 0
+    assert len(list((tmp_path / "kernels").iterdir())) == 2
+
+
+def test_code_of_other_sources_is_another(compiled, tmp_path, monkeypatch):
+    """A header counts as the source does."""
+    folder = tmp_path / "changed"
+    folder.mkdir()
+    for file in int4_linear.SOURCE.parent.glob("*.cu*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    monkeypatch.setattr(int4_linear, "SOURCE", folder / int4_linear.SOURCE.name)
+    assert compiled() == 1 and compiled() == 0
+    (folder / "int4_linear.cuh").write_text("// changed\n")
+    assert compiled() == 1
+
+
+def test_damaged_code_is_compiled_again(compiled, tmp_path):
+    compiled()
+    (file,) = (tmp_path / "kernels").iterdir()
+    for damaged in (b"", file.read_bytes()[:-1], b"x" + file.read_bytes()[1:]):
+        file.write_bytes(damaged)
+        assert compiled() == 1 and compiled() == 0
+
+
+def test_a_folder_that_cannot_be_had_costs_time_alone(compiled, tmp_path):
+    (tmp_path / "file").write_text("")
+    nvrtc.keep_code_in(tmp_path / "file" / "kernels")
+    assert compiled() == 1 and compiled() == 1
 
 
 def test_a_tensor_map_is_encoded_where_the_driver_wants_it(monkeypatch):

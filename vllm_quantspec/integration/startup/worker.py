@@ -4,6 +4,9 @@ vLLM imports it by itself, because the engine's configuration names it as ``work
 without QuantSpec never do. A user's own extension keeps working: its path travels in the name, see ``extension_path``.
 """
 
+from pathlib import Path
+
+from vllm import envs
 from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
@@ -14,8 +17,11 @@ if current_platform.is_cpu():
         hook.install()
 else:
     from vllm_quantspec.integration.gpu import runner
+    from vllm_quantspec.kernels import nvrtc
 
     runner.install()
+    if not envs.VLLM_DISABLE_COMPILE_CACHE:
+        nvrtc.keep_code_in(Path(envs.VLLM_CACHE_ROOT, "quantspec", "kernels"))
 
 
 class WorkerExtension:
