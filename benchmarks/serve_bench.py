@@ -6,6 +6,8 @@
     python benchmarks/serve_bench.py --configs drafts-auto quantspec bf16   # the number of drafts chosen, 4, and none
     python benchmarks/serve_bench.py --configs cache-int4 fp8 bf16 --concurrency 64 --prompts 64 --input 16384
 
+Calls may run at once into one --json, each with a configuration and a GPU (CUDA_VISIBLE_DEVICES) of its own.
+
 For every configuration: a server is started, asked by the clients of serve_load.py (with their checks: as many tokens as
 asked for, stated and streamed; the text is that of the tokens; nothing left in the KV cache; memory), and then by `vllm
 bench serve`, which must complete every request with all its tokens.
@@ -158,12 +160,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the result here")
     args = parser.parse_args()
     path = args.json or RESULTS / f"serve_bench-{args.shape}.json"
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder), model_config(args.shape))
         for config in args.configs:
             row = serve(config, Path(folder), args)
             print(json.dumps(row, indent=1), flush=True)
+            rows = json.loads(path.read_text())["rows"] if path.exists() else []  # others may have written meanwhile
             rows = [r for r in rows if r["config"] != config] + [row]
             compare_with_bf16(rows)
             settings = {k: v for k, v in vars(args).items() if k not in ("json", "configs")}
