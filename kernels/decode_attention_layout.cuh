@@ -17,7 +17,7 @@ constexpr int K_LOWER = V_SCALE + 4 * NVG * G, V_LOWER = K_LOWER + G * D / 2;
 // One stage of a warp's ring: a slice of 32 tokens, and the key scales when the slice is the first of its page.
 constexpr int PLANE = 512 * J, PLANES = CODE_BITS / 4;
 constexpr int ST_V = PLANES * PLANE, ST_VS = 2 * PLANES * PLANE, ST_KS = ST_VS + 128 * NVG, STAGE = ST_KS + 4 * D;
-constexpr int WIN_ROW = 4 * D + 16, WIN_STAGE = 16 * WIN_ROW;  // 16 exact tokens; the padding avoids bank conflicts
+constexpr int WIN_ROW = 4 * D + 16, WIN_STAGE = 16 * WIN_ROW;  // 16 exact tokens; padded for ldmatrix, against bank conflicts
 constexpr int PART = 4 * ROWS * (D + 4);  // a warp's unnormalized output
 constexpr int QUERY = 16 * D * NT;  // fp16 query
 #if WGMMA

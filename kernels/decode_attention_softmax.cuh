@@ -4,9 +4,10 @@
 #include "decode_attention_fragments.cuh"
 #include "decode_attention_layout.cuh"
 
-// A score may be above `top` by so much: probabilities stay below 2^ROOM, in fp16 times a value's scale. Then `top` rises to
-// a little below it. Raising costs a team as much as half a page, and of 40 rows one often has to.
-constexpr float NEVER = -1e30f, ROOM = 8.f, HEADROOM = 1.f;
+// A score may be above `top` by ROOM (log2): probabilities stay below 2^ROOM, in fp16 times a value's scale, which has to be
+// below 2^(16 - ROOM). Then `top` rises to HEADROOM below it: by so much more low probabilities keep their bits. Raising
+// costs a team as much as half a page, and with little room between the two one of 40 rows often has to.
+constexpr float NEVER = -1e30f, ROOM = 8.f, HEADROOM = 3.f;
 
 // Lane 4*g+t holds rows 8*nt + 2t + {0, 1}: element [..][0..1] of output channel 16*mt + g, [2..3] of channel 16*mt + 8
 // + g.

@@ -1,7 +1,9 @@
 """CUDA source to a kernel that can be launched: NVRTC and the driver, through ``cuda.bindings`` (part of CUDA PyTorch)."""
 
 import ctypes
+from contextlib import suppress
 from functools import cache, lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -142,6 +144,16 @@ def tensor_map(address: int, rows: int, columns: int, element_size: int, box_col
 
 
 @cache
+def _compiler() -> bytes:
+    """NVRTC's version and, as that leaves out patches, those of the packages that it may come with."""
+    versions = [call("nvrtcVersion"), torch.__version__]
+    for name in ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12"):
+        with suppress(PackageNotFoundError):
+            versions.append(version(name))
+    return repr(versions).encode()
+
+
+@cache
 def compile_source(source: Path, macros: tuple[tuple[str, int], ...], architecture: str) -> bytes:
     """The machine code of ``source`` for ``architecture`` ("sm_90"; PTX for "compute_80"), with ``macros`` defined.
 
@@ -157,7 +169,7 @@ def compile_source(source: Path, macros: tuple[tuple[str, int], ...], architectu
     headers = sorted({*source.parent.glob("*.cuh"), *Path(__file__).parent.glob("*.cuh")})
     text, texts, names = source.read_bytes(), [h.read_bytes() for h in headers], [h.name.encode() for h in headers]
     if _kept is not None:
-        place = _kept.path([repr(call("nvrtcVersion")).encode(), *options, source.name.encode(), text, *names, *texts])
+        place = _kept.path([_compiler(), *options, source.name.encode(), text, *names, *texts])
         if (code := _kept.load(place)) is not None:
             return code
     program = call("nvrtcCreateProgram", text, source.name.encode(), len(headers), texts, names)

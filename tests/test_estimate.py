@@ -546,6 +546,6 @@ def test_one_copy_of_a_4_bit_checkpoint(tmp_path, capsys):
     assert twice.int4_weights - once.int4_weights == pytest.approx(saved) and once.int4_weights < 0.3 * estimate.GIB
     assert run(tmp_path, four_bits, "--one-copy") == 0
     text = capsys.readouterr().out
-    assert "the rest is one copy" in text and "how fast a GPU reads this checkpoint in 4 is not measured" in text
+    assert "the rest is one copy" in text and "how fast a GPU reads this checkpoint in 4 is not predicted" in text
     assert run(tmp_path, LLAMA_8B, "--one-copy") == 2
     assert "is not quantized; drop --one-copy" in capsys.readouterr().err

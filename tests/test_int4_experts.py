@@ -240,5 +240,3 @@ def test_graphs_of_launches_in_a_row():
         ids.copy_(ids.roll(1, 0))
         graph.replay()
         assert torch.equal(out, run()) and out.isfinite().all() and out.norm() > 0
-
-

@@ -60,8 +60,10 @@ def on(monkeypatch):
 
 # bits read of each code, query heads per KV head, query tokens, whether pages may change, scores and lists
 READINGS = {
-    "draft": (4, 4, 1, False, (True, True)),
+    "draft": (4, 4, 1, False, (False, True)),
     "target": (8, 4, 5, True, (False, False)),
+    "target that scores": (8, 4, 5, True, (True, False)),
+    "wide groups that score": (8, 8, 5, True, (True, False)),
     "wide groups": (8, 8, 5, True, (False, False)),
     "wide groups of 4 bits": (4, 8, 5, True, (False, False)),
 }
@@ -78,6 +80,16 @@ def test_attention(reading, gpu, on):
         shape = decode_attention._shape(fmt, bits, plan, gpu)
         decode_attention._kernel.__wrapped__(fmt, bits, group, plan, shape, 0, pages_may_change, sparse, True)
     assert len(compiled) == len(plans[:2])
+
+
+@pytest.mark.parametrize("head_size", [64, 96, 256])
+def test_attention_of_other_heads(head_size, on):
+    compiled = on(AMPERE)
+    fmt = PageFormat(2, head_size)
+    for bits, tokens in ((4, 1), (8, 9)):
+        plan, shape = decode_attention._configuration(fmt, bits, 4 * tokens, AMPERE)
+        decode_attention._kernel.__wrapped__(fmt, bits, 4, plan, shape, 0, bits == 8, (False, False), True)
+    assert len(compiled) == 2
 
 
 @pytest.mark.parametrize("gpu", [HOPPER, AMPERE], ids=lambda gpu: gpu.name)

@@ -54,7 +54,7 @@ class QuantSpecOptions:
 
     num_speculative_tokens: int | str = 4
     """Tokens drafted per verification; ``auto``: in every step the one of `AUTO_NUMBERS` that yields most tokens per second.
-    (Not the default: its speed on a GPU is not measured.)"""
+    (Not the default: it was tried on few shapes.)"""
     group_size: int = 128
     """Tokens of a key group, and of a page of the quantized KV cache."""
     draft_weights: str = "int4"
@@ -84,11 +84,10 @@ class QuantSpecOptions:
     """Whether the draft's output layer is INT4 as well; its largest logits are computed again exactly."""
     join_layers: bool = True
     """Whether draft steps of up to `joined_layers.MAX_ROWS` sequences compute all between two attentions in one launch, on
-    models and GPUs where that is possible (the log says where it is not). On the one copy of a 4-bit checkpoint only where
-    it is asked for: that has not run on a GPU yet."""
+    models and GPUs where that is possible (the log says where it is not)."""
     fuse_layers: bool = False
     """Whether draft steps of more sequences launch norms and activations together with the linears behind them, on the same
-    models and GPUs. Off, as it has not run on a GPU yet."""
+    models and GPUs. Off, as it gains little."""
     draft_context: str | int | float = "auto"
     """What a draft step reads of the tokens older than the exact window, per layer and KV head: ``all``; a number of tokens
     (rounded up to whole pages); a fraction of them, above 0 and up to 1; or ``auto``: a sixteenth, where that pays.
@@ -98,7 +97,7 @@ class QuantSpecOptions:
     and the newest. ``snapkv``: those that the first verification after the prompt attended to most, and all newer ones."""
     ngram: str = "off"
     """``auto``, with ``num_speculative_tokens: auto``: where a text repeats itself, drafts are what followed before, up to
-    the last of `NGRAM_NUMBERS`; the same policy decides. (Not the default: its speed on a GPU is not measured.)"""
+    the last of `NGRAM_NUMBERS`; the same policy decides. (Not the default, as ``num_speculative_tokens: auto`` is not.)"""
     prompt_lookup_min: int = 3
     """Tokens of the shortest n-gram that is looked for, as with vLLM's ``ngram``."""
     prompt_lookup_max: int = 5

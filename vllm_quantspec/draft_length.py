@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from statistics import fmean, median
+from statistics import fmean, median_low
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -178,7 +178,7 @@ class StepTimes:
         if ratios and self._now - self._last[kind][choice] > STEPS_TO_STALE:
             ratios.clear()
         ratios.append(seconds / self.predict(batch, context)[choice])
-        most = ACCIDENT * median(ratios)
+        most = ACCIDENT * median_low(ratios)
         self._means[kind][choice] = fmean(ratio for ratio in ratios if ratio <= most)
         self._last[kind][choice] = self._now
 
@@ -364,7 +364,7 @@ class DraftLength:
             if is_possible:
                 return choice
         self._since_probe += 1
-        most = PROBE_SAVINGS * seconds[current]
+        most = max(PROBE_SAVINGS, *self._probe_steps) * seconds[current]  # else some could never be tried
         grown = self._savings + PROBE_SHARE * seconds[current]
         if self.times.seen(batch) and self.times.kind(batch) not in self._granted:
             self._granted.add(self.times.kind(batch))

@@ -225,7 +225,7 @@ def speed_section(e: Estimate) -> Iterator[str]:
     at = f"decoding {arguments.batch} x {arguments.context} tokens at {arguments.bandwidth:g} TB/s"
     yield f"{at}, predicted (ms per token of each request)"
     if e.model.linear_bits is not None:
-        yield line("", "for linear layers in 16 bits: how fast a GPU reads this checkpoint in 4 is not measured")
+        yield line("", "for linear layers in 16 bits: how fast a GPU reads this checkpoint in 4 is not predicted")
     yield line("16 bits, FlashAttention", f"{s.exact:.2f}")
     yield line("QuantSpec's cache alone", f"{s.cache:.2f}, {s.exact / s.cache:.2f}x")
     if not e.no_drafts:

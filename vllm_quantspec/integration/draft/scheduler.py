@@ -40,8 +40,8 @@ LOG_INTERVAL = 10.0
 BANDWIDTH = 4.26e12
 # Where the cost model does not know the model: a draft step takes this share of a step, and this a further row.
 DRAFT_SHARE, ROW_SHARE = 0.4, 0.02
-# With async scheduling, steps in a row that are tried without the model's drafts. The first and the last of their times
-# are mixtures, see `DraftLengthScheduler._is_even`; the others are enough to make theirs known at once.
+# With async scheduling, steps in a row that are tried without the model's drafts. The last two are beside steps with
+# drafts, see `DraftLengthScheduler._is_even`; the others' times are enough to make theirs known at once.
 IDLE_PROBE_STEPS = TIMES_NEEDED + 2
 
 
