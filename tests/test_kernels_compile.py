@@ -40,13 +40,13 @@ AMPERE = Device("NVIDIA A100", (8, 0), 108, 163 * KIB, 164 * KIB)
 @pytest.fixture
 def on(monkeypatch):
     """Take every GPU for this one, and compile kernels where they would be loaded; the sources that were, in order."""
-    compiled = []
+    compiled, before = [], device._emulated
 
     def load(source, macros, index, *, features="", **launch):
         assert nvrtc.compile_source(source, tuple(macros.items()), device.device_properties(index).architecture + features)
         compiled.append(source.name)
 
-    def put(gpu: Device) -> list[str]:
+    def put(gpu: Device | None) -> list[str]:
         device.emulate(gpu)
         for module in (int4_experts, int4_linear, marlin_linear):
             module.choose_plan.cache_clear()
@@ -55,7 +55,7 @@ def on(monkeypatch):
     monkeypatch.setattr(nvrtc, "load", load)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     yield put
-    put(None)
+    put(before)
 
 
 # bits read of each code, query heads per KV head, query tokens, whether pages may change, scores and lists
