@@ -34,10 +34,11 @@ class Pipeline:
         scheduler = self.scheduler = object.__new__(AsyncDraftLengthScheduler)
         scheduler.requests = {"a": SimpleNamespace(is_prefill_chunk=False, num_computed_tokens=8192)}
         scheduler.draft_length = DraftLength(
-            lambda batch, context: [ALONE + DRAFT * number for number in AUTO_NUMBERS], AUTO_NUMBERS, 1, IDLE_PROBE_STEPS
+            lambda batch, context: [ALONE + DRAFT * number for number in AUTO_NUMBERS], AUTO_NUMBERS, 1, IDLE_PROBE_STEPS, 1
         )
         scheduler.ngrams, scheduler._plan, scheduler._steps = None, scheduler_module.Plan(scheduler_module.Drafts(0)), {}
         scheduler._last_output_at, scheduler._last_step_had_prompt = 0.0, False
+        scheduler._last_step_had_drafts = False
         scheduler._chosen, scheduler._logged_at = Counter(), float("inf")
 
     def run(self, steps: int) -> None:
@@ -81,6 +82,14 @@ def test_a_slow_host_does_not_hide_how_fast_a_step_without_drafts_is(monkeypatch
     assert Counter(pipeline.chosen[-200:])[0] > 160
 
 
+def test_drafts_that_lose_do_not_look_good_because_an_output_before_them_was_late(monkeypatch):
+    """They are tried out of steps without, whose last output waits until the slow host has launched the drafts."""
+    pipeline = Pipeline(monkeypatch, 0.85, 0.003, 0.004)
+    pipeline.run(1200)
+    assert Counter(pipeline.chosen[-600:])[0] > 570  # it had been 473
+    assert pipeline.scheduler.draft_length.times.estimate(1, 8192.0)[1] == pytest.approx(device_seconds(1), rel=0.02)
+
+
 def test_times_of_steps_with_drafts_are_those_of_the_device(monkeypatch):
     pipeline = Pipeline(monkeypatch, 0.97, 0.003, 0.004)
     pipeline.run(600)
@@ -88,5 +97,5 @@ def test_times_of_steps_with_drafts_are_those_of_the_device(monkeypatch):
     known = [i for i in range(len(AUTO_NUMBERS)) if times.known(1, i)]
     assert {0, 3, 4} <= set(known)
     for i in known:
-        # One that follows an output which came late is short by as much.
-        assert times.estimate(1, 8192.0)[i] == pytest.approx(device_seconds(AUTO_NUMBERS[i]), rel=0.06)
+        # The second of a number, too, may follow an output that came late by a little.
+        assert times.estimate(1, 8192.0)[i] == pytest.approx(device_seconds(AUTO_NUMBERS[i]), rel=0.08)

@@ -250,6 +250,7 @@ class DraftLength:
         numbers: of drafts by the model that can be chosen, ascending, the first one 0.
         probe_steps: steps in a row that another choice has to be tried for until one of them tells its time.
         idle_probe_steps: the same of a choice for which the model drafts nothing; None for as many.
+        start_steps: so many more where the model has to begin to draft for it.
         ngrams: what n-grams would bring, where they may be drafted; its user keeps it up to date.
         ngram_numbers: of drafts by n-grams alone that can be chosen, none above ``ngrams.num_positions``.
     """
@@ -260,6 +261,7 @@ class DraftLength:
         numbers: Sequence[int],
         probe_steps: int = 1,
         idle_probe_steps: int | None = None,
+        start_steps: int = 0,
         ngrams: NgramWatch | None = None,
         ngram_numbers: Sequence[int] = (),
     ) -> None:
@@ -272,7 +274,15 @@ class DraftLength:
         self.times = StepTimes(predict, len(self.choices))
         self.num_probes = 0
         idle_probe_steps = idle_probe_steps or probe_steps
-        self._probe_steps = [probe_steps if drafts.by_model else idle_probe_steps for drafts in self.choices]
+        self._probe_steps = {
+            is_drafting: np.array(
+                [
+                    probe_steps + start_steps * (not is_drafting) if drafts.by_model else idle_probe_steps
+                    for drafts in self.choices
+                ]
+            )
+            for is_drafting in (False, True)
+        }  # by whether the model drafts now
         self._current: dict[bool, int] = {}  # the choice in steps with and without prompts
         self._share_alone = 1.0  # of steps that compute no prompt
         self._savings = 0.0  # seconds that probes may lose
@@ -364,7 +374,8 @@ class DraftLength:
             if is_possible:
                 return choice
         self._since_probe += 1
-        most = max(PROBE_SAVINGS, *self._probe_steps) * seconds[current]  # else some could never be tried
+        steps = self._probe_steps[self.choices[current].by_model]
+        most = max(PROBE_SAVINGS, *steps) * seconds[current]  # else some could never be tried
         grown = self._savings + PROBE_SHARE * seconds[current]
         if self.times.seen(batch) and self.times.kind(batch) not in self._granted:
             self._granted.add(self.times.kind(batch))
@@ -372,7 +383,7 @@ class DraftLength:
         self._savings = min(grown, most)
         if self._since_probe < PROBE_GAP:
             return current
-        costs = losses * np.array(self._probe_steps)
+        costs = losses * steps
         wanted = [
             choice
             for choice in range(len(self.choices))
@@ -392,6 +403,6 @@ class DraftLength:
         self._savings -= costs[choice]
         self._since_probe = 0
         self.num_probes += 1
-        if self._probe_steps[choice] > 1:
-            self._probe = (choice, self._probe_steps[choice] - 1)
+        if steps[choice] > 1:
+            self._probe = (choice, int(steps[choice]) - 1)
         return choice

@@ -133,7 +133,7 @@ class DraftLengthScheduler(Scheduler):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         # Without async scheduling a verified number can be timed only if as many are drafted beside it.
-        probe_steps = (1, IDLE_PROBE_STEPS) if self.times_end_before_drafts else (2, 2)
+        probe_steps = (1, IDLE_PROBE_STEPS, 1) if self.times_end_before_drafts else (2, 2)
         speculative, ngrams = self.vllm_config.speculative_config, {}
         self.ngrams = self._ngram_count = None
         if speculative.ngram == "auto":
@@ -146,7 +146,7 @@ class DraftLengthScheduler(Scheduler):
         self.draft_length = DraftLength(step_seconds(self.vllm_config), AUTO_NUMBERS, *probe_steps, **ngrams)
         self._plan = Plan(Drafts(0))  # of the step before: what this one verifies
         self._steps: dict[int, _Step] = {}
-        self._last_output_at, self._last_step_had_prompt = 0.0, True
+        self._last_output_at, self._last_step_had_prompt, self._last_step_had_drafts = 0.0, True, False
         self._chosen: Counter[Drafts] = Counter()
         self._logged_at = time.monotonic()
 
@@ -209,14 +209,18 @@ class DraftLengthScheduler(Scheduler):
         if self._is_even(step) and step.batch and not (step.has_prompt or self._last_step_had_prompt):
             self.draft_length.observe_time(step.batch, step.context, step.verified, seconds)
         self._last_output_at, self._last_step_had_prompt = now, step.has_prompt
+        self._last_step_had_drafts = step.verified.by_model
 
     def _is_even(self, step: _Step) -> bool:
         """Whether the time between the output before a step's and its own is that of its verified number alone."""
         if not self.times_end_before_drafts:
             return step.verified == step.drafted.drafts
         # The device drafted these before it verified them. Meanwhile, though, the host launched the next step and the drafts
-        # after it. A step without drafts is over before that, if the host is slow: its output waits for drafts of others.
-        return step.verified.by_model or not (step.drafted.drafts.by_model or self._plan.drafts.by_model)
+        # after it. A step without drafts is over before that, if the host is slow: its output waits for drafts of others. So
+        # the first step with drafts seems to begin late, and to take less than it does.
+        if step.verified.by_model:
+            return self._last_step_had_drafts
+        return not (step.drafted.drafts.by_model or self._plan.drafts.by_model)
 
     def _learn_acceptance(
         self, step: _Step, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
