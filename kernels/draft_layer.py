@@ -439,8 +439,7 @@ def launch(
     plan: Plan | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The kernel on checked arguments; ``plan`` overrides the launch, for tuning."""
-    if attention.stride(1) != 1 or attention.stride(0) % 8 or attention.data_ptr() % 16:
-        attention = attention.clone(memory_format=torch.contiguous_format)
+    attention = nvrtc.aligned_rows(attention)
     if residual.stride(1) != 1:
         residual = residual.contiguous()
     device, tokens, order = attention.device.index, len(attention), _order_of(weights)

@@ -16,6 +16,11 @@ from pathlib import Path
 _SUM_BYTES = hashlib.sha256().digest_size
 
 
+def temporary_beside(path: Path) -> Path:
+    """A name in the folder of ``path`` that no other process has, of no other machine either."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+
+
 class KeptCode:
     """Code in ``folder``, which is made when the first is kept there."""
 
@@ -40,7 +45,7 @@ class KeptCode:
 
     def save(self, path: Path, code: bytes) -> None:
         """Keep ``code``, where that is possible: a start does not fail for a full or read-only disk."""
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+        temporary = temporary_beside(path)
         with contextlib.suppress(OSError):
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,8 @@ memory, and FlashAttention.
 from vllm_quantspec.kernels.device import Device
 
 KIB = 1 << 10
+# Itself, for tests of what launchers choose on it.
+H200 = Device("NVIDIA H200", (9, 0), 132, 227 * KIB, 228 * KIB)
 GPUS = {
     "a100": Device("NVIDIA A100, emulated", (8, 0), 108, 163 * KIB, 164 * KIB, from_ptx=True),
     "a6000": Device("NVIDIA RTX A6000, emulated", (8, 6), 84, 99 * KIB, 100 * KIB, from_ptx=True),

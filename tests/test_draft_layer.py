@@ -5,17 +5,16 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from emulated_gpus import GPUS, KIB
+from emulated_gpus import GPUS, H200
 
 from vllm_quantspec.kernels import draft_layer as module
 from vllm_quantspec.kernels import marlin_linear
-from vllm_quantspec.kernels.device import Device, device_properties
+from vllm_quantspec.kernels.device import device_properties
 from vllm_quantspec.kernels.draft_layer import Order, Plan, Shape, draft_layer, launch, plan_of, reference, supported
 from vllm_quantspec.kernels.int4_linear import pack
 
 BF16, FP16 = torch.bfloat16, torch.float16
 TOLERANCE = {BF16: 8e-3, FP16: 2e-3}
-H200 = Device("NVIDIA H200", (9, 0), 132, 227 * KIB, 228 * KIB)
 LLAMA_8B, QWEN_7B = Shape(4096, 4096, 14336, 6144), Shape(3584, 3584, 18944, 4608)
 LLAMA_70B = Shape(8192, 8192, 28672, 10240)
 SMALL = Shape(256, 384, 512, 192)

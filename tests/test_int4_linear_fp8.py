@@ -5,16 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from emulated_gpus import KIB
+from emulated_gpus import H200
 from test_int4_linear import BF16, FP16, packed_of, random_inputs, random_weight, relative_error
 
 from vllm_quantspec.kernels import int4_linear as module
-from vllm_quantspec.kernels.device import Device, device_properties
+from vllm_quantspec.kernels.device import device_properties
 from vllm_quantspec.kernels.int4_linear_fp8 import TOKEN_TILES, Fp8Plan, choose_fp8_plan, split
 from vllm_quantspec.kernels.int4_linear_wide import WidePlan
 from vllm_quantspec.weights import WEIGHT_GROUP_SIZES
 
-H200 = Device("NVIDIA H200", (9, 0), 132, 227 * KIB, 228 * KIB)
 E4M3 = torch.float8_e4m3fn
 SHAPES = ((384, 32), (256, 32), (1792, 32), (256, 112), (8016, 32), (1, 1), (3, 5), (64, 1), (2501, 2))
 

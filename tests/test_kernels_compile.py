@@ -1,10 +1,11 @@
 """The CUDA kernels compile for the GPUs that have them, in the variants that engines launch. NVRTC needs no GPU for it."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from emulated_gpus import GPUS, KIB
+from emulated_gpus import GPUS, H200
 
 from vllm_quantspec.format import PageFormat
 from vllm_quantspec.kernels import (
@@ -33,8 +34,7 @@ def has_nvrtc() -> bool:
 
 pytestmark = pytest.mark.skipif(not has_nvrtc(), reason="needs NVRTC: pip install cuda-bindings nvidia-cuda-nvrtc")
 
-HOPPER = Device("NVIDIA H200", (9, 0), 132, 227 * KIB, 228 * KIB)
-AMPERE = Device("NVIDIA A100", (8, 0), 108, 163 * KIB, 164 * KIB)
+A100 = replace(GPUS["a100"], from_ptx=False)
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ READINGS = {
 }
 
 
-@pytest.mark.parametrize("gpu", [HOPPER, AMPERE], ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("gpu", [H200, A100], ids=lambda gpu: gpu.name)
 @pytest.mark.parametrize("reading", READINGS)
 def test_attention(reading, gpu, on):
     compiled = on(gpu)
@@ -84,15 +84,15 @@ def test_attention(reading, gpu, on):
 
 @pytest.mark.parametrize("head_size", [64, 96, 256])
 def test_attention_of_other_heads(head_size, on):
-    compiled = on(AMPERE)
+    compiled = on(A100)
     fmt = PageFormat(2, head_size)
     for bits, tokens in ((4, 1), (8, 9)):
-        plan, shape = decode_attention._configuration(fmt, bits, 4 * tokens, AMPERE)
+        plan, shape = decode_attention._configuration(fmt, bits, 4 * tokens, A100)
         decode_attention._kernel.__wrapped__(fmt, bits, 4, plan, shape, 0, bits == 8, (False, False), True)
     assert len(compiled) == 2
 
 
-@pytest.mark.parametrize("gpu", [HOPPER, AMPERE], ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("gpu", [H200, A100], ids=lambda gpu: gpu.name)
 @pytest.mark.parametrize(
     ("tokens", "bits", "rotated"), [(1, 4, False), (5, 4, True), (5, 8, False), (16, 4, False), (40, 4, False)]
 )
@@ -103,13 +103,13 @@ def test_linears(tokens, bits, rotated, gpu, on):
         int4_linear._kernel.__wrapped__(plan, 128, True, 0, rotated)
         if getattr(plan, "ready", False):
             int4_linear._inputs_kernel.__wrapped__(plan, 128, True, 0, rotated)
-    assert ("int4_linear_fp8.cu" in compiled) == (tokens > 8 and gpu is HOPPER)
+    assert ("int4_linear_fp8.cu" in compiled) == (tokens > 8 and gpu is H200)
 
 
 @pytest.mark.parametrize("is_activated", [False, True])
 @pytest.mark.parametrize("tokens", [5, 40])
 def test_linears_with_what_is_before_them(tokens, is_activated, on):
-    on(HOPPER)
+    on(H200)
     plan = int4_linear.choose_plan(256, 32, 1, tokens, 0)
     kernel = partial(fused_linear._kernel.__wrapped__, is_activated, fused_linear.pieces_of(4096), True, 0)
     kernel()
@@ -120,11 +120,11 @@ def test_linears_with_what_is_before_them(tokens, is_activated, on):
 @pytest.mark.parametrize("tokens", [1, 2])
 @pytest.mark.parametrize("order", Order)
 def test_layers(order, tokens):
-    plan = draft_layer.plan_of(draft_layer.Shape(4096, 4096, 14336, 6144), tokens, HOPPER, order=order)
-    assert nvrtc.compile_source(draft_layer.SOURCE, tuple(plan.macros(True).items()), HOPPER.architecture)
+    plan = draft_layer.plan_of(draft_layer.Shape(4096, 4096, 14336, 6144), tokens, H200, order=order)
+    assert nvrtc.compile_source(draft_layer.SOURCE, tuple(plan.macros(True).items()), H200.architecture)
 
 
-@pytest.mark.parametrize("gpu", [HOPPER, AMPERE], ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("gpu", [H200, A100], ids=lambda gpu: gpu.name)
 @pytest.mark.parametrize("kind", [Kind(128, False, True), Kind(32, True, False), Kind(0, True, True)])
 def test_linears_in_marlins_order(kind, gpu, on):
     compiled = on(gpu)
@@ -134,7 +134,7 @@ def test_linears_in_marlins_order(kind, gpu, on):
     assert compiled == 3 * ["marlin_linear.cu"] + ["marlin_dequantize.cu"]
 
 
-@pytest.mark.parametrize("gpu", [HOPPER, AMPERE], ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("gpu", [H200, A100], ids=lambda gpu: gpu.name)
 @pytest.mark.parametrize(("in_features", "out_features", "group", "in_splits"), [(2048, 1536, 128, 0), (768, 2048, 32, 2)])
 def test_experts(in_features, out_features, group, in_splits, gpu, on):
     on(gpu)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from emulated_gpus import GPUS, KIB
+from emulated_gpus import GPUS, H200, KIB
 
 from vllm_quantspec.config import HEAD_SIZES, MAX_SPECULATIVE_TOKENS
 from vllm_quantspec.format import GROUP_SIZES, PageFormat
@@ -15,7 +15,6 @@ from vllm_quantspec.kernels.device import Device
 from vllm_quantspec.levels import BITS
 from vllm_quantspec.weights import WEIGHT_GROUP_SIZES
 
-H200 = Device("NVIDIA H200", (9, 0), 132, 227 * KIB, 228 * KIB)
 SMALL = Device("a GPU with little shared memory", (8, 0), 40, 16 * KIB, 32 * KIB)
 
 

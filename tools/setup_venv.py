@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 MISMATCHED_ON_CPU = ("torchvision", "torchaudio", "torchcodec")
 # What compiles the CUDA kernels in the tests; a CUDA PyTorch brings it.
 CUDA_COMPILER = ("cuda-bindings>=13,<14", "nvidia-cuda-nvrtc>=13,<14")
+# Of pip: its output goes to the log.
+QUIETLY = ("--disable-pip-version-check", "--progress-bar", "off", "--no-input")
 
 
 def main(venv: Path) -> None:
@@ -107,7 +109,7 @@ def pip(python: Path, log, *arguments: str) -> None:
     """Run pip with its output in the log; a terminal shows what it does in one line."""
     command = [str(python), "-m", "pip", *arguments]
     if arguments[0] == "install":
-        command += ["--disable-pip-version-check", "--progress-bar", "off", "--no-input"]
+        command += QUIETLY
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     lines: list[str] = []
@@ -136,7 +138,7 @@ def pip(python: Path, log, *arguments: str) -> None:
 
 def try_pip(python: Path, log, *arguments: str) -> bool:
     """Run pip for what can be done without; whether it could."""
-    command = [str(python), "-m", "pip", *arguments, "--disable-pip-version-check", "--progress-bar", "off", "--no-input"]
+    command = [str(python), "-m", "pip", *arguments, *QUIETLY]
     log.flush()
     return subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode == 0
 

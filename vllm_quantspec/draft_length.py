@@ -273,16 +273,12 @@ class DraftLength:
         self.ngrams = ngrams
         self.times = StepTimes(predict, len(self.choices))
         self.num_probes = 0
-        idle_probe_steps = idle_probe_steps or probe_steps
+        by_model, idle = [drafts.by_model for drafts in self.choices], idle_probe_steps or probe_steps
+        # By whether the model drafts now.
         self._probe_steps = {
-            is_drafting: np.array(
-                [
-                    probe_steps + start_steps * (not is_drafting) if drafts.by_model else idle_probe_steps
-                    for drafts in self.choices
-                ]
-            )
-            for is_drafting in (False, True)
-        }  # by whether the model drafts now
+            True: np.where(by_model, probe_steps, idle),
+            False: np.where(by_model, probe_steps + start_steps, idle),
+        }
         self._current: dict[bool, int] = {}  # the choice in steps with and without prompts
         self._share_alone = 1.0  # of steps that compute no prompt
         self._savings = 0.0  # seconds that probes may lose

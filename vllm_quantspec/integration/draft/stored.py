@@ -14,7 +14,6 @@ import functools
 import hashlib
 import json
 import os
-import secrets
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -27,6 +26,7 @@ from vllm import envs
 from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 
+from vllm_quantspec.kernels.kept_code import temporary_beside
 from vllm_quantspec.weights import QuantizedWeight
 
 logger = init_logger("vllm.quantspec.stored")
@@ -70,11 +70,6 @@ def _place(what: Mapping) -> tuple[str, Path]:
     return text, Path(envs.VLLM_CACHE_ROOT, "quantspec", key)
 
 
-def _temporary(path: Path) -> Path:
-    """A name beside ``path`` that no other process has, of no other machine either."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-
-
 class KeptLosses:
     """Losses of linears by name, for ``what``, which says all that decides them. The first rank reads and writes for all."""
 
@@ -104,7 +99,7 @@ class KeptLosses:
         """Write them; a disk that fails costs the file, not the start."""
         if get_tp_group().rank_in_group:
             return
-        temporary = _temporary(self.path)
+        temporary = temporary_beside(self.path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_text(json.dumps({"quantspec": self.what, "losses": dict(losses)}), encoding="utf-8")
@@ -179,7 +174,7 @@ class Writer:
 
     def __init__(self, stored: Stored) -> None:
         self.stored, self.file, self.left = stored, None, set(stored.shapes)
-        self.temporary = _temporary(stored.path)
+        self.temporary = temporary_beside(stored.path)
         header, self.offsets, end = {"__metadata__": {"quantspec": stored.what}}, {}, 0
         for name in stored.shapes:
             for part, (dtype, shape) in stored._layout(name).items():
